@@ -185,7 +185,7 @@ def _prepare(
     except Timeout: raise RunError(f"another process still works in {partial}; wait for it to end and run again") from None
     return partial
 
-# %% ../../nbs/0_study/02_runner.ipynb #cb2be690
+# %% ../../nbs/0_study/02_runner.ipynb #896ff45b
 def _execute(
     notebook: Path,  # a stage notebook
     output: Path,  # where the executed one goes
@@ -195,7 +195,8 @@ def _execute(
     import papermill
     root, before = find_root(), os.environ.get("SELFALIGN_ROOT")
     os.environ["SELFALIGN_ROOT"] = str(root)
-    try: papermill.execute_notebook(notebook, output, values, kernel_name="python3", progress_bar=False, log_output=False, start_timeout=300, cwd=notebook.parent)
+    try: papermill.execute_notebook(notebook, output, values, kernel_name="python3", progress_bar=False, log_output=False, start_timeout=300,
+                                         extra_arguments=["--log-level=ERROR"], cwd=notebook.parent)
     finally: os.environ.pop("SELFALIGN_ROOT") if before is None else os.environ.__setitem__("SELFALIGN_ROOT", before)
     executed = read_json(output)
     executed["metadata"]["papermill"] |= dict(input_path=notebook.relative_to(root).as_posix(), output_path=output.name)
