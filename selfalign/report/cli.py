@@ -6,13 +6,13 @@
 __all__ = ['app', 'data_app', 'command', 'fail', 'show_table', 'run', 'report', 'stages', 'params', 'compare', 'doctor',
            'inspect', 'link', 'pretrain', 'lab', 'main']
 
-# %% ../../nbs/8_report/83_cli.ipynb #a0e12c2f
+# %% ../../nbs/8_report/83_cli.ipynb #284b1032
 import functools, sys
 from pathlib import Path
 from typing import Annotated, get_args, get_origin
 from fastcore.docments import docments
 from typer import Argument, Exit, Option, Typer
-from ..study.settings import SettingsError, StudyError, find_root
+from ..study.settings import StudyError, find_root
 
 # %% ../../nbs/8_report/83_cli.ipynb #3911505a
 app = Typer(help='Do generated images improve vision-language models? A study in notebooks.', no_args_is_help=True,
@@ -28,7 +28,7 @@ def _explained(annotation, default, help):
     info.help = help
     return Annotated[kind, info]
 
-# %% ../../nbs/8_report/83_cli.ipynb #0aaa4bdc
+# %% ../../nbs/8_report/83_cli.ipynb #c304cc2a
 def command(
     group:Typer=app, # the application or group that gets the command
     name:str|None=None, # name on the command line; None: the function's
@@ -41,32 +41,36 @@ def command(
         @functools.wraps(f)
         def plain(*args, **kwargs):
             try: return f(*args, **kwargs)
-            except StudyError as e: fail(str(e), 2 if isinstance(e, SettingsError) else 1)
+            except StudyError as e: fail(str(e), 1 if e.__cause__ else 2)
         return group.command(name)(plain)
     return decorate
 
-# %% ../../nbs/8_report/83_cli.ipynb #a66c58a5
+# %% ../../nbs/8_report/83_cli.ipynb #b71fe4dc
 def fail(
     message:str, # what went wrong, and what to do about it
-    code:int=2, # exit code: 2 for a mistake in what was asked, 1 for a failure
+    code:int=2, # exit code: 2 where something was refused, 1 where something failed
 ):
     "End the command with one line on the error stream."
     print(f'selfalign: {message}', file=sys.stderr)
     raise Exit(code)
 
-# %% ../../nbs/8_report/83_cli.ipynb #745f33e7
+# %% ../../nbs/8_report/83_cli.ipynb #7d86094d
+def _plain(value)->str:
+    "A value without characters that would move the cursor or ring the bell."
+    return '' if value is None else ''.join(c if c.isprintable() else '�' for c in str(value))
+
 def show_table(
     columns:list[str], # headings
     rows, # one sequence of values a row
     title:str='', # above the table
 ):
-    "Print a table that a terminal can hold; text from data cannot play tricks with markup."
+    "Print a table; text from data cannot play tricks with the terminal."
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
-    table = Table(title=title or None, title_justify='left', box=None, pad_edge=False, header_style='bold')
+    table = Table(title=title or None, title_justify='left', box=None, pad_edge=False, header_style='bold', show_header=any(columns))
     for c in columns: table.add_column(c, overflow='fold')
-    for row in rows: table.add_row(*(Text('' if v is None else str(v)) for v in row))
+    for row in rows: table.add_row(*(Text(_plain(v)) for v in row))
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 # %% ../../nbs/8_report/83_cli.ipynb #f1f80084
@@ -132,13 +136,7 @@ def params(
                 for p in parameters(name).values()]
         show_table(['parameter', preset, 'type', 'meaning'], rows)
 
-# %% ../../nbs/8_report/83_cli.ipynb #79acecaf
-def _number(value, unit:str='', sign:str='')->str:
-    "A number as the tables show it: fractions as percentages."
-    if value != value: return ''
-    return f'{100*value:{sign}.1f} %' if unit == 'fraction' else f'{value:{sign}.4g}'
-
-# %% ../../nbs/8_report/83_cli.ipynb #94182218
+# %% ../../nbs/8_report/83_cli.ipynb #0787e603
 @command()
 def compare(
     a:str, # a run
@@ -148,15 +146,15 @@ def compare(
 ):
     "Two runs side by side: differences with intervals."
     from selfalign.report.compare import compare, settings_that_differ
-    table = compare(a, b)
+    from selfalign.report.render import amount
+    table, changed = compare(a, b), settings_that_differ(a, b)
     if csv: table.to_csv(csv, index=False)
-    show_table(['parameter', a, b], [(k, *v) for k, v in settings_that_differ(a, b).items()], 'Set differently')
-    print()
+    if changed: show_table(['set differently', a, b], [(k, *v) for k, v in changed.items()])
     rows = table if everything else table[table.verdict != 'same']
     show_table(['number', a, b, 'difference', '95 % interval', 'verdict'],
-               [(f'{r.chapter}/{r.table}/{r.row} {r.metric}', _number(r.a, r.unit), _number(r.b, r.unit), _number(r.difference, r.unit, '+'),
-                 ' to '.join(filter(None, (_number(r.low, r.unit, '+'), _number(r.high, r.unit, '+')))), r.verdict) for r in rows.itertuples()],
-               f'{len(rows)} of {len(table)} numbers')
+               [(f'{r.chapter}/{r.table}/{r.row} {r.metric}', amount(r.a, r.unit), amount(r.b, r.unit), amount(r.difference, r.unit, signed=True),
+                 f'{amount(r.low, r.unit, signed=True)} to {amount(r.high, r.unit, signed=True)}' if r.low == r.low else '', r.verdict) for r in rows.itertuples()],
+               f'{len(rows)} of {len(table)} numbers' + ('' if everything else '; the others are the same, see --all'))
 
 # %% ../../nbs/8_report/83_cli.ipynb #3b1c0072
 @command()
@@ -171,22 +169,24 @@ def doctor(
     if missing: fail(f'{missing} MISSING for preset {preset}; the lines above say what to do', 1)
     print(f'Ready for: selfalign run {preset}')
 
-# %% ../../nbs/8_report/83_cli.ipynb #dd50d783
+# %% ../../nbs/8_report/83_cli.ipynb #80255efa
 @command(data_app)
 def inspect(
     source:str, # a source such as microworld:study, or a folder or pattern of webdataset tars
     first:int=200, # how many pairs to look at
 ):
     "Say what a source of pairs holds: sizes, captions, damaged files, examples."
-    from itertools import islice
+    from selfalign.data.pairs import clean_caption
     from selfalign.data.readers import open_pairs
-    source = f'webdataset:{source}' if Path(source).exists() else source
-    pairs = list(islice(open_pairs(source), first))
-    good = [p for p in pairs if p['image'] is not None]
-    sizes, words = {p['image'].size for p in good}, sorted(len(p['caption'].split()) for p in pairs)
-    show_table(['', ''], [('source', source), ('pairs looked at', len(pairs)), ('unreadable', len(pairs) - len(good)),
+    source = f'webdataset:{Path(source).resolve()}' if Path(source).exists() else source
+    pairs = open_pairs(source)
+    looked = [pairs[i] for i in range(min(first, len(pairs)))]
+    problems = pairs.problems + [p['problem'] for p in looked if p['problem']]
+    sizes, words = {(p['width'], p['height']) for p in looked if p['image']}, sorted(len(p['caption'].split()) for p in looked)
+    show_table(['', ''], [('source', source), ('pairs', len(pairs)), ('looked at', len(looked)), ('problems', len(problems)),
                           ('sizes', ', '.join(f'{w}×{h}' for w, h in sorted(sizes)[:5])), ('words a caption', f'median {words[len(words)//2]}' if words else '')])
-    show_table(['key', 'caption'], [(p['key'], p['caption'][:100]) for p in pairs[:5]], 'Examples')
+    show_table(['key', 'caption'], [(p['key'], clean_caption(p['caption'])[0][:100]) for p in looked[:5]], 'Examples')
+    if problems: show_table(['file', 'row', 'what', 'remedy'], [p.values() for p in problems[:10]], f'{min(10, len(problems))} of {len(problems)} problems')
 
 # %% ../../nbs/8_report/83_cli.ipynb #acbc58c9
 @command(data_app)

@@ -1,0 +1,213 @@
+"The command line as a person types it: quick to answer, and a mistake is met with a hint instead of a traceback."
+import io, os, shutil, subprocess, sys, tarfile, time, types
+from pathlib import Path
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+from selfalign.report.cli import app
+from selfalign.study.settings import example_study
+
+BIN = Path(sys.executable).parent
+COMMANDS = ['run', 'report', 'stages', 'params', 'compare', 'doctor', 'pretrain', 'lab', 'data', 'data inspect', 'data link']
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    "The study of two stages, in a folder of its own."
+    monkeypatch.setenv('SELFALIGN_ROOT', str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return example_study(tmp_path)
+
+@pytest.fixture(scope='module')
+def ran(tmp_path_factory):
+    "The same study, run once as `micro` by the real command."
+    root = example_study(tmp_path_factory.mktemp('ran'))
+    env = {**os.environ, 'SELFALIGN_ROOT': str(root)}
+    def command(*args, **kw): return subprocess.run([BIN/'selfalign', *args], env=env, cwd=root, capture_output=True, text=True, encoding='utf-8', timeout=300, **kw)
+    first = command('run', 'micro')
+    assert first.returncode == 0, first.stderr
+    return root, command, first
+
+def sh(*args): return CliRunner().invoke(app, [str(a) for a in args])
+
+def refused(*args):
+    "Run a command that must be refused: exit code 2, no traceback, one error."
+    result = sh(*args)
+    assert result.exit_code == 2 and isinstance(result.exception, SystemExit), result.exception
+    assert 'Traceback' not in result.output
+    return result.stderr
+
+# --- quick -------------------------------------------------------------------------------------------------------
+
+def test_help_under_a_second():
+    "The best of a few tries, since other work may share the machine."
+    def once():
+        begun = time.perf_counter()
+        subprocess.run([BIN/'selfalign', '--help'], check=True, capture_output=True)
+        return time.perf_counter() - begun
+    assert min(once() for _ in range(4)) < 1
+
+def test_nothing_heavy_is_imported():
+    heavy = 'torch transformers diffusers open_clip pandas numpy matplotlib papermill sklearn PIL rich.progress'.split()
+    code = f'import sys, selfalign.report.cli; print([m for m in {heavy} if m in sys.modules])'
+    assert subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True).stdout.strip() == '[]'
+
+# --- explained ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_help(name):
+    result = sh(*name.split(), '--help')
+    assert result.exit_code == 0 and 'Usage' in result.output
+
+def test_comments_are_the_help():
+    assert 'another value for one parameter' in ' '.join(sh('run', '--help').output.replace('│', ' ').split())
+
+def test_no_arguments_is_help():
+    assert 'compare' in sh().output
+
+# --- refused with a hint -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('args,hint', [
+    ('run micor', "'micro'"),
+    ('run micro -p number.n=3', "'numbers'"),
+    ('run micro -p numbers.nams=a', "'names'"),
+    ('run micro -p numbers.n=three', 'type int'),
+    ('run micro -p numbers.n', 'stage.parameter=value'),
+    ('run micro --force totl', "'total'"),
+    ('run micro --run ../elsewhere', 'cannot name a run'),
+    ('params totl', "'total'"),
+    ('params --preset smok', "'smoke'"),
+    ('doctor --preset smok', "'smoke'"),
+    ('report', 'selfalign run micro'),
+    ('report micor', 'no run'),
+    ('compare a b', 'no run'),
+    ('data inspect microwrld:study', "'microworld'"),
+    ('data inspect microworld:study?nois=1', "'noise'"),
+    ('data inspect no/such/folder', 'no/such/folder'),
+    ('data link no/such/folder', 'not a folder'),
+])
+def test_refused(study, args, hint): assert hint in refused(*args.split())
+
+@pytest.mark.parametrize('args,hint', [('rnu', 'run'), ('data inspct', 'inspect')])
+def test_unknown_command(args, hint): assert hint in refused(*args.split())
+
+def test_outside_a_study(tmp_path, monkeypatch):
+    monkeypatch.setenv('SELFALIGN_ROOT', str(tmp_path))
+    assert 'settings.ini' in refused('stages')
+
+# --- lists -------------------------------------------------------------------------------------------------------
+
+def test_stages_and_presets(study):
+    text = sh('stages').output
+    for word in ('numbers', 'total', 'nbs/total.ipynb', 'smoke', 'micro'): assert word in text
+
+def test_params_show_the_preset(study):
+    lines = {l.split()[0]: l for l in sh('params').output.splitlines() if '.' in l}
+    assert '20' in lines['numbers.n'] and 'how many numbers' in lines['numbers.n']
+    assert ' 4 ' in sh('params', 'numbers', '--preset', 'smoke').output
+    assert 'total.scale' in lines
+
+# --- runs --------------------------------------------------------------------------------------------------------
+
+def test_run_ends_with_the_report(ran):
+    root, command, first = ran
+    last = first.stdout.strip().splitlines()[-1]
+    assert last == f'Report: {Path("reports/micro/index.html")}'
+    assert (root/'reports/micro/index.html').is_file()
+
+def test_nothing_changed_is_quick(ran):
+    root, command, _ = ran
+    begun = time.perf_counter()
+    again = command('run', 'micro')
+    assert again.returncode == 0 and again.stdout.count('skipped') == 2
+    assert time.perf_counter() - begun < 15
+
+def test_report_again(ran):
+    root, command, _ = ran
+    shutil.rmtree(root/'reports/micro')
+    assert command('report').returncode == 0
+    assert (root/'reports/micro/index.html').is_file()
+
+def test_changed_parameter_and_comparison(ran, tmp_path):
+    root, command, _ = ran
+    assert command('run', 'micro', '-p', 'numbers.n=10', '--run', 'ten').returncode == 0
+    shown = command('compare', 'micro', 'ten', '--csv', tmp_path/'both.csv')
+    assert shown.returncode == 0, shown.stderr
+    assert 'numbers.n' in shown.stdout and '190' in shown.stdout and '45' in shown.stdout
+    assert 'verdict' in (tmp_path/'both.csv').read_text().splitlines()[0]
+    assert command('compare', 'micro', 'tne').returncode == 2
+
+def test_failure_says_where_and_how_to_go_on(ran):
+    root, command, _ = ran
+    failed = command('run', 'micro', '-p', 'numbers.n=-1', '--run', 'bad')
+    assert failed.returncode == 1 and 'selfalign: ' in failed.stderr
+    for word in ("stage 'total'", 'cell', 'notebook.ipynb', 'selfalign run micro -p numbers.n=-1 --run bad'): assert word in failed.stderr
+    assert 'File "' not in failed.stderr.split('in cell')[0]
+
+# --- data --------------------------------------------------------------------------------------------------------
+
+def shard(path, **files):
+    with tarfile.open(path, 'w') as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name.replace('__', '.'))
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+def png():
+    out = io.BytesIO()
+    Image.new('RGB', (40, 30), 'red').save(out, 'PNG')
+    return out.getvalue()
+
+def test_inspect_names_what_is_wrong(study):
+    (study/'pairs').mkdir()
+    shard(study/'pairs/00000.tar', a__png=png(), a__txt=b'fine', b__png=png()[:60], b__txt=b'cut short', c__png=png())
+    result = sh('data', 'inspect', 'pairs')
+    assert result.exit_code == 0, result.output
+    assert '40×30' in result.output and 'fine' in result.output
+    problems = result.output.split('problems')[-1]
+    assert ' b ' in problems and ' c ' in problems and ' a ' not in problems
+
+def test_captions_cannot_play_tricks(study):
+    (study/'pairs').mkdir()
+    shard(study/'pairs/00000.tar', **{'\x1b[2Jkey__png': png(), '\x1b[2Jkey__txt': b'[bold]a\x1b[31m red\x07 <b>dog</b>[/bold]'})
+    result = sh('data', 'inspect', 'pairs')
+    assert result.exit_code == 0 and '\x1b' not in result.output and '\x07' not in result.output
+    assert 'dog' in result.output
+
+def test_link(study, tmp_path_factory):
+    photographs = tmp_path_factory.mktemp('photographs')
+    (photographs/'x.txt').write_text('x')
+    assert sh('data', 'link', photographs, '--name', 'mine').exit_code == 0
+    assert (study/'data/mine/x.txt').read_text() == 'x'
+    assert 'already there' in refused('data', 'link', photographs, '--name', 'mine')
+
+@pytest.mark.parametrize('name', ['../out', 'a/b', 'micro', 'runs', '', '.hidden'])
+def test_link_keeps_inside(study, name):
+    assert 'cannot be the name' in refused('data', 'link', study, '--name', name)
+    assert not (study/'data').exists()
+
+# --- the others --------------------------------------------------------------------------------------------------
+
+def test_doctor():
+    result = sh('doctor', '--preset', 'smoke')
+    assert result.exit_code in (0, 1) and (result.exit_code == 1) == ('MISSING' in result.output)
+    for word in ('Python', 'memory', 'free disk', 'GPU', 'packages', 'data/micro', 'microworld'): assert word in result.output
+
+def test_doctor_counts_what_is_missing(study):
+    (study/'settings.ini').write_text((study/'settings.ini').read_text() + '\n[photos]\nextends = micro\nnumbers.names = webdataset:data/nowhere\n')
+    result = sh('doctor', '--preset', 'photos')
+    assert result.exit_code == 1
+    assert 'selfalign data link FOLDER --name nowhere' in ' '.join(result.output.split()) and 'MISSING for preset photos' in result.stderr
+
+def test_pretrain_passes_on(study, monkeypatch):
+    said = {}
+    module = types.ModuleType('selfalign.models.pretrain')
+    module.pretrain = lambda names, out, resume=True, budget=1.0: said.update(names=names, out=out, resume=resume, budget=budget)
+    monkeypatch.setitem(sys.modules, 'selfalign.models.pretrain', module)
+    assert sh('pretrain', 'clip', 'judge', '--fresh', '--budget', '0.1').exit_code == 0
+    assert said == dict(names=['clip', 'judge'], out=None, resume=False, budget=.1)
+
+def test_lab_starts_jupyter(study, monkeypatch):
+    started = []
+    monkeypatch.setattr(subprocess, 'call', lambda command: started.append([str(c) for c in command]) or 0)
+    assert sh('lab', '--', '--no-browser').exit_code == 0
+    assert started[0][1:3] == ['-m', 'jupyterlab'] and started[0][-1] == '--no-browser' and started[0][-2].endswith('index.ipynb')
