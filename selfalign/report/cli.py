@@ -136,7 +136,7 @@ def params(
                 for p in parameters(name).values()]
         show_table(['parameter', preset, 'type', 'meaning'], rows)
 
-# %% ../../nbs/8_report/83_cli.ipynb #0787e603
+# %% ../../nbs/8_report/83_cli.ipynb #5bdc5c12
 @command()
 def compare(
     a:str, # a run
@@ -146,7 +146,7 @@ def compare(
 ):
     "Two runs side by side: differences with intervals."
     from selfalign.report.compare import compare, settings_that_differ
-    from selfalign.report.render import amount
+    from selfalign.report.tables import amount
     table, changed = compare(a, b), settings_that_differ(a, b)
     if csv: table.to_csv(csv, index=False)
     if changed: show_table(['set differently', a, b], [(k, *v) for k, v in changed.items()])

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['run_names', 'find_run', 'difference', 'compare', 'settings_that_differ']
 
-# %% ../../nbs/8_report/82_compare.ipynb #eb6df8b8
+# %% ../../nbs/8_report/82_compare.ipynb #32d2029d
 import json
 from pathlib import Path
-from .render import read_results
+from .tables import read_results
 from ..study.settings import SettingsError, find_root, nearest
 
 # %% ../../nbs/8_report/82_compare.ipynb #878dbff7
