@@ -15,7 +15,7 @@ from .settings import StudyError
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 LINES = ("-", "--", ":", "-.")
 
-# %% ../../nbs/0_study/04_figures.ipynb #b756a571
+# %% ../../nbs/0_study/04_figures.ipynb #a18ab658
 STYLE = {
     "figure.figsize": (6.4, 4), "figure.dpi": 100, "figure.constrained_layout.use": True,
     "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 11, "axes.titlesize": 12, "axes.labelsize": 11, "legend.fontsize": 10,
@@ -33,11 +33,10 @@ def new_figure(
 ):  # figure and axes
     "Begin a figure in the style of the study"
     import matplotlib as mpl, matplotlib.pyplot as plt
-    from cycler import cycler
-    mpl.rcParams.update(STYLE | {"axes.prop_cycle": cycler(color=PALETTE)})
+    mpl.rcParams.update(STYLE | {"axes.prop_cycle": mpl.cycler(color=PALETTE)})
     return plt.subplots(rows, columns, figsize=(width, height), **kwargs)
 
-# %% ../../nbs/0_study/04_figures.ipynb #b29547d3
+# %% ../../nbs/0_study/04_figures.ipynb #5e3d6ced
 def bars(
     ax,  # axes to draw on
     table,  # DataFrame with a label, value, low and high in each row
@@ -61,10 +60,10 @@ def bars(
     ax.set_xticks(range(len(labels)), labels)
     ax.set_ylabel(unit)
     if chance is not None: ax.axhline(chance, color="#333333", linestyle=":", linewidth=1.2, label="chance")
-    if colour or chance is not None: ax.legend()
+    if colour or chance is not None: ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4)
     return ax
 
-# %% ../../nbs/0_study/04_figures.ipynb #625fac22
+# %% ../../nbs/0_study/04_figures.ipynb #debc3599
 def compare_histograms(
     ax,  # axes to draw on
     groups: dict,  # name → values
@@ -85,7 +84,7 @@ def compare_histograms(
         if len(v): ax.axvline(v.mean(), color=colour, linestyle=line, linewidth=1)
         rows.append(pd.DataFrame(dict(group=name, low=edges[:-1], high=edges[1:], count=count, share=share)))
     ax.set(xlabel=label, ylabel="share")
-    ax.legend()
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4)
     return pd.concat(rows, ignore_index=True)
 
 # %% ../../nbs/0_study/04_figures.ipynb #7ee6e582

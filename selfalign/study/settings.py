@@ -92,7 +92,7 @@ def example_study(
     (Path(root)/"settings.ini").write_text(EXAMPLE_SETTINGS, encoding="utf-8")
     return Path(root)
 
-# %% ../../nbs/0_study/00_settings.ipynb #40478cf1
+# %% ../../nbs/0_study/00_settings.ipynb #c6492909
 @dataclass(frozen=True)
 class StageSpec:
     "One line of the registry"
@@ -104,11 +104,11 @@ def _read_settings() -> configparser.ConfigParser:
     "The parsed settings file"
     parser = configparser.ConfigParser(interpolation=None, delimiters=("=",), inline_comment_prefixes=(";",), default_section="")
     parser.optionxform, path = str, find_root()/"settings.ini"
-    try: parser.read_string(path.read_text(encoding="utf-8"), source=str(path))
+    try: parser.read_string(path.read_text(encoding="utf-8-sig"), source=str(path))
     except (configparser.Error, UnicodeDecodeError) as e: raise SettingsError(f"{path} cannot be read: {e}") from None
     return parser
 
-# %% ../../nbs/0_study/00_settings.ipynb #b898da4d
+# %% ../../nbs/0_study/00_settings.ipynb #03af57a2
 def stages() -> dict[str, StageSpec]:  # stage name → its line, inputs before the stages that read them
     "Read the registry of stages, in the order in which they can run"
     root, specs = find_root(), {}
@@ -118,11 +118,11 @@ def stages() -> dict[str, StageSpec]:  # stage name → its line, inputs before 
     for spec in specs.values():
         for name in spec.inputs:
             if name not in specs: raise SettingsError(f"settings.ini [stages] {spec.name}: unknown input {name!r}; {nearest(name, specs)}")
-    try: order = TopologicalSorter({s.name: s.inputs for s in specs.values()}).static_order()
+    try: order = list(TopologicalSorter({s.name: s.inputs for s in specs.values()}).static_order())
     except CycleError as e: raise SettingsError(f"settings.ini [stages]: stages read each other in a circle: {' → '.join(e.args[1])}") from None
     return {name: specs[name] for name in order}
 
-# %% ../../nbs/0_study/00_settings.ipynb #bbdfb366
+# %% ../../nbs/0_study/00_settings.ipynb #24cc68ca
 TYPES = {"int": int, "float": float, "bool": bool, "str": str, "list": list}
 WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
@@ -144,7 +144,8 @@ def cast(
     if outer == "list" and type(value) is tuple: value = list(value)
     if outer not in TYPES or type(value) is not TYPES[outer]: raise TypeError(kind)
     if outer == "float" and not math.isfinite(value): raise TypeError(kind)
-    return [cast(v, inner[:-1]) for v in value] if inner else value
+    if outer == "list": return [cast(v, inner[:-1] or type(v).__name__) for v in value]
+    return value
 
 # %% ../../nbs/0_study/00_settings.ipynb #394ad5c2
 def convert(
@@ -159,13 +160,14 @@ def convert(
     try: return cast(ast.literal_eval(text), kind)
     except (SyntaxError, MemoryError, RecursionError): raise ValueError(text) from None
 
-# %% ../../nbs/0_study/00_settings.ipynb #2c7558b1
+# %% ../../nbs/0_study/00_settings.ipynb #0b251598
 def _parameters_cell(
     notebook: Path,  # a stage notebook
 ) -> str:  # the source of its parameters cell
     "Find the one cell tagged `parameters`"
     if not notebook.is_file(): raise SettingsError(f"{notebook} is not there, but settings.ini [stages] names it")
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    try: cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    except (ValueError, KeyError, TypeError): raise SettingsError(f"{notebook} is not a notebook; restore it from git") from None
     found = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])]
     if len(found) != 1: raise SettingsError(f"{notebook} has {len(found)} cells tagged 'parameters'; a stage notebook has exactly one")
     return found[0]
@@ -180,15 +182,16 @@ def _parameter(
     except (AttributeError, ValueError, TypeError):
         raise SettingsError(f"{notebook}, parameters cell: `{ast.unparse(node)}` should read `name: type = value  # help`, with a plain value and one of the types {', '.join(TYPES)}") from None
 
-# %% ../../nbs/0_study/00_settings.ipynb #599544f4
+# %% ../../nbs/0_study/00_settings.ipynb #a741f33c
 def read_parameters(
     notebook: Path,  # a stage notebook
 ) -> dict[str, Parameter]:  # name → parameter, without `run`
     "Read the parameters cell of a notebook without running it"
     source = _parameters_cell(notebook)
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    try: tree, tokens = ast.parse(source), list(tokenize.generate_tokens(io.StringIO(source).readline))
+    except SyntaxError as e: raise SettingsError(f"{notebook}: the parameters cell cannot be read: {e}") from None
     comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
-    found = [_parameter(node, notebook, comments.get(node.end_lineno, "")) for node in ast.parse(source).body]
+    found = [_parameter(node, notebook, comments.get(node.end_lineno, "")) for node in tree.body]
     if not found or found[0].name != "run": raise SettingsError(f"{notebook}: the parameters cell must begin with `run: str = \"\"`")
     return {p.name: p for p in found[1:]}
 

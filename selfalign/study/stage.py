@@ -242,7 +242,7 @@ def shards(self:Stage,
         if not self._shard_path(index, name).exists(): yield index, slice(index*size, min((index+1)*size, total))
     (self.folder/".progress").unlink(missing_ok=True)
 
-# %% ../../nbs/0_study/01_stage.ipynb #7997673f
+# %% ../../nbs/0_study/01_stage.ipynb #ff7336f8
 @patch
 @contextmanager
 def shard(self:Stage,
@@ -250,11 +250,12 @@ def shard(self:Stage,
     name: str = "",  # which series of shards
 ):  # gives the path to write the shard's table to
     "Write one shard, whole or not at all"
-    path, before = self._shard_path(index, name), len(self._problems)
-    with atomic_write(path) as beside:
-        yield beside
-        met, self._problems = self._problems[before:], self._problems[:before]
-        if met: write_json(path.with_suffix(".problems.json"), met)
+    path, before, self._problems = self._shard_path(index, name), self._problems, []
+    try:
+        with atomic_write(path) as beside:
+            yield beside
+            write_json(path.with_suffix(".problems.json"), self._problems)
+    finally: self._problems = before
 
 @patch
 def collect(self:Stage,
@@ -265,7 +266,7 @@ def collect(self:Stage,
     files = sorted((self.folder/"shards"/name).glob("*.parquet"))
     return pd.concat([pd.read_parquet(f) for f in files], ignore_index=True) if files else pd.DataFrame()
 
-# %% ../../nbs/0_study/01_stage.ipynb #e6d5d270
+# %% ../../nbs/0_study/01_stage.ipynb #a904c5d6
 RESULT_COLUMNS = "run preset scale chapter table row metric unit value low high n seeds chance better".split()
 UNITS = ("fraction", "count", "seconds", "gb", "ratio", "score")
 
@@ -287,9 +288,11 @@ def result(self:Stage, *,
     "Record one number"
     if unit not in UNITS: raise StageError(f"unknown unit {unit!r}; {nearest(unit, UNITS)}")
     if better not in ("", "up", "down"): raise StageError(f"better is 'up', 'down' or '', not {better!r}")
+    numbers = dict(value=value, low=low, high=high, chance=chance)
+    try: numbers = {k: v if v is None and k != "value" else float(v) for k, v in numbers.items()}
+    except (TypeError, ValueError): raise StageError(f"{table}/{row}/{metric}: value, low, high and chance are numbers, not {numbers}") from None
     who = {c: self.manifest[c] for c in ("run", "preset", "scale")}
-    found = who | dict(chapter=chapter or self.chapter, table=table, row=row, metric=metric, unit=unit, value=value,
-                       low=low, high=high, n=n, seeds=seeds, chance=chance, better=better)
+    found = who | dict(chapter=chapter or self.chapter, table=table, row=row, metric=metric, unit=unit, n=n, seeds=seeds, better=better) | numbers
     self._results[found["chapter"], table, row, metric] = found
     write_results(self.folder/"results.csv", self._results.values())
 

@@ -32,7 +32,7 @@ def _numbers(
     if not np.isfinite(array).all(): raise StatisticsError(f"{(~np.isfinite(array)).sum()} of {array.size} values are missing or infinite; leave them out or count them as wrong, but say so")
     return array
 
-# %% ../../nbs/0_study/03_statistics.ipynb #bd3f625f
+# %% ../../nbs/0_study/03_statistics.ipynb #9c55eb24
 def proportion(
     correct,  # one truth value an item
     level: float = 0.95,  # of confidence
@@ -42,7 +42,8 @@ def proportion(
     correct = _numbers(correct)
     if not np.isin(correct, (0, 1)).all(): raise StatisticsError("a share needs true or false for each item")
     low, high = proportion_confint(correct.sum(), len(correct), alpha=1-level, method="wilson")
-    return Interval(correct.mean(), float(low), float(high), len(correct))
+    share = float(correct.mean())
+    return Interval(share, min(float(low), share), max(float(high), share), len(correct))
 
 # %% ../../nbs/0_study/03_statistics.ipynb #bc51cf1f
 def _group(
@@ -138,7 +139,7 @@ def holm(
     from statsmodels.stats.multitest import multipletests
     return multipletests(_numbers(p), method="holm")[1]
 
-# %% ../../nbs/0_study/03_statistics.ipynb #b4bbc872
+# %% ../../nbs/0_study/03_statistics.ipynb #aecebc01
 def seeds_interval(
     values,  # one number a seed
     level: float = 0.95,  # of confidence
@@ -148,9 +149,9 @@ def seeds_interval(
     values = _numbers(values)
     if len(values) < 2: raise StatisticsError("one seed has no spread; an interval over seeds needs at least two")
     half = stats.t.ppf((1+level)/2, len(values)-1)*values.std(ddof=1)/np.sqrt(len(values))
-    return Interval(values.mean(), values.mean()-half, values.mean()+half, len(values), len(values))
+    return Interval(*map(float, (values.mean(), values.mean()-half, values.mean()+half)), len(values), len(values))
 
-# %% ../../nbs/0_study/03_statistics.ipynb #5e9e2087
+# %% ../../nbs/0_study/03_statistics.ipynb #0647fcbc
 def items_and_seeds(
     table,  # seeds × items
     clusters=None,  # one label an item
@@ -167,4 +168,4 @@ def items_and_seeds(
     total = of_seeds + of_items
     df = total**2/(of_seeds**2/(seeds-1) + of_items**2/max(count-1, 1)) if total else 1
     half = stats.t.ppf((1+level)/2, df)*np.sqrt(total)
-    return Interval(table.mean(), table.mean()-half, table.mean()+half, n, seeds)
+    return Interval(*map(float, (table.mean(), table.mean()-half, table.mean()+half)), n, seeds)
