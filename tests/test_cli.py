@@ -192,6 +192,17 @@ def test_doctor():
     assert result.exit_code in (0, 1) and (result.exit_code == 1) == ('MISSING' in result.output)
     for word in ('Python', 'memory', 'free disk', 'GPU', 'packages', 'data/micro', 'microworld'): assert word in result.output
 
+def test_doctor_knows_the_loaders_libraries():
+    from selfalign.models.load import libraries
+    from selfalign.report.doctor import model_libraries
+    assert model_libraries == libraries
+
+def test_doctor_where_torch_is_broken(monkeypatch):
+    "A build of torch beside another build of torchvision fails on import; the doctor says so and goes on."
+    monkeypatch.setitem(sys.modules, 'torchvision', None)
+    result = sh('doctor', '--preset', 'smoke')
+    assert result.exit_code == 1 and 'install torch and torchvision together' in ' '.join(result.output.split())
+
 def test_doctor_counts_what_is_missing(study):
     (study/'settings.ini').write_text((study/'settings.ini').read_text() + '\n[photos]\nextends = micro\nnumbers.names = webdataset:data/nowhere\n')
     result = sh('doctor', '--preset', 'photos')
