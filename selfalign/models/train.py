@@ -55,7 +55,7 @@ class Averages:
 def _save(state, path):
     temporary = path.with_suffix('.tmp'); torch.save(state, temporary); os.replace(temporary, path)
 
-# %% ../../nbs/2_models/22_train.ipynb #94c524a2
+# %% ../../nbs/2_models/22_train.ipynb #88722fb0
 def fit(module:torch.nn.Module,   # weights to train, float32
         loss,                     # function of the step's number: the loss, or a dict with 'loss' and more to log
         steps:int,                # steps in all
@@ -69,10 +69,11 @@ def fit(module:torch.nn.Module,   # weights to train, float32
         every:float=60.,          # seconds between checkpoints
         log:int=25,               # steps between rows of the curve
         label:str='',             # for the progress bar
+        precision:str='',         # 'no' or 'bf16'; empty: the faster one here
         )->pd.DataFrame:          # the learning curve: step, loss, seconds
     "Train in place; the averaged weights are left in `module`. Resumes from `folder` by itself."
     from accelerate import Accelerator
-    accelerator = Accelerator(mixed_precision=fast_precision('cuda' if torch.cuda.is_available() else 'cpu'))
+    accelerator = Accelerator(mixed_precision=precision or fast_precision('cuda' if torch.cuda.is_available() else 'cpu'))
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True); path = folder/'checkpoint.pt'
     matrices = [p for p in module.parameters() if p.requires_grad and p.ndim > 1]
     others = [p for p in module.parameters() if p.requires_grad and p.ndim <= 1]
@@ -119,8 +120,8 @@ def pictures(pool:str,            # pool of scenes
     temporary = path.with_suffix(f'.{os.getpid()}.npy'); np.save(temporary, out); os.replace(temporary, path)
     return out
 
-# %% ../../nbs/2_models/22_train.ipynb #a4d2955d
+# %% ../../nbs/2_models/22_train.ipynb #4157aac7
 def to_tensor(pixels:np.ndarray  # (..., H, W, 3) uint8
              )->torch.Tensor:    # (..., 3, H, W) in [-1, 1]
     "Bytes to the numbers that the models eat."
-    return torch.as_tensor(np.ascontiguousarray(pixels)).movedim(-1, -3).float()/127.5 - 1
+    return torch.as_tensor(np.array(pixels)).movedim(-1, -3).float()/127.5 - 1
