@@ -1,5 +1,5 @@
 "The house: what is declared, pinned, ignored and committed."
-import ast, json, re, shutil, subprocess, sys, tomllib
+import ast, json, re, shutil, subprocess, sys, tomllib, zipfile
 from importlib.metadata import packages_distributions
 from pathlib import Path
 import pytest
@@ -55,9 +55,15 @@ def test_imports_are_declared():
             if not any(canonicalize_name(o) in declared for o in owners.get(name, [name])): missing.add(f'{path.relative_to(ROOT)} imports {name}')
     assert not missing, sorted(missing)
 
-def test_subpackages_are_packaged():
-    "A folder with modules and no __init__.py would vanish from the wheel."
-    assert not [p.parent for p in (ROOT/'selfalign').rglob('*.py') if not (p.parent/'__init__.py').exists()]
+def test_the_wheel_holds_the_package(tmp_path):
+    "Subpackages without __init__.py and files beside the modules like to vanish from a wheel."
+    for name in ('pyproject.toml', 'README.md', 'LICENSE'): shutil.copy(ROOT/name, tmp_path)
+    shutil.copytree(ROOT/'selfalign', tmp_path/'selfalign', ignore=shutil.ignore_patterns('__pycache__'))
+    wanted = {p.relative_to(tmp_path).as_posix() for p in (tmp_path/'selfalign').rglob('*') if p.is_file()}
+    build = [sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-index', '--no-build-isolation', '-w', str(tmp_path), '.']
+    subprocess.run(build, cwd=tmp_path, check=True, capture_output=True, timeout=300)
+    wheel, = tmp_path.glob('*.whl')
+    assert wanted <= set(zipfile.ZipFile(wheel).namelist())
 
 # --- commands ----------------------------------------------------------------------------------------------------
 
