@@ -2,10 +2,12 @@
 import errno, json, os, resource, signal, subprocess, sys, time
 from pathlib import Path
 import pandas as pd, pytest
-from selfalign.study import runner, settings as s, stage as st
-from selfalign.study.runner import RunError, keys_of, run
+from selfalign.study import files, runner, settings as s, stage as st
+from selfalign.study.keys import keys_of
+from selfalign.study.runner import RunError, run
 from selfalign.study.settings import resolve
-from selfalign.study.stage import Stage, StageError, atomic_write, read_json, tree_hash, write_json
+from selfalign.study.files import StageError, atomic_write, read_json, tree_hash, write_json
+from selfalign.study.stage import Stage
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = lambda root: os.environ | {'SELFALIGN_ROOT': str(root), 'PYTHONPATH': str(ROOT)}
@@ -81,7 +83,7 @@ def test_tree_hash_reads_only_what_changed(tmp_path, monkeypatch):
     (tmp_path/'d').mkdir()
     (tmp_path/'d/a').write_text('a')
     tree_hash(tmp_path/'d', tmp_path/'cache')
-    monkeypatch.setattr(st, 'file_hash', lambda p: pytest.fail('read again'))
+    monkeypatch.setattr(files, 'file_hash', lambda p: pytest.fail('read again'))
     tree_hash(tmp_path/'d', tmp_path/'cache')
 
 # --- keys --------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from .settings import StudyError
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 LINES = ("-", "--", ":", "-.")
 
-# %% ../../nbs/0_study/04_figures.ipynb #a18ab658
+# %% ../../nbs/0_study/04_figures.ipynb #64c8393f
 STYLE = {
     "figure.figsize": (6.4, 4), "figure.dpi": 100, "figure.constrained_layout.use": True,
     "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 11, "axes.titlesize": 12, "axes.labelsize": 11, "legend.fontsize": 10,
@@ -24,6 +24,7 @@ STYLE = {
     "svg.fonttype": "none", "svg.hashsalt": "selfalign",
 }
 
+# %% ../../nbs/0_study/04_figures.ipynb #a0f8caf0
 def new_figure(
     rows: int = 1,  # of axes
     columns: int = 1,  # of axes

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
-# %% ../../nbs/0_study/00_settings.ipynb #d0716a92
+# %% ../../nbs/0_study/00_settings.ipynb #fc00b9c6
 class StudyError(Exception):
     "Something the reader can put right; the message says how"
 
+# %% ../../nbs/0_study/00_settings.ipynb #075b31c8
 class SettingsError(StudyError):
     "A mistake in `settings.ini`, in a parameters cell, or in an override"
 
@@ -30,7 +31,7 @@ def nearest(
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"there is: {', '.join(names) or 'nothing yet'}"
 
-# %% ../../nbs/0_study/00_settings.ipynb #98830b56
+# %% ../../nbs/0_study/00_settings.ipynb #de382256
 def find_root() -> Path:  # the folder that holds settings.ini
     "Find the root of the study: `$SELFALIGN_ROOT`, else upward from here, else the package's own checkout"
     import selfalign
@@ -42,6 +43,7 @@ def find_root() -> Path:  # the folder that holds settings.ini
     raise SettingsError(f"no settings.ini with a [stages] section in {places[0]}"
         + (" (named by SELFALIGN_ROOT)" if named else " or above it") + "; change into the project, or set SELFALIGN_ROOT to it")
 
+# %% ../../nbs/0_study/00_settings.ipynb #03b4364c
 def at_root(
     path: str | Path,  # relative to the root, or absolute
 ) -> Path:  # the same, ready to be opened
@@ -72,7 +74,7 @@ EXAMPLE_STAGES = {"numbers": ['run: str = ""  # run folder; empty: a small run o
     'stage.result(table="sums", row="all", metric="sum", value=scale*numbers["number"].sum(), unit="score", n=len(numbers))',
     'stage.finish()']}
 
-# %% ../../nbs/0_study/00_settings.ipynb #40fff0e2
+# %% ../../nbs/0_study/00_settings.ipynb #607d9a31
 def write_stage(
     path: Path,  # the notebook to write
     cells: list[str],  # its code cells; the first is the parameters cell
@@ -84,6 +86,7 @@ def write_stage(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(dict(cells=code, metadata=kernel, nbformat=4, nbformat_minor=5)), encoding="utf-8")
 
+# %% ../../nbs/0_study/00_settings.ipynb #a74ac2a8
 def example_study(
     root: Path,  # an empty folder
 ) -> Path:  # the same folder, now the root of a study
@@ -92,7 +95,7 @@ def example_study(
     (Path(root)/"settings.ini").write_text(EXAMPLE_SETTINGS, encoding="utf-8")
     return Path(root)
 
-# %% ../../nbs/0_study/00_settings.ipynb #c6492909
+# %% ../../nbs/0_study/00_settings.ipynb #41b5a803
 @dataclass(frozen=True)
 class StageSpec:
     "One line of the registry"
@@ -100,6 +103,7 @@ class StageSpec:
     notebook: Path  # the notebook that is the stage
     inputs: tuple[str, ...] = ()  # stages it reads from
 
+# %% ../../nbs/0_study/00_settings.ipynb #3319f76e
 def _read_settings() -> configparser.ConfigParser:
     "The parsed settings file"
     parser = configparser.ConfigParser(interpolation=None, delimiters=("=",), inline_comment_prefixes=(";",), default_section="")
@@ -122,10 +126,11 @@ def stages() -> dict[str, StageSpec]:  # stage name → its line, inputs before 
     except CycleError as e: raise SettingsError(f"settings.ini [stages]: stages read each other in a circle: {' → '.join(e.args[1])}") from None
     return {name: specs[name] for name in order}
 
-# %% ../../nbs/0_study/00_settings.ipynb #24cc68ca
+# %% ../../nbs/0_study/00_settings.ipynb #bf39052f
 TYPES = {"int": int, "float": float, "bool": bool, "str": str, "list": list}
 WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
+# %% ../../nbs/0_study/00_settings.ipynb #8c9d510d
 @dataclass(frozen=True)
 class Parameter:
     "One line of a parameters cell"
@@ -134,6 +139,7 @@ class Parameter:
     default: object  # its value where nobody says otherwise
     help: str = ""  # the trailing comment
 
+# %% ../../nbs/0_study/00_settings.ipynb #30b861d4
 def cast(
     value,  # a Python value
     kind: str,  # the type it should have, as annotated
@@ -160,7 +166,7 @@ def convert(
     try: return cast(ast.literal_eval(text), kind)
     except (SyntaxError, MemoryError, RecursionError): raise ValueError(text) from None
 
-# %% ../../nbs/0_study/00_settings.ipynb #0b251598
+# %% ../../nbs/0_study/00_settings.ipynb #0c06c647
 def _parameters_cell(
     notebook: Path,  # a stage notebook
 ) -> str:  # the source of its parameters cell
@@ -172,6 +178,7 @@ def _parameters_cell(
     if len(found) != 1: raise SettingsError(f"{notebook} has {len(found)} cells tagged 'parameters'; a stage notebook has exactly one")
     return found[0]
 
+# %% ../../nbs/0_study/00_settings.ipynb #c9b2aaaa
 def _parameter(
     node: ast.AST,  # one statement of a parameters cell
     notebook: Path,  # for the error message
@@ -182,7 +189,7 @@ def _parameter(
     except (AttributeError, ValueError, TypeError):
         raise SettingsError(f"{notebook}, parameters cell: `{ast.unparse(node)}` should read `name: type = value  # help`, with a plain value and one of the types {', '.join(TYPES)}") from None
 
-# %% ../../nbs/0_study/00_settings.ipynb #a741f33c
+# %% ../../nbs/0_study/00_settings.ipynb #53fd8c53
 def read_parameters(
     notebook: Path,  # a stage notebook
 ) -> dict[str, Parameter]:  # name → parameter, without `run`
@@ -195,6 +202,7 @@ def read_parameters(
     if not found or found[0].name != "run": raise SettingsError(f"{notebook}: the parameters cell must begin with `run: str = \"\"`")
     return {p.name: p for p in found[1:]}
 
+# %% ../../nbs/0_study/00_settings.ipynb #c5812300
 def parameters(
     stage: str,  # name of a stage
 ) -> dict[str, Parameter]:  # name → parameter
@@ -203,10 +211,11 @@ def parameters(
     if stage not in known: raise SettingsError(f"unknown stage {stage!r}; {nearest(stage, known)}")
     return read_parameters(known[stage].notebook)
 
-# %% ../../nbs/0_study/00_settings.ipynb #18d8e7e1
+# %% ../../nbs/0_study/00_settings.ipynb #7e071307
 RESERVED = ("extends", "stages", "scale", "title")
 SCALES = ("micro", "real", "random-weights")
 
+# %% ../../nbs/0_study/00_settings.ipynb #0bb21c9a
 @dataclass(frozen=True)
 class Settings:
     "A preset with its overrides: complete, typed and checked"
@@ -216,10 +225,12 @@ class Settings:
     stages: list[str]  # what runs, in order
     values: dict[str, dict] = field(default_factory=dict)  # stage → parameter → value
 
+# %% ../../nbs/0_study/00_settings.ipynb #5bf79918
 def presets() -> list[str]:  # names, in the order of the file
     "The presets that settings.ini holds"
     return [name for name in _read_settings().sections() if name != "stages"]
 
+# %% ../../nbs/0_study/00_settings.ipynb #db1f483a
 def _entries(
     preset: str,  # its name
     seen: tuple = (),  # presets that led here
@@ -232,7 +243,7 @@ def _entries(
     base = _entries(own["extends"], (*seen, preset)) if "extends" in own else {}
     return base | own
 
-# %% ../../nbs/0_study/00_settings.ipynb #dc0f5c58
+# %% ../../nbs/0_study/00_settings.ipynb #afba5563
 def inputs_of(
     names,  # stages that are wanted
 ) -> list[str]:  # these and all they stand on, in the order in which they can run
@@ -245,6 +256,7 @@ def inputs_of(
     for name in names: add(name)
     return [name for name in known if name in wanted]
 
+# %% ../../nbs/0_study/00_settings.ipynb #535e0fc1
 def _assign(
     values: dict,  # stage → parameter → value, changed in place
     key: str,  # stage.parameter

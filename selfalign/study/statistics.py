@@ -11,10 +11,11 @@ from typing import NamedTuple
 import numpy as np
 from .settings import StudyError
 
-# %% ../../nbs/0_study/03_statistics.ipynb #deb5d923
+# %% ../../nbs/0_study/03_statistics.ipynb #320d12b1
 class StatisticsError(StudyError):
     "Data from which the asked number cannot be computed"
 
+# %% ../../nbs/0_study/03_statistics.ipynb #fe67e3d9
 class Interval(NamedTuple):
     "A number and where it may lie"
     value: float  # the estimate
@@ -23,6 +24,7 @@ class Interval(NamedTuple):
     n: int  # items behind it
     seeds: int | None = None  # seeds behind it
 
+# %% ../../nbs/0_study/03_statistics.ipynb #79c2392a
 def _numbers(
     values,  # anything numpy can read
 ) -> np.ndarray:  # float64, without gaps
@@ -45,7 +47,7 @@ def proportion(
     share = float(correct.mean())
     return Interval(share, min(float(low), share), max(float(high), share), len(correct))
 
-# %% ../../nbs/0_study/03_statistics.ipynb #bc51cf1f
+# %% ../../nbs/0_study/03_statistics.ipynb #02e24350
 def _group(
     clusters,  # one label an item, or None
     n: int,  # items
@@ -56,6 +58,7 @@ def _group(
     labels, number = np.unique(np.asarray(clusters), return_inverse=True)
     return number, len(labels)
 
+# %% ../../nbs/0_study/03_statistics.ipynb #e567dc58
 def _resampled_means(
     values: np.ndarray,  # one number an item
     number: np.ndarray,  # its cluster
@@ -71,7 +74,7 @@ def _resampled_means(
         means.append(sums[drawn].sum(1)/sizes[drawn].sum(1))
     return np.concatenate(means)
 
-# %% ../../nbs/0_study/03_statistics.ipynb #1956978c
+# %% ../../nbs/0_study/03_statistics.ipynb #221840ff
 def _resampled(
     values: np.ndarray,  # one row an item
     number: np.ndarray,  # its cluster
@@ -85,6 +88,7 @@ def _resampled(
     members = np.split(order, np.cumsum(np.bincount(number, minlength=count))[:-1])
     return np.array([statistic(values[np.concatenate([members[c] for c in rng.integers(0, count, count)])]) for _ in range(repeats)])
 
+# %% ../../nbs/0_study/03_statistics.ipynb #c2d4d317
 def bootstrap(
     values,  # one number (or row) an item
     clusters=None,  # one label an item: what was drawn together, such as its image
@@ -113,13 +117,14 @@ def paired_difference(
     if a.shape != b.shape: raise StatisticsError(f"paired values must come in pairs: {len(a)} against {len(b)}")
     return bootstrap(a-b, clusters, **kwargs)
 
-# %% ../../nbs/0_study/03_statistics.ipynb #55ec445b
+# %% ../../nbs/0_study/03_statistics.ipynb #61a15c3b
 class McNemar(NamedTuple):
     "Where two arms disagree"
     only_a: int  # items that only a has right
     only_b: int  # items that only b has right
     p: float  # chance of a disagreement at least as lopsided, if the arms are equal
 
+# %% ../../nbs/0_study/03_statistics.ipynb #df032171
 def mcnemar(
     a,  # truth values of one arm
     b,  # of the other, in the same order
