@@ -21,7 +21,7 @@ def notebook(study, name, *cells): s.write_stage(study/f'nbs/{name}.ipynb', list
 def starts(folder): return {n: (read_json(folder/n/'stage.json') or {}).get('start_ns') for n in ('numbers', 'total')}
 def python(root, code, **kw): return subprocess.Popen([sys.executable, '-c', code], env=ENV(root), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kw)
 
-def until(condition, seconds=60):
+def until(condition, seconds=240):
     end = time.time() + seconds
     while not condition():
         assert time.time() < end, 'waited in vain'
@@ -216,7 +216,7 @@ def test_a_dead_kernel_is_explained(study):
 def test_two_runs_in_one_folder(study, fake):
     with runner.lock_run(runner.run_folder('smoke')):
         done = python(study, 'from selfalign.study.runner import run; run("smoke")')
-        assert 'another run is working in' in done.communicate(timeout=60)[1] and done.returncode
+        assert 'another run is working in' in done.communicate(timeout=240)[1] and done.returncode
     run('smoke', quiet=True)
 
 # --- killed and continued ----------------------------------------------------------------------------------------
@@ -225,10 +225,10 @@ SLOW = ['run: str = ""\nn: int = 3\nnames: list[str] = []\npause: float = 0.0', 
     '''import time, random
 for i, part in stage.shards(n, 2):
     with stage.shard(i) as path:
+        open("log.txt", "a").write(f"{i} ")
         time.sleep(pause)
         for k in range(n)[part]: stage.problem("f", k, "odd" if k % 2 else "even")
-        pd.DataFrame({"number": [random.Random(k).random() for k in range(n)[part]]}).to_parquet(path)
-    open("log.txt", "a").write(f"{i} ")''',
+        pd.DataFrame({"number": [random.Random(k).random() for k in range(n)[part]]}).to_parquet(path)''',
     'stage.result(table="t", row="r", metric="m", value=stage.collect()["number"].sum(), unit="score")', *s.EXAMPLE_STAGES['numbers'][3:]]
 
 def test_killed_and_continued(study):
@@ -242,13 +242,25 @@ def test_killed_and_continued(study):
     first.communicate()
     assert not (study/'data/runs/smoke/numbers').exists()
     folder = run('smoke', overrides, quiet=True)
-    assert sorted(map(int, log.read_text().split())) == list(range(7)), 'each shard once'
+    begun = list(map(int, log.read_text().split()))
+    assert set(begun) == set(range(7)) and len(begun) <= 8, 'only the shard at work is done again'
     assert read_json(folder/'numbers/stage.json')['resumed'] == 1
     log.unlink()
     other = run('smoke', overrides[:1], run='whole', only=['numbers'], quiet=True)
     for table in ('numbers', 'problems'): assert (folder/f'numbers/tables/{table}.parquet').read_bytes() == (other/f'numbers/tables/{table}.parquet').read_bytes()
     assert len(pd.read_parquet(folder/'numbers/tables/problems.parquet')) == 13
     assert (folder/'numbers/results.csv').read_text().replace('smoke,smoke', 'whole,smoke') == (other/'numbers/results.csv').read_text()
+
+def test_interrupted_by_hand(study):
+    "Ctrl-C: a message, not a stack trace, and no kernel left behind."
+    notebook(study, 'numbers', *SLOW)
+    first = python(study, 'from selfalign.study.runner import run, RunError\ntry: run("smoke", ["numbers.n=50", "numbers.pause=1"])\nexcept RunError as e: print(e)')
+    until(lambda: list((study/'data/runs/smoke/numbers.partial/shards').glob('00000[0-9].parquet')))
+    first.send_signal(signal.SIGINT)
+    said = first.communicate(timeout=120)[0]
+    assert 'stopped interrupted' in said and 'To continue: selfalign run smoke -p numbers.n=50' in said
+    from filelock import FileLock
+    with FileLock(study/'data/runs/smoke/.numbers.lock', timeout=10): pass
 
 def test_killed_between_the_two_renames(study, fake, monkeypatch):
     "The moment when the old folder is away and the new one not yet there."
@@ -268,7 +280,7 @@ def test_killed_between_the_two_renames(study, fake, monkeypatch):
 def test_by_hand_makes_its_inputs_once_even_twice_at_once(study):
     code = 'from selfalign.study.stage import Stage\ns = Stage("total")\nprint(len(s.read("numbers", "numbers")), s.folder.name)\nimport time; time.sleep(1)\ns.finish()\nprint(s.folder)'
     both = [python(study, code) for _ in range(2)]
-    said = [p.communicate(timeout=120) for p in both]
+    said = [p.communicate(timeout=400) for p in both]
     assert [p.returncode for p in both] == [0, 0], said
     assert all(out.startswith('4 total') for out, _ in said)
     assert len({out.split()[-1] for out, _ in said}) == 2, 'each in a scratch folder of its own'
@@ -276,7 +288,7 @@ def test_by_hand_makes_its_inputs_once_even_twice_at_once(study):
 
 def test_by_hand_says_what_its_inputs_lack(study):
     notebook(study, 'numbers', s.EXAMPLE_STAGES['numbers'][0], 'boom')
-    with pytest.raises(StageError, match="(?s)the inputs numbers could not be made.*name 'boom'"): Stage('total')
+    with pytest.raises(StageError, match="(?s)the inputs numbers could not be made:\nstage 'numbers'.*name 'boom'.*To continue"): Stage('total')
 
 # --- what a stage records ----------------------------------------------------------------------------------------
 

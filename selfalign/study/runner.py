@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RunError', 'run_folder', 'is_current', 'lock_run', 'resume_command', 'explain', 'run_stage', 'gather_results',
-           'describe_run', 'run', 'run_smoke']
+           'describe_run', 'shards_done', 'run', 'run_smoke']
 
 # %% ../../nbs/0_study/02_runner.ipynb #58f770a8
 import csv, os, re, shlex, shutil, time
@@ -162,19 +162,31 @@ def describe_run(
     write_json(folder/"run.json", found)
     return found
 
-# %% ../../nbs/0_study/02_runner.ipynb #5e70c349
+# %% ../../nbs/0_study/02_runner.ipynb #2111c797
+def shards_done(
+    path: Path,  # a stage's .progress
+) -> tuple[int, int] | None:  # how many of how many; nothing where there is no count
+    "Read how far a stage has come"
+    try: done, total = path.read_text(encoding="utf-8").split("/")
+    except (OSError, ValueError): return None
+    return int(done), int(total)
+
+# %% ../../nbs/0_study/02_runner.ipynb #e5d944f6
 @contextmanager
 def _clock(
     console,  # a rich Console
     name: str,  # the stage
-    progress_file: Path,  # its .progress
+    path: Path,  # its .progress
 ):
-    "Show a stage at work"
+    "Show a stage at work: a clock, and a bar if it works in shards"
     from rich.progress import Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress_bar import ProgressBar
     from rich.text import Text
-    class Shards(ProgressColumn):
-        def render(self, task): return Text(f"shard {progress_file.read_text()}" if progress_file.exists() else "", "cyan")
-    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), Shards(), console=console, transient=True) as bar:
+    class Bar(ProgressColumn):
+        def render(self, task): return ProgressBar(found[1], found[0], width=24) if (found := shards_done(path)) else Text()
+    class Count(ProgressColumn):
+        def render(self, task): return Text("{} of {} shards".format(*found) if (found := shards_done(path)) else "", "dim")
+    with Progress(SpinnerColumn(), TextColumn("{task.description:<12}"), TimeElapsedColumn(), Bar(), Count(), console=console, transient=True) as bar:
         bar.add_task(name, total=None)
         yield
 

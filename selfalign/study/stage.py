@@ -73,12 +73,12 @@ def _prepare_in_run(self:Stage):
     for name in ("results.csv", "figures.json", ".progress"): (self.folder/name).unlink(missing_ok=True)
     shutil.rmtree(self.folder/"figures", ignore_errors=True)
 
-# %% ../../nbs/0_study/01_stage.ipynb #6774c0c3
+# %% ../../nbs/0_study/01_stage.ipynb #fc589827
 def make_inputs(
     names,  # stages whose files are needed
 ):
     "Run stages of the preset `smoke`, unless they are there and up to date"
-    code = "import sys; from selfalign.study.runner import run_smoke; run_smoke(sys.argv[1:])"
+    code = "import sys\nfrom selfalign.study.runner import StudyError, run_smoke\ntry: run_smoke(sys.argv[1:])\nexcept StudyError as e: sys.exit(str(e))"
     done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, encoding="utf-8", env=os.environ | {"SELFALIGN_ROOT": str(find_root())})
     if done.returncode: raise StageError(f"the inputs {', '.join(names)} could not be made:\n{(done.stderr or done.stdout)[-3000:]}")
 
