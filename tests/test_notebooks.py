@@ -157,22 +157,27 @@ def test_imports_go_down(path):
 
 # --- documented --------------------------------------------------------------------------------------------------
 
+def silent(function):
+    "Parameters of a function without a comment beside them."
+    from fastcore.docments import docments
+    help, skip = docments(function), (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [n for n, p in inspect.signature(function).parameters.items() if n != 'self' and p.kind not in skip and not help.get(n)]
+
 @pytest.mark.parametrize('path', MODULES, ids=label)
 def test_documented(path):
     "Every public function says what it does and what each parameter is; every public class and method what it does."
-    from fastcore.docments import docments
     module = importlib.import_module('.'.join(path.relative_to(ROOT).with_suffix('').parts))
     assert module.__doc__, f'{label(path)} has no subtitle'
+    wrong = []
     for name in module.__all__:
         thing = getattr(module, name)
-        if inspect.isfunction(thing):
-            assert thing.__doc__, f'{label(path)}: {name} has no docstring'
-            silent = [p for p, help in docments(thing).items() if not help and p not in ('self', 'return', 'args', 'kwargs')]
-            assert not silent, f'{label(path)}: {name} says nothing about {", ".join(silent)}'
-        elif inspect.isclass(thing) and thing.__module__ == module.__name__:
-            assert thing.__doc__, f'{label(path)}: {name} has no docstring'
-            silent = [n for n, m in vars(thing).items() if inspect.isfunction(m) and not n.startswith('_') and n != 'forward' and not m.__doc__]
-            assert not silent, f'{label(path)}: {name} has methods without docstrings: {", ".join(silent)}'
+        if getattr(thing, '__module__', None) != module.__name__: continue
+        if (inspect.isfunction(thing) or inspect.isclass(thing)) and not thing.__doc__: wrong.append(f'{name} has no docstring')
+        if inspect.isfunction(thing) and silent(thing): wrong.append(f'{name} says nothing about {", ".join(silent(thing))}')
+        if inspect.isclass(thing):
+            methods = [n for n, m in vars(thing).items() if inspect.isfunction(m) and not n.startswith('_') and n != 'forward' and not m.__doc__]
+            if methods: wrong.append(f'{name} has methods without docstrings: {", ".join(methods)}')
+    assert not wrong, f'{label(path)}: ' + '; '.join(wrong)
 
 # --- and they run ------------------------------------------------------------------------------------------------
 
