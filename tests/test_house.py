@@ -1,5 +1,5 @@
 "The house: what is declared, pinned, ignored and committed."
-import ast, json, re, shutil, subprocess, sys, tomllib, zipfile
+import ast, json, os, re, shutil, subprocess, sys, tomllib, zipfile
 from importlib.metadata import packages_distributions
 from pathlib import Path
 import pytest
@@ -65,13 +65,18 @@ def test_the_wheel_holds_the_package(tmp_path):
     wheel, = tmp_path.glob('*.whl')
     assert wanted <= set(zipfile.ZipFile(wheel).namelist())
 
+def make(*args):
+    "Call make as a person would, even when the tests themselves were started by make."
+    env = {k: v for k, v in os.environ.items() if k not in ('MAKEFLAGS', 'MFLAGS', 'MAKELEVEL')}
+    return subprocess.run(['make', *args], cwd=ROOT, env=env, capture_output=True, text=True)
+
 # --- commands ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.skipif(not shutil.which('make'), reason='no make on this machine')
 @pytest.mark.parametrize('target,calls', [('study', 'selfalign run micro'), ('test', '-m pytest'), ('lab', 'selfalign lab')])
 def test_make(target, calls):
     "The targets set up first, with the exact versions, then call one command."
-    said = subprocess.run(['make', '-n', target, 'VENV=nowhere'], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    said = make('-n', target, 'VENV=nowhere').stdout
     assert 'pip install' in said and '-c constraints.txt' in said
     assert calls in said.splitlines()[-1]
 
@@ -80,7 +85,7 @@ def test_make_refuses_an_old_python(tmp_path):
     old = tmp_path/'oldpython'
     old.write_text('#!/bin/sh\nexit 1\n')
     old.chmod(0o755)
-    done = subprocess.run(['make', 'setup', f'PYTHON={old}', f'VENV={tmp_path}/venv'], cwd=ROOT, capture_output=True, text=True)
+    done = make('setup', f'PYTHON={old}', f'VENV={tmp_path}/venv')
     assert done.returncode and 'Python 3.11' in done.stdout and not (tmp_path/'venv').exists()
 
 def test_ci_calls_make_test():
