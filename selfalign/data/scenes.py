@@ -12,14 +12,14 @@ from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-# %% ../../nbs/1_data/13_scenes.ipynb #b724c89b
+# %% ../../nbs/1_data/13_scenes.ipynb #b71f1c9e
 groups = dict(animal=('cat', 'bird', 'fish'), vehicle=('car', 'boat', 'plane'), food=('apple', 'mushroom'),
               plant=('tree', 'flower', 'cactus'), household=('cup', 'chair', 'umbrella'), shape=('star', 'heart'))
 objects = tuple(o for members in groups.values() for o in members)
 colours = dict(red=(208, 36, 42), orange=(244, 138, 22), yellow=(250, 216, 50), green=(36, 150, 62),
                blue=(36, 84, 204), purple=(132, 52, 178), white=(246, 246, 246), black=(28, 28, 32))
 patterns = ('plain', 'striped', 'dotted')
-sizes = dict(small=0.27, medium=0.42, large=0.62)
+sizes = dict(small=0.32, medium=0.47, large=0.66)
 positions = ('top left', 'top', 'top right', 'left', 'middle', 'right', 'bottom left', 'bottom', 'bottom right')
 backgrounds = dict(meadow=((176, 208, 226), (150, 182, 118)), beach=((176, 214, 232), (222, 206, 162)),
                    street=((196, 196, 200), (128, 128, 132)), room=((226, 212, 196), (168, 138, 112)),
@@ -248,11 +248,11 @@ def _thing(rng, allow_held_out, size=None, busy=True):
     return Thing(o, c, pattern, size, round(x, 4), round(y, 4), round(extent, 4), state, action,
                  bool(rng.random() < .5), round(float(rng.uniform(-8, 8)), 2), round(float(rng.random()), 3), round(float(rng.random()), 3))
 
-# %% ../../nbs/1_data/13_scenes.ipynb #6eb7c8ec
+# %% ../../nbs/1_data/13_scenes.ipynb #c9b30349
 def _pair(rng, first, second):
     "Place two things so that their relation is true."
     relation = relations[rng.integers(len(relations))]
-    e1, e2 = (float(rng.uniform(.3, .42)) for _ in range(2))
+    e1, e2 = (float(rng.uniform(.34, .46)) for _ in range(2))
     j = lambda: float(rng.uniform(-.06, .06))
     if relation in ('left of', 'right of', 'pulling', 'chasing'):
         side = 1 if relation == 'left of' else -1 if relation == 'right of' else int(rng.choice([-1, 1]))
@@ -261,8 +261,8 @@ def _pair(rng, first, second):
         side = 1 if relation == 'above' else -1
         p, q = (.5 + j(), .5 - side*.26 + j()/2), (.5 + j(), .5 + side*.26 + j()/2)
     else:
-        e1, e2 = .46, .28
-        p = (.5 + 2*j(), .66); q = (p[0], p[1] - .46*.5 - .28*.42)
+        e1, e2 = .48, .32
+        p = (.5 + 2*j(), .66); q = (p[0], p[1] - .48*.5 - .32*.42)
     size = lambda e: min(sizes, key=lambda s: abs(sizes[s] - e))
     fit = lambda t, e, xy: replace(t, extent=round(e, 4), size=size(e), x=round(xy[0], 4), y=round(xy[1], 4), state='', action='')
     first, second = fit(first, e1, p), fit(second, e2, q)

@@ -69,9 +69,9 @@ def reader_loss(out:dict, target:dict)->torch.Tensor:
     for k in attributes: loss = loss + F.cross_entropy(out[k].float().flatten(0, 1), target[k].flatten(), ignore_index=-100)*.5
     return loss
 
-# %% ../../nbs/2_models/27_reader.ipynb #57754ed0
+# %% ../../nbs/2_models/27_reader.ipynb #94201ac4
 def train_reader(folder:Path,      # checkpoints, curve and model
-                 steps:int=1200,   # steps in all
+                 steps:int=1600,   # steps in all
                  n:int=24_000,     # renders of the pool `reader`
                  batch:int=64,     # renders a step
                  lr:float=3e-3,    # peak learning rate

@@ -12,13 +12,16 @@ from ..data.captions import kinds, web_caption
 # %% ../../nbs/2_models/25_vocabulary.ipynb #0e6650dd
 context_length = 32   # tokens a micro model reads, the two special ones included
 
-# %% ../../nbs/2_models/25_vocabulary.ipynb #8ebedf46
+# %% ../../nbs/2_models/25_vocabulary.ipynb #d9dadc3f
 def caption_texts(pool:str,           # pool of scenes
                   n:int,              # how many scenes, from number 0
                   noise:float=0.3,    # web noise
                   )->list:            # n texts
-    "Captions as the web would offer them."
-    return [web_caption(pool, i, noise)[0].text for i in range(n)]
+    "Captions as the web would offer them, cached."
+    import numpy as np
+    from selfalign.data import captions, scenes
+    from selfalign.models.train import cached_array
+    return cached_array(f'captions-{pool}-{n}-{noise}', lambda: np.array([web_caption(pool, i, noise)[0].text for i in range(n)]), captions, scenes).tolist()
 
 # %% ../../nbs/2_models/25_vocabulary.ipynb #e5a0490a
 def train_vocabulary(texts:list,         # captions

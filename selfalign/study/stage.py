@@ -18,7 +18,7 @@ def runs_folder() -> Path:  # <root>/data/runs
     "Where all runs live"
     return find_root()/"data"/"runs"
 
-# %% ../../nbs/0_study/01_stage.ipynb #b8bf363f
+# %% ../../nbs/0_study/01_stage.ipynb #0bb5749c
 class Stage:
     "One stage's work: its folder, what it reads, what it leaves"
     def __init__(self,
@@ -28,7 +28,7 @@ class Stage:
         known = stages()
         if name not in known: raise StageError(f"unknown stage {name!r}; {nearest(name, known)}")
         self.name, self.spec, self.by_hand = name, known[name], not run
-        self.chapter = re.sub(r"^\d+_", "", self.spec.notebook.parent.name)
+        self.chapter = re.sub(r"^\d+_", "", self.spec.notebook.parent.name).replace("_", "-")
         self.run = runs_folder()/"_hand" if self.by_hand else find_root()/run
         self._results, self._figures, self._problems, self._place, self._started = {}, {}, [], None, time.time()
         self._prepare_by_hand() if self.by_hand else self._prepare_in_run()
