@@ -6,6 +6,7 @@ import nbformat, pandas as pd, pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from PIL import Image, ImageDraw
 from selfalign.report.render import LIMIT, ReportError, render
+from selfalign.study.settings import find_root
 
 HOSTILE = ['</script><script>document.title="stolen"</script>', '<img src=x onerror="document.title=\'stolen\'">', '\x1b[31mred\x1b[0m \x07bell',
            '" onmouseover="alert(1)" x="', '{{ 7*7 }} {% raw %}', 'a cat ' * 10_000, '\u202egnihton', "'; drop table pairs; --", 'javascript:alert(1)', '</title></style><h1>']
@@ -50,7 +51,7 @@ def stage(run, name, parameters, seconds, figures=(), cells=()):
     "Manifest, figures and executed notebook of a stage"
     folder = run/name
     (folder/'tables').mkdir(parents=True, exist_ok=True)
-    manifest = dict(name=name, run=run.name, preset='micro', scale='micro', parameters=parameters, key='0'*64, inputs={}, status='finished', start='2026-01-31T12:00:00+00:00', seconds=seconds,
+    manifest = dict(name=name, run=run.name, preset='micro', scale='micro', parameters=parameters, key='0'*64, inputs={}, error=f'in {find_root()}/nbs', status='finished', start='2026-01-31T12:00:00+00:00', seconds=seconds,
                     peak_memory_gb=1.234, versions=dict(python='3.11.7', torch='2.9.0', diffusers='0.36.0', transformers='5.0.0'),
                     git=dict(commit='0123456789abcdef', dirty=name == 'score'), hardware=dict(cpu='A processor', cores=2, memory_gb=16.0, gpu=''))
     (folder/'stage.json').write_text(json.dumps(manifest))
@@ -96,7 +97,7 @@ def toy_run(folder, n=40, source='microworld:study?noise=0.3', captions=(), name
     nasty = new_output('display_data', data={'text/html': '<table><tr><td>7</td></tr></table><script>document.title="stolen"</script><img src="https://example.org/x.png">'})
     bar = new_output('stream', text='\r'.join(f'{i} %' for i in range(100)) + '\n\x1b[31mdone\x1b[0m\n')
     stage(run, 'sample', dict(source=source, size=n), 3.2, [histogram(run/'sample/figures', 'pairs', hist, pictures=True)], [new_code_cell('stage.figure(fig, "pairs")', outputs=[picture_output])])
-    stage(run, 'generate', dict(generator='diffusers:data/micro/generator', steps=20, guidance=5.0), 154.0, [], [new_code_cell('pipe(caption)', outputs=[bar, nasty])])
+    stage(run, 'generate', dict(generator='diffusers:data/micro/generator', steps=20, guidance=5.0), 154.0, [], [new_code_cell('pipe(caption)', outputs=[bar, nasty, new_output('stream', text=f'{find_root()}/data')])])
     stage(run, 'score', dict(scorers=['open_clip:data/micro/clip', 'transformers:data/micro/judge']), 21.5, [histogram(run/'score/figures', 'histogram', hist), histogram(run/'score/figures', 'histogram-judge', hist)],
           [new_code_cell('1+1'), new_code_cell('stage.figure(fig, "histogram", title="Scores")', outputs=[picture_output])])
     for where, table, rows in (('sample', 'pairs', pairs), ('generate', 'pairs', made), ('score', 'scores', scores)): pd.DataFrame(rows).to_parquet(run/where/'tables'/f'{table}.parquet')
@@ -171,6 +172,10 @@ def test_notebook_pages(report):
     assert '<td>7</td>' in page and '98 %' not in page and '99 %' in page and 'ansi-red' in page
 
 
+def test_no_machine_paths(report):
+    assert len(find_root().parts) > 2 and not [f for f in report.parent.rglob('*') if f.is_file() and str(find_root()).encode() in f.read_bytes()]
+
+
 def test_same_run_same_bytes(report, tmp_path):
     again = render(report.parents[2]/'toy', tmp_path/'again'/'toy')
     files = {f.relative_to(report.parent) for f in report.parent.rglob('*') if f.is_file()}
@@ -213,6 +218,8 @@ def break_files(run, *names):
     (lambda run: break_files(run, 'score/figures.json', 'score/notebook.ipynb', 'sample/tables/problems.parquet', 'generate/tables/pairs.parquet'), 'score/notebook.ipynb cannot be read'),
     (lambda run: break_files(run, 'score/figures/histogram.svg', 'score/figures/histogram.png', *[f'generate/images/{o.name}' for o in (run/'generate/images').iterdir()]), 'no readable picture'),
     (lambda run: (run/'score').rename(run/'score.partial'), 'The stage score is not finished'),
+    (lambda run: (run/'run.json').write_text('{"status": "failed", "title": "a"}'), 'did not finish'),
+    (lambda run: (run/'score/stage.json').write_text('{"inputs": {"sample": "another"}}'), 'made from an earlier version of sample'),
     (lambda run: (run/'score/stage.json').write_text('{"seconds": "long", "git": null, "parameters": null}'), 'wall clock'),
     (lambda run: (run/'score/figures.json').write_text(json.dumps(['x', dict(files=['../../../etc/passwd'], caption=None), dict(name='gone', files=['figures/gone.svg'])])), 'the figure is not there'),
     (lambda run: pd.DataFrame(dict(key=['a'])).to_parquet(run/'sample/tables/pairs.parquet'), 'no readable picture'),

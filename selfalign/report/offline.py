@@ -170,7 +170,7 @@ def _exporter(pictures, stages):
     return HTMLExporter(raw_template=page_file('notebook.html.j2'), sanitize_html=True,
                         filters=dict(markdown2html=markdown, clean_html=clean))
 
-# %% ../../nbs/8_report/84_offline.ipynb #085fb84d
+# %% ../../nbs/8_report/84_offline.ipynb #54286525
 def notebook_html(
     path,                    # an executed notebook
     title: str = '',         # of the page; empty: the name of the file
@@ -183,7 +183,9 @@ def notebook_html(
     nb = nbformat.read(path, as_version=4)
     for i, cell in enumerate(nb.cells):
         cell['id'] = f'cell-{i}'
+        if cell.cell_type == 'code': cell.source = re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M)
         if cell.cell_type == 'code': cell.outputs = [o for o in (_quiet(o, pictures) for o in cell.outputs) if o]
+    nb.cells = [c for c in nb.cells if c.source.strip()]
     resources = dict(title=plain(title) or Path(path).stem, style=style)
     page, _ = _exporter(pictures, stages).from_notebook_node(nb, resources=resources)
     def set_formula(m): return formula(html.unescape(m[2]), bool(m[1]))
