@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from .train import fit, pictures, step_generator, to_tensor
 from .vocabulary import caption_texts, context_length, tokenize, vocabulary
 
-# %% ../../nbs/2_models/29_encoders.ipynb #f394ecd6
+# %% ../../nbs/2_models/29_encoders.ipynb #d2f6e10a
 vision_sizes = {'vision-small': dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=2),
                 'vision': dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4),
-                'vision-large': dict(hidden_size=192, num_hidden_layers=5, num_attention_heads=6)}
+                'vision-large': dict(hidden_size=160, num_hidden_layers=5, num_attention_heads=5)}
 
 # %% ../../nbs/2_models/29_encoders.ipynb #5a7f2f66
 class MaskedPictures(nn.Module):

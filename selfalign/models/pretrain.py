@@ -22,7 +22,7 @@ class Recipe:
     what: str           # what it is, for the card
     needs: tuple = ()   # models that must be trained before
 
-# %% ../../nbs/2_models/2a_pretrain.ipynb #db8131b8
+# %% ../../nbs/2_models/2a_pretrain.ipynb #0f0281e7
 recipes = {
     'vocabulary': Recipe(0, 'captions of the pool `text`', 'byte-pair vocabulary'),
     'reader': Recipe(1600, 'clean renders of the pool `reader` with their truth; used to measure, never to train or select', 'attribute classifier'),
@@ -32,7 +32,7 @@ recipes = {
     'generator': Recipe(7500, 'web pairs of the pool `generator`, with their noise, unfiltered', 'Stable Diffusion pipeline', ('vocabulary', 'autoencoder')),
     'vision-small': Recipe(700, 'pictures of the pool `vision`', 'self-supervised image encoder, 64 wide'),
     'vision': Recipe(700, 'pictures of the pool `vision`', 'self-supervised image encoder, 128 wide'),
-    'vision-large': Recipe(700, 'pictures of the pool `vision`', 'self-supervised image encoder, 192 wide'),
+    'vision-large': Recipe(700, 'pictures of the pool `vision`', 'self-supervised image encoder, 160 wide'),
     'text': Recipe(700, 'captions of the pool `text`', 'masked language model', ('vocabulary',)),
     'lm': Recipe(700, 'captions of the pool `text`', 'causal language model', ('vocabulary',))}
 
