@@ -60,11 +60,6 @@ def _features(model, pixels, tokens):
     x = model.vision_model(pixel_values=pixels).pooler_output; y = model.text_model(input_ids=tokens).pooler_output
     return F.normalize(x, dim=-1), F.normalize(y, dim=-1)
 
-# %% ../../nbs/2_models/26_contrastive.ipynb #44fe2cc8
-def _trim(tokens, end):
-    "Cut the padding after the longest text."
-    return tokens[:, :int((tokens == end).int().argmax(1).max()) + 1]
-
 # %% ../../nbs/2_models/26_contrastive.ipynb #fed549b0
 @torch.no_grad()
 def validate(model, tokenizer, n:int=500)->dict:
@@ -80,7 +75,7 @@ def validate(model, tokenizer, n:int=500)->dict:
     s = i @ t.T; own = s.diag()
     return dict(r1=(((s >= own[:, None]).sum(1) == 1).float().mean()).item(), object=((own > (i*u).sum(1)).float().mean()).item())
 
-# %% ../../nbs/2_models/26_contrastive.ipynb #c8c997bc
+# %% ../../nbs/2_models/26_contrastive.ipynb #d1b1a327
 def train_contrastive(name:str,            # 'clip' or 'judge'
                       folder:Path,         # checkpoints, curve and model
                       steps:int=1400,      # steps in all
@@ -98,8 +93,7 @@ def train_contrastive(name:str,            # 'clip' or 'judge'
     def loss(step):
         g = step_generator(seed, step); rows = torch.randint(n, (batch,), generator=g).sort().values
         device = next(model.parameters()).device
-        words = _trim(tokens[rows], len(tokenizer) - 1) if name == 'clip' else tokens[rows]
-        x, y = (v.float() for v in _features(model, to_tensor(data[rows.numpy()]).to(device), words.to(device)))
+        x, y = (v.float() for v in _features(model, to_tensor(data[rows.numpy()]).to(device), tokens[rows].to(device)))
         scale = model.logit_scale.exp().clamp(max=100)
         value = info_nce(x, y, scale) if name == 'clip' else sigmoid_loss(x, y, scale, model.logit_bias)
         if step % check == check - 1: print(step + 1, round(value.item(), 3), validate(model, tokenizer))

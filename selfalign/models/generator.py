@@ -60,12 +60,12 @@ def clip_filter(clip_folder:Path, pixels:np.ndarray, texts:list, keep:float)->np
     order = torch.cat(scores).argsort(descending=True).numpy()
     return np.sort(order[:round(keep*len(order))])
 
-# %% ../../nbs/2_models/28_generator.ipynb #028d6f07
+# %% ../../nbs/2_models/28_generator.ipynb #96a16be5
 def train_generator(folder:Path,               # checkpoints, curve and model
                     autoencoder_folder:Path,   # a trained autoencoder
                     clip_folder:Path=None,     # filters the pairs; None: no filter
                     steps:int=7500,            # steps in all
-                    n:int=40_000,              # web pairs of the pool `generator`
+                    n:int=24_000,              # web pairs of the pool `generator`
                     keep:float=0.75,           # share of pairs that the filter leaves
                     batch:int=64,              # pictures a step
                     lr:float=1e-3,             # peak learning rate

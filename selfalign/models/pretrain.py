@@ -22,19 +22,20 @@ class Recipe:
     what: str           # what it is, for the card
     needs: tuple = ()   # models that must be trained before
 
-# %% ../../nbs/2_models/2a_pretrain.ipynb #0f0281e7
+# %% ../../nbs/2_models/2a_pretrain.ipynb #1603ad24
 recipes = {
     'vocabulary': Recipe(0, 'captions of the pool `text`', 'byte-pair vocabulary'),
     'reader': Recipe(1600, 'clean renders of the pool `reader` with their truth; used to measure, never to train or select', 'attribute classifier'),
     'clip': Recipe(1400, 'web pairs of the pool `clip`, with their noise', 'open_clip dual encoder, InfoNCE', ('vocabulary',)),
-    'judge': Recipe(900, 'web pairs of the pool `judge`, with their noise', 'SigLIP dual encoder, sigmoid loss', ('vocabulary',)),
-    'autoencoder': Recipe(6500, 'pictures of the pool `generator`', "the generator's autoencoder"),
-    'generator': Recipe(7500, 'web pairs of the pool `generator`, with their noise, unfiltered', 'Stable Diffusion pipeline', ('vocabulary', 'autoencoder')),
-    'vision-small': Recipe(700, 'pictures of the pool `vision`', 'self-supervised image encoder, 64 wide'),
-    'vision': Recipe(700, 'pictures of the pool `vision`', 'self-supervised image encoder, 128 wide'),
-    'vision-large': Recipe(700, 'pictures of the pool `vision`', 'self-supervised image encoder, 160 wide'),
-    'text': Recipe(700, 'captions of the pool `text`', 'masked language model', ('vocabulary',)),
-    'lm': Recipe(700, 'captions of the pool `text`', 'causal language model', ('vocabulary',))}
+    'judge': Recipe(800, 'web pairs of the pool `judge`, with their noise', 'SigLIP dual encoder, sigmoid loss', ('vocabulary',)),
+    'autoencoder': Recipe(5300, 'pictures of the pool `generator`', "the generator's autoencoder"),
+    'decoder': Recipe(4000, 'pictures of the pool `generator`', "the autoencoder with its decoder trained on", ('autoencoder',)),
+    'generator': Recipe(7500, 'web pairs of the pool `generator`, with their noise, unfiltered', 'Stable Diffusion pipeline', ('vocabulary', 'decoder')),
+    'vision-small': Recipe(500, 'pictures of the pool `vision`', 'self-supervised image encoder, 64 wide'),
+    'vision': Recipe(500, 'pictures of the pool `vision`', 'self-supervised image encoder, 128 wide'),
+    'vision-large': Recipe(500, 'pictures of the pool `vision`', 'self-supervised image encoder, 160 wide'),
+    'text': Recipe(500, 'captions of the pool `text`', 'masked language model', ('vocabulary',)),
+    'lm': Recipe(500, 'captions of the pool `text`', 'causal language model', ('vocabulary',))}
 
 # %% ../../nbs/2_models/2a_pretrain.ipynb #3cd5762a
 def training_order(names:list)->list:  # names with everything they need, in a working order
@@ -47,7 +48,7 @@ def training_order(names:list)->list:  # names with everything they need, in a w
     for name in names or recipes: add(name)
     return out
 
-# %% ../../nbs/2_models/2a_pretrain.ipynb #a77c00fa
+# %% ../../nbs/2_models/2a_pretrain.ipynb #1d5d115e
 def _train(name, folder, steps):
     "Call the training of one model."
     here = folder.parent; done = lambda model: here/model/'model'
@@ -60,8 +61,10 @@ def _train(name, folder, steps):
         from selfalign.models.contrastive import train_contrastive; train_contrastive(name, folder, steps)
     elif name == 'autoencoder':
         from selfalign.models.autoencoder import train_autoencoder; train_autoencoder(folder, steps)
+    elif name == 'decoder':
+        from selfalign.models.autoencoder import train_decoder; train_decoder(folder, done('autoencoder'), steps)
     elif name == 'generator':
-        from selfalign.models.generator import train_generator; train_generator(folder, done('autoencoder'), steps=steps)
+        from selfalign.models.generator import train_generator; train_generator(folder, done('decoder'), steps=steps)
     else:
         from selfalign.models import encoders
         if name.startswith('vision'): encoders.train_vision(name, folder, steps)
@@ -99,7 +102,7 @@ def publish_model(name:str, trained:Path, out:Path)->Path:  # where it lies
     shutil.rmtree(target, ignore_errors=True); os.replace(beside, target)
     return target
 
-# %% ../../nbs/2_models/2a_pretrain.ipynb #d7579cec
+# %% ../../nbs/2_models/2a_pretrain.ipynb #34af5306
 def pretrain(names:list=(),         # models to train, with what they need; empty: all
              out:Path|None=None,    # where they are published; default `data/micro`
              resume:bool=True,      # go on where a training stopped, and keep finished ones
@@ -114,7 +117,7 @@ def pretrain(names:list=(),         # models to train, with what they need; empt
             folder.mkdir(parents=True, exist_ok=True); _train(name, folder, steps)
             if name == 'vocabulary': shutil.copytree(folder/'model', out/'text', dirs_exist_ok=True)
             write_json(finished, dict(steps=steps))
-        if name not in ('vocabulary', 'autoencoder'): published.append(publish_model(name, folder, out))
+        if name not in ('vocabulary', 'autoencoder', 'decoder'): published.append(publish_model(name, folder, out))
     return published
 
 # %% ../../nbs/2_models/2a_pretrain.ipynb #eecd17af
