@@ -37,7 +37,7 @@ def siglip_folder(folder, seed=1):
     from transformers import SiglipConfig, SiglipImageProcessor, SiglipModel
     torch.manual_seed(seed); tok = tokenizer(16); tok.model_input_names = ['input_ids']
     common = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
-    config = SiglipConfig(text_config=dict(common, vocab_size=len(tok), max_position_embeddings=16, projection_size=32),
+    config = SiglipConfig(text_config=dict(common, vocab_size=len(tok), max_position_embeddings=16, projection_size=32, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id),
                           vision_config=dict(common, image_size=64, patch_size=16))
     SiglipModel(config).save_pretrained(folder); tok.save_pretrained(folder)
     SiglipImageProcessor(size=dict(height=64, width=64), image_mean=[.5]*3, image_std=[.5]*3).save_pretrained(folder)
@@ -60,6 +60,7 @@ def generator_folder(folder, seed=3):
     from transformers import CLIPTextConfig, CLIPTextModel
     torch.manual_seed(seed); tok = tokenizer(16)
     vae = AutoencoderTiny(encoder_block_out_channels=(8, 8, 8), decoder_block_out_channels=(8, 8, 8), num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1))
+    with torch.no_grad(): vae.decoder.layers[-1].weight.mul_(8); vae.decoder.layers[-1].bias.fill_(.5)  # neither black nor white
     text = CLIPTextModel(CLIPTextConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=16, eos_token_id=tok.eos_token_id, bos_token_id=tok.bos_token_id, pad_token_id=tok.pad_token_id))
     unet = UNet2DConditionModel(sample_size=8, block_out_channels=(16, 32), norm_num_groups=8, down_block_types=('CrossAttnDownBlock2D', 'DownBlock2D'),
                                 up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D'), layers_per_block=1, cross_attention_dim=32, attention_head_dim=8)

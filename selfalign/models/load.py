@@ -194,12 +194,12 @@ def _features(output):
     "The vectors in what transformers returns: a tensor, or an object that holds one."
     return output if isinstance(output, torch.Tensor) else output.pooler_output
 
-# %% ../../nbs/2_models/20_load.ipynb #ab2e73f8
+# %% ../../nbs/2_models/20_load.ipynb #08f63f78
 class TransformersEncoder(DualEncoder):
     "A dual encoder of transformers: CLIP, SigLIP and their kin."
     def __init__(self, ref):
-        from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
-        where = ref.path or ref.name
+        from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, utils
+        utils.logging.disable_progress_bar(); where = ref.path or ref.name
         model = AutoModel.from_pretrained(where, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
         if not hasattr(model, 'get_text_features'): raise ModelError(f'{ref}: a {type(model).__name__} has no picture and text tower')
         self.tokenizer, see = AutoTokenizer.from_pretrained(where), AutoImageProcessor.from_pretrained(where)
@@ -224,7 +224,7 @@ def load_dual_encoder(ref:str,          # `open_clip:…` or `transformers:…`
     if ref.library == 'diffusers': raise ModelError(f'{ref}: a generator is no pair of encoders; use open_clip:… or transformers:…')
     return (OpenClipEncoder if ref.library == 'open_clip' else TransformersEncoder)(ref)
 
-# %% ../../nbs/2_models/20_load.ipynb #dd410cb9
+# %% ../../nbs/2_models/20_load.ipynb #0f7b5ccc
 @opening
 def load_generator(ref:str,                   # `diffusers:folder-or-hub-id`
                    precision:str='float32',   # float32, float16 or bfloat16
@@ -232,7 +232,8 @@ def load_generator(ref:str,                   # `diffusers:folder-or-hub-id`
     "Load a text-to-image pipeline."
     if ref.library != 'diffusers': raise ModelError(f'{ref}: generators are loaded by diffusers; write diffusers:{ref.name}')
     if precision not in ('float32', 'float16', 'bfloat16'): raise ModelError(f'unknown precision {precision!r}; {nearest(precision, ("float32", "float16", "bfloat16"))}')
-    import diffusers
+    import diffusers, transformers
+    transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error(); diffusers.utils.logging.disable_progress_bar()
     pipe = diffusers.DiffusionPipeline.from_pretrained(ref.path or ref.name, use_safetensors=True, safety_checker=None, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)

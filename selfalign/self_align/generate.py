@@ -93,13 +93,13 @@ def agreement(a:list,        # pictures
     import numpy as np
     return float(np.mean([np.abs(np.asarray(x, np.int16) - np.asarray(y, np.int16)) <= 1 for x, y in zip(a, b, strict=True)]))
 
-# %% ../../nbs/4_self_align/41_generate.ipynb #d17567a1
+# %% ../../nbs/4_self_align/41_generate.ipynb #fa53737c
 def too_long(pipe,            # pipeline with a tokenizer
              prompts:list,    # texts
              )->list:         # one truth value a prompt
     "Which prompts the generator cannot read to their end."
-    ids = pipe.tokenizer(list(prompts), truncation=False, padding=False, verbose=False).input_ids
-    return [len(i) > pipe.tokenizer.model_max_length for i in ids]
+    room = pipe.tokenizer.model_max_length - pipe.tokenizer.num_special_tokens_to_add()
+    return [len(pipe.tokenizer.tokenize(p)) > room for p in prompts]
 
 # %% ../../nbs/4_self_align/41_generate.ipynb #4ea8bd63
 def keep_picture(order:dict,    # from `picture_orders`

@@ -1,0 +1,113 @@
+"Generate: the same pictures whatever the batch, the memory, or an interruption."
+import os, shutil, signal, time
+import numpy as np, pandas as pd, pytest, torch
+from selfalign.data.pairs import pairs_table
+from selfalign.models.load import load_generator
+from selfalign.self_align.generate import Painter, agreement, is_blank, out_of_memory, picture_orders, picture_seed, set_scheduler, too_long
+from selfalign.study.settings import StudyError
+
+PROMPTS = [f'a {c} {o}' for c in ('red', 'blue') for o in ('cat', 'boat', 'star')]
+SEEDS = [picture_seed(p) for p in PROMPTS]
+OPTIONS = dict(num_inference_steps=6, guidance_scale=3.)
+
+@pytest.fixture(scope='module')
+def pipe(tiny_generator): return load_generator(f'diffusers:{tiny_generator}')
+
+@pytest.fixture(scope='module')
+def painted(pipe): return list(Painter(pipe, 6, **OPTIONS)(PROMPTS, SEEDS))
+
+@pytest.mark.parametrize('batch', [1, 2, 4])
+def test_same_picture_whatever_the_batch(pipe, painted, batch):
+    again = list(Painter(pipe, batch, **OPTIONS)(PROMPTS, SEEDS))
+    assert agreement(painted, again) >= .999
+
+def test_same_picture_whatever_the_order(pipe, painted):
+    again = list(Painter(pipe, 4, **OPTIONS)(PROMPTS[::-1], SEEDS[::-1]))
+    assert agreement(painted, again[::-1]) >= .999
+
+def test_same_batch_same_bits(pipe, painted):
+    again = list(Painter(pipe, 6, **OPTIONS)(PROMPTS, SEEDS))
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(painted, again))
+
+def test_pictures_differ(painted):
+    assert len({p.tobytes() for p in painted}) == len(painted) and not any(map(is_blank, painted))
+
+@pytest.mark.parametrize('scheduler', ['euler', 'ddim', 'dpm'])
+def test_schedulers_keep_the_promise(tiny_generator, scheduler):
+    pipe = set_scheduler(load_generator(f'diffusers:{tiny_generator}'), scheduler)
+    one, many = (list(Painter(pipe, b, **OPTIONS)(PROMPTS[:4], SEEDS[:4])) for b in (1, 4))
+    assert agreement(one, many) >= .999 and pipe.scheduler.config.prediction_type == 'v_prediction'
+
+def test_negative_prompt(pipe, painted):
+    assert agreement(painted, list(Painter(pipe, 4, negative_prompt='a blue boat', **OPTIONS)(PROMPTS, SEEDS))) < .999
+
+class Narrow:
+    "A pipeline that holds so many pictures and no more."
+    def __init__(self, pipe, most, error): self.pipe, self.most, self.error, self.tried = pipe, most, error, []
+    def __call__(self, prompts, **options):
+        self.tried.append(len(prompts))
+        if len(prompts) > self.most: raise self.error
+        return self.pipe(prompts, **options)
+
+ERRORS = [torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20 MiB'), MemoryError(),
+          RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 999 bytes"), RuntimeError('HIP out of memory')]
+
+@pytest.mark.parametrize('error', ERRORS, ids=lambda e: type(e).__name__)
+def test_full_memory_halves_the_batch(pipe, painted, error):
+    narrow = Narrow(pipe, 2, error); painter = Painter(narrow, 6, **OPTIONS)
+    assert agreement(painted, list(painter(PROMPTS, SEEDS))) >= .999
+    assert narrow.tried == [6, 3, 1, 1, 1, 1, 1, 1] and painter.batch == 1
+
+def test_not_even_one_picture_fits(pipe):
+    with pytest.raises(StudyError, match='not even one picture'): list(Painter(Narrow(pipe, 0, MemoryError()), 4)(PROMPTS, SEEDS))
+
+def test_other_errors_are_not_swallowed(pipe):
+    with pytest.raises(RuntimeError, match='shapes'): list(Painter(Narrow(pipe, 0, RuntimeError('shapes do not fit')), 4)(PROMPTS, SEEDS))
+    assert not out_of_memory(KeyError('memory'))
+
+def test_orders_and_seeds():
+    pairs = pairs_table([dict(key=f'p{i}', caption='a cat', subset=i) for i in range(3)])
+    orders = picture_orders(pairs, k=4, seed=1)
+    assert len({o['key'] for o in orders}) == len({o['seed'] for o in orders}) == 12 and all(0 <= o['seed'] < 2**32 for o in orders)
+    assert picture_orders(pairs[1:], k=4, seed=1) == orders[4:] and picture_seed('p0', 0, 1) != picture_seed('p0', 0, 2)
+
+def test_captions_cut_short_are_known(pipe):
+    room = pipe.tokenizer.model_max_length - 2
+    letters = ['z '*n for n in (1, room//2, 200)]
+    ids = [len(pipe.tokenizer(t).input_ids) > pipe.tokenizer.model_max_length for t in letters]
+    assert too_long(pipe, letters) == ids == [False, ids[1], True]
+
+def test_unknown_scheduler(pipe):
+    with pytest.raises(StudyError, match="did you mean 'euler'"): set_scheduler(pipe, 'eular')
+
+@pytest.fixture(scope='module')
+def study_root(tmp_path_factory):
+    import study
+    return study.make_study(tmp_path_factory.mktemp('study'))
+
+def test_killed_in_the_middle_and_resumed(study_root):
+    "A run killed while it paints, and one in one piece, leave the same bytes."
+    import study
+    study.start(study_root, 'whole', ['generate'])
+    runs = study_root/'data/runs'; partial = runs/'killed/generate.partial'
+    shutil.copytree(runs/'whole/sample', runs/'killed/sample')  # up to date, so skipped
+    process = study.start(study_root, 'killed', ['generate'], wait=False)
+    deadline = time.time() + 300
+    while not (partial/'shards/000002.parquet').exists() and time.time() < deadline and process.poll() is None: time.sleep(.02)
+    os.killpg(process.pid, signal.SIGKILL); process.wait()
+    before = {p: p.stat().st_mtime_ns for p in (partial/'shards').glob('*.parquet')}
+    assert 2 < len(before) < 10, 'the run was not killed in the middle'
+    study.start(study_root, 'killed', ['generate'])
+    whole, resumed = (pd.read_parquet(runs/r/'generate/tables/pairs.parquet') for r in ('whole', 'killed'))
+    pd.testing.assert_frame_equal(whole, resumed)
+    for image in whole.image: assert (runs/'whole/generate'/image).read_bytes() == (runs/'killed/generate'/image).read_bytes()
+    for path, when in before.items(): assert (runs/'killed/generate/shards'/path.name).stat().st_mtime_ns == when
+    assert not list((runs/'killed').rglob('.*.png*'))
+    leads_back(pd.read_parquet(runs/'whole/sample/tables/pairs.parquet'), whole)
+
+def leads_back(pairs, made):
+    "Every generated pair inherits from its original what it should, and no truth."
+    assert set(made.parent) == set(pairs.key) and (made.image_source == 'generated').all() and made.steps.eq(12).all()
+    joined = made.merge(pairs, left_on='parent', right_on='key', suffixes=('', '_of'))
+    for column in ('caption', 'scene', 'subset', 'split', 'claims'): assert (joined[column] == joined[f'{column}_of']).all()
+    assert made.truth.isna().all() and made.aligned.isna().all() and (joined.prompt == joined.caption_of).all()
