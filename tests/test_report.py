@@ -149,6 +149,16 @@ def report(tmp_path_factory):
     return render(toy_run(tmp, captions=HOSTILE), tmp/'out'/'toy')
 
 
+@pytest.fixture(scope='module')
+def made(tmp_path_factory): return toy_run(tmp_path_factory.mktemp('made'), n=4)
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    "A small run of one's own, to be damaged"
+    return Path(shutil.copytree(made, tmp_path/'toy'))
+
+
 def test_complete_and_silent(report):
     folder, page = report.parent, report.read_text(encoding='utf-8')
     assert len(check_silent(folder)) == 4 and size(folder) < LIMIT
@@ -184,6 +194,17 @@ def test_same_run_same_bytes(report, tmp_path):
         assert (report.parent/f).read_bytes() == (again.parent/f).read_bytes(), f
 
 
+def test_unchanged_notebooks_are_taken_over(run, tmp_path, monkeypatch):
+    page = render(run, tmp_path/'out').parent/'score/notebook.html'
+    before = page.read_bytes()
+    def never(*args): raise AssertionError('made again')
+    monkeypatch.setattr('selfalign.report.render.notebook_html', never)
+    index = render(run, tmp_path/'out')
+    assert page.read_bytes() == before and 'cannot be shown' not in index.read_text(encoding='utf-8')
+    (run/'score/notebook.ipynb').write_text((run/'score/notebook.ipynb').read_text(encoding='utf-8').replace('Stage score', 'Stage changed'), encoding='utf-8')
+    assert 'notebook of score cannot be shown (AssertionError)' in render(run, tmp_path/'out').read_text(encoding='utf-8')
+
+
 def test_photographs_stay_at_home(tmp_path):
     report = render(toy_run(tmp_path, n=8, source='webdataset:data/flickr8k'), tmp_path/'out')
     folder, page = report.parent, report.read_text(encoding='utf-8')
@@ -193,16 +214,6 @@ def test_photographs_stay_at_home(tmp_path):
     assert (folder/'score/figures/histogram.svg').exists() and not (folder/'sample/tables/pairs.parquet').exists()
     assert 'data:image' not in ''.join(f.read_text(encoding='utf-8') for f in folder.rglob('notebook.html'))
     assert 'role="img" aria-label="Generated' in page and 'role="img" aria-label="Original' not in page
-
-
-@pytest.fixture(scope='module')
-def made(tmp_path_factory): return toy_run(tmp_path_factory.mktemp('made'), n=4)
-
-
-@pytest.fixture
-def run(made, tmp_path):
-    "A small run of one's own, to be damaged"
-    return Path(shutil.copytree(made, tmp_path/'toy'))
 
 
 def break_files(run, *names):

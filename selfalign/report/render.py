@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['LIMIT', 'Site', 'render']
 
-# %% ../../nbs/8_report/80_render.ipynb #24246599
+# %% ../../nbs/8_report/80_render.ipynb #fdb1ab57
 import base64, hashlib, json, re, shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from . import offline
 from .gallery import Gallery, gallery, sprite
 from .offline import cell_of, clean_svg, holds_picture, notebook_html, page_file, plain
 from .origin import ReportError, facts, no_machine_paths, read_part, read_run, stage_rows, warnings_of
@@ -16,7 +17,7 @@ from .tables import amount, problems, result_tables, thousands
 from ..study.settings import find_root
 from ..study.stage import publish
 
-# %% ../../nbs/8_report/80_render.ipynb #b41c7e1a
+# %% ../../nbs/8_report/80_render.ipynb #2aa33002
 LIMIT = 6_000_000  # bytes of a report
 
 @dataclass
@@ -24,6 +25,7 @@ class Site:
     "The folder being written, and the room left in it"
     folder: Path                                 # where it is written
     missing: list                                # sentences that say what is not there
+    old: Path = Path()                           # the report before
     room: int = LIMIT - 600_000                  # bytes left, with some kept for the page itself
     files: list = field(default_factory=list)    # what was written: path and what it is
 
@@ -39,16 +41,29 @@ class Site:
         self.files.append((path, what))
         return path
 
-# %% ../../nbs/8_report/80_render.ipynb #fe7c8bce
+# %% ../../nbs/8_report/80_render.ipynb #4aed9796
+def _fingerprint(notebook, *more):
+    "Hash of a notebook and of all that makes a page of it"
+    from importlib.metadata import version
+    parts = [notebook.read_bytes(), page_file('notebook.html.j2').encode(), Path(offline.__file__).read_bytes(), repr((version('nbconvert'), *more)).encode()]
+    return hashlib.sha256(b'\0'.join(hashlib.sha256(o).digest() for o in parts)).hexdigest()
+
+def _notebook(notebook, old, *args):
+    "The page of a notebook, or the old one if nothing has changed"
+    mark = f'<!-- made from {_fingerprint(notebook, *args)} -->\n'
+    if old.is_file() and (page := old.read_text(encoding='utf-8')).endswith(mark): return page
+    return no_machine_paths(notebook_html(notebook, *args)) + mark
+
+# %% ../../nbs/8_report/80_render.ipynb #7331ce72
 def _notebooks(run, site):
     "Write the page of every executed notebook; returns stage -> its path"
     folders = {s['name']: s['folder'] for s in run.stages}
     read = {k: read_part(f/'notebook.ipynb', dict, run.missing, needed=True) for k, f in folders.items()}
     stages, style, made = [k for k, nb in read.items() if nb], page_file('style.css'), {}
     for stage in stages:
-        try: page = notebook_html(folders[stage]/'notebook.ipynb', stage, style, run.ours, stages)
+        try: page = _notebook(folders[stage]/'notebook.ipynb', site.old/stage/'notebook.html', stage, style, run.ours, stages)
         except Exception as e: run.missing.append(f'The notebook of {stage} cannot be shown ({type(e).__name__}).')
-        else: made[stage] = site.add(f'{stage}/notebook.html', no_machine_paths(page), 'executed notebook')
+        else: made[stage] = site.add(f'{stage}/notebook.html', page, 'executed notebook')
     return {k: v for k, v in made.items() if v}
 
 # %% ../../nbs/8_report/80_render.ipynb #06143cd7
@@ -123,7 +138,7 @@ def _page(run, **pieces):
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return env.get_template('index.html.j2').render(style=page_file('style.css'), script=script, script_hash=f'sha256-{digest}', missing=run.missing, **pieces)
 
-# %% ../../nbs/8_report/80_render.ipynb #67142028
+# %% ../../nbs/8_report/80_render.ipynb #c15c276e
 def _size(n): return f'{n/1e6:.1f} MB' if n >= 1e6 else f'{max(1, n/1e3):.0f} kB'
 
 def _write(run, site):
@@ -131,7 +146,8 @@ def _write(run, site):
     def copy(path, file, what):
         if file.is_file(): site.add(path, no_machine_paths(file.read_text(encoding='utf-8', errors='replace')), what)
     copy('results.csv', run.folder/'results.csv', 'every number of this page')
-    copy('run.json', run.folder/'run.json', 'the run')
+    about = {k: v for k, v in run.info.items() if k not in ('pid', 'start', 'seconds', 'command', 'status')}
+    site.add('run.json', no_machine_paths(json.dumps(about, indent=1, ensure_ascii=False)), 'the run')
     for s in run.stages: copy(f'{s["name"]}/stage.json', s['folder']/'stage.json', 'parameters, versions, machine')
     pages = _notebooks(run, site)
     figures = _figures(run, site, pages)
@@ -158,7 +174,7 @@ def _replaceable(out):
     try: return '<meta name="generator" content="selfalign report">' in (out/'index.html').read_text(encoding='utf-8')[:2000]
     except (OSError, ValueError): return False
 
-# %% ../../nbs/8_report/80_render.ipynb #3b93eb55
+# %% ../../nbs/8_report/80_render.ipynb #017327ad
 def render(
     run_folder,            # data/runs/<run>
     out: Path|None = None, # folder of the report; None: reports/<run>
@@ -171,7 +187,7 @@ def render(
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        _write(run, Site(partial, run.missing))
+        _write(run, Site(partial, run.missing, out))
         publish(partial, out)
     except OSError as e: raise ReportError(f'the report could not be written to {out} ({e.strerror}); mend this and run: selfalign report {run.folder.name}') from e
     finally: shutil.rmtree(partial, ignore_errors=True)

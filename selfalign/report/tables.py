@@ -80,7 +80,7 @@ def _cell(o, axis, with_chance):
     return dict(value=amount(o.value, o.unit), range=f'[{amount(o.low, o.unit, bare=True)}, {amount(o.high, o.unit, bare=True)}]' if both else '',
                 chance=amount(o.chance, o.unit) if with_chance and o.chance == o.chance else '', spark=_spark(o, axis))
 
-# %% ../../nbs/8_report/86_tables.ipynb #d633526f
+# %% ../../nbs/8_report/86_tables.ipynb #dd53ac0a
 def joined(
     values  # texts, some of them empty or repeated
 ) -> str:   # each once, in order
@@ -88,11 +88,14 @@ def joined(
     return ' / '.join(dict.fromkeys(o for o in values if o))
 
 def _row(name, group, metrics, place):
-    "One row of a table"
-    cells = {o.metric: _cell(o, metrics[o.metric]['axis'], place == 'cell') for o in group.itertuples()}
-    n = joined(amount(o, 'count') if o == o else '' for o in group['n'])
-    return dict(name=plain(name), cells=[cells.get(m) for m in metrics], n=n, seeds=joined(group['seeds'].map(plain)), chance=_chance(group))
+    "One row of a table; n stands once if all its numbers share it, else with each"
+    sizes = {o.metric: amount(o.n, 'count') for o in group.itertuples() if o.n == o.n}
+    shared = len(set(sizes.values())) == 1
+    cells = {o.metric: _cell(o, metrics[o.metric]['axis'], place == 'cell') | dict(n='' if shared else sizes.get(o.metric, '')) for o in group.itertuples()}
+    return dict(name=plain(name), cells=[cells.get(m) for m in metrics], n=next(iter(sizes.values())) if shared else '',
+                seeds=joined(group['seeds'].map(plain)), chance=_chance(group))
 
+# %% ../../nbs/8_report/86_tables.ipynb #5a74a8dd
 def _table(name, df, i):
     "One table: its metrics across, its rows down"
     metrics, place = {m: _metric(m, df[df['metric'] == m]) for m in df['metric'].unique()}, _chance_place(df)
