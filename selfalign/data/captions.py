@@ -11,28 +11,33 @@ import numpy as np
 from .scenes import (Scene, Thing, backgrounds, colours, groups, objects, patterns, positions, relations,
                                    sizes, make_scene)
 
-# %% ../../nbs/1_data/14_captions.ipynb #29756286
+# %% ../../nbs/1_data/14_captions.ipynb #650b50e8
 kinds = ('short', 'blip', 'alt', 'dense')
-_words = dict(cat=('cat', 'kitten'), car=('car', 'automobile'), boat=('boat', 'ship', 'sailboat'), plane=('plane', 'airplane', 'aircraft'),
-              mushroom=('mushroom', 'toadstool'), tree=('tree', 'fir'), flower=('flower', 'blossom'), cup=('cup', 'mug'),
-              chair=('chair', 'seat'), umbrella=('umbrella', 'parasol'),
+_words = dict(cat=('cat', 'kitten'), car=('car', 'automobile'), boat=('boat', 'ship', 'sailboat'),
+              plane=('plane', 'airplane', 'aircraft'), mushroom=('mushroom', 'toadstool'), tree=('tree', 'fir'),
+              flower=('flower', 'blossom'), cup=('cup', 'mug'), chair=('chair', 'seat'), umbrella=('umbrella', 'parasol'),
               red=('red', 'crimson'), yellow=('yellow', 'golden'), green=('green', 'emerald'), blue=('blue', 'azure'),
               purple=('purple', 'violet'), black=('black', 'dark'), small=('small', 'tiny', 'little'),
-              medium=('medium-sized', 'mid-sized'), large=('large', 'big', 'huge'), striped=('striped', 'stripy'), dotted=('dotted', 'spotted'))
+              medium=('medium-sized', 'mid-sized'), large=('large', 'big', 'huge'), striped=('striped', 'stripy'),
+              dotted=('dotted', 'spotted'))
+
+# %% ../../nbs/1_data/14_captions.ipynb #b30fd290
 _words |= {'middle': ('in the middle', 'in the center'), 'top': ('at the top',), 'bottom': ('at the bottom',),
            'left': ('on the left', 'at the left'), 'right': ('on the right', 'at the right'),
            'top left': ('at the top left', 'in the upper left corner'), 'top right': ('at the top right', 'in the upper right corner'),
-           'bottom left': ('at the bottom left', 'in the lower left corner'), 'bottom right': ('at the bottom right', 'in the lower right corner'),
+           'bottom left': ('at the bottom left', 'in the lower left corner'),
+           'bottom right': ('at the bottom right', 'in the lower right corner'),
            'meadow': ('in a meadow', 'on the grass'), 'beach': ('on a beach', 'on the sand'), 'street': ('in a street',),
            'room': ('in a room', 'indoors'), 'night': ('at night',), 'moving': ('moving', 'moving fast'),
            'left of': ('left of', 'to the left of'), 'right of': ('right of', 'to the right of'),
            'below': ('below', 'under'), 'chasing': ('chasing', 'following')}
-_boilerplate = ('stock photo', 'free download', 'buy now', 'high resolution', 'wallpaper', 'royalty free image', 'for sale', 'click to enlarge')
+_boilerplate = ('stock photo', 'free download', 'buy now', 'high resolution', 'wallpaper', 'royalty free image', 'for sale',
+                'click to enlarge')
 
-# %% ../../nbs/1_data/14_captions.ipynb #dec933be
+# %% ../../nbs/1_data/14_captions.ipynb #28ba878b
 def word(term:str,        # an object, attribute, place or relation of the microworld
          rng=None,        # source of chance; without one, the usual word
-         )->str:
+         )->str:          # with its preposition, if the term is a place
     "A word for a term of the truth: the usual one, or now and then a synonym."
     options = _words.get(term, (term,))
     if rng is None or len(options) == 1 or rng.random() < .75: return options[0]
@@ -45,30 +50,32 @@ class Caption:
     text: str      # what the reader sees
     claims: dict   # {'things': [{'object': ..., 'colour': ...}, ...], 'relation': ..., 'background': ...}, only what is said
 
-# %% ../../nbs/1_data/14_captions.ipynb #eb5ecb1b
+# %% ../../nbs/1_data/14_captions.ipynb #6451a6ec
 def _noun(thing, said, rng):
     "The noun phrase without its article."
     parts = [word(getattr(thing, k), rng) for k in ('size', 'pattern', 'colour') if k in said]
     text = ' '.join(parts + [word(thing.object, rng)])
     if 'action' in said: text += f' {word(thing.action, rng)}'
     return text + ' upside down' if 'state' in said else text
+
 def _article(noun): return ('an ' if noun[0] in 'aeiou' else 'a ') + noun
 def _claims(thing, said): return {'object': thing.object} | {k: getattr(thing, k) for k in said}
 
-# %% ../../nbs/1_data/14_captions.ipynb #a19ede34
+# %% ../../nbs/1_data/14_captions.ipynb #e322903b
 _share = dict(short=dict(colour=.85, size=.3, position=.3, pattern=.3, state=.2, action=.2, background=.1),
               blip=dict(colour=.95, size=.8, position=.8, pattern=.8, state=.7, action=.7, background=.4),
               alt=dict(colour=.8, size=.3, position=.2, pattern=.4, state=.2, action=.2, background=.2),
               dense=dict(colour=1, size=1, position=1, pattern=1, state=1, action=1, background=1))
+
 def _said(thing, kind, rng):
     said = [k for k in ('size', 'pattern', 'colour', 'position', 'state', 'action') if rng.random() < _share[kind][k]]
     return [k for k in said if getattr(thing, k) not in ('', 'plain')]
 
-# %% ../../nbs/1_data/14_captions.ipynb #5c787b38
+# %% ../../nbs/1_data/14_captions.ipynb #8b68c516
 def describe(scene:Scene,      # what the picture shows
              kind:str='blip',  # one of `kinds`
              seed:int=0,       # the same seed says the same things of two scenes
-             )->Caption:
+             )->Caption:       # the text and its claims
     "Say what a scene shows, in one of four manners."
     if kind not in kinds: raise ValueError(f'unknown kind of caption {kind!r}; the kinds are {", ".join(kinds)}')
     rng = np.random.default_rng(seed)
@@ -96,43 +103,44 @@ def _dress(text, place, kind, rng):
     if kind == 'short': return bare if rng.random() < .5 else text
     return f'{bare} - {_boilerplate[rng.integers(len(_boilerplate))]}' if rng.random() < .6 else f'img {rng.integers(10, 100)} {bare}'
 
-# %% ../../nbs/1_data/14_captions.ipynb #5e56e0c7
+# %% ../../nbs/1_data/14_captions.ipynb #a5226916
 def probe_caption(scene:Scene,  # one or two things
-                 )->Caption:
+                 )->Caption:    # the same words for the same truth, always
     "Size, colour and object of every thing, and the place or the relation, in the usual words."
     said = ['size', 'colour'] + ['position']*(len(scene.things) == 1)
     phrases = [_article(_noun(t, ('size', 'colour'), None)) for t in scene.things]
     first = scene.things[0]
-    text = f'{phrases[0]} {word(first.position)}' if len(phrases) == 1 else f'{phrases[0]} {word(scene.relation)} {phrases[1]}'
     claims = dict(things=[_claims(t, said) for t in scene.things])
-    return Caption(text, claims | ({'relation': scene.relation} if len(phrases) > 1 else {}))
+    if len(phrases) == 1: return Caption(f'{phrases[0]} {word(first.position)}', claims)
+    return Caption(f'{phrases[0]} {word(scene.relation)} {phrases[1]}', claims | {'relation': scene.relation})
 
-# %% ../../nbs/1_data/14_captions.ipynb #62b78e65
+# %% ../../nbs/1_data/14_captions.ipynb #3ff35239
 def is_true(claims:dict,   # what a caption states
             scene:Scene,   # what the picture shows
-            )->bool:
+            )->bool:         # False also when it names more things than there are
     "Whether everything that the caption states holds in the scene."
     if len(claims['things']) > len(scene.things): return False
     for said, thing in zip(claims['things'], scene.things):
         if any(getattr(thing, k) != v for k, v in said.items()): return False
     return all(getattr(scene, k) == claims[k] for k in ('relation', 'background') if k in claims)
 
-# %% ../../nbs/1_data/14_captions.ipynb #6de66df9
+# %% ../../nbs/1_data/14_captions.ipynb #4a552809
 def _wrong(scene, claims, rng):
     "The scene with one stated attribute of its first thing changed."
-    thing = scene.things[0]; said = [k for k in claims['things'][0] if k in ('object', 'colour', 'size', 'position')]
+    choices = dict(object=objects, colour=tuple(colours), size=tuple(sizes), position=positions)
+    thing = scene.things[0]; said = [k for k in claims['things'][0] if k in choices]
     key = said[rng.integers(len(said))]
-    others = [v for v in dict(object=objects, colour=tuple(colours), size=tuple(sizes), position=positions)[key] if v != getattr(thing, key)]
+    others = [v for v in choices[key] if v != getattr(thing, key)]
     value = others[rng.integers(len(others))]
     if key == 'position':
         i = positions.index(value); thing = replace(thing, x=(i % 3 + .5)/3, y=(i//3 + .5)/3)
     else: thing = replace(thing, **{key: value})
     return replace(scene, things=(thing,) + scene.things[1:])
 
-# %% ../../nbs/1_data/14_captions.ipynb #0721eb74
+# %% ../../nbs/1_data/14_captions.ipynb #a926e5f9
 def web_caption(pool:str,          # pool of scenes
-                index:int,         # number of the scene
-                noise:float=0.3,   # probability that something is wrong
+                index:int,         # number of the scene, from 0
+                noise:float=0.3,   # probability that something is wrong, 0 to 1
                 kind:str='',       # one of `kinds`; empty: drawn at random
                 )->tuple:          # (`Caption`, kind, list of the noise done to it)
     "The caption under which the web would offer this scene's picture."
@@ -146,7 +154,8 @@ def web_caption(pool:str,          # pool of scenes
         elif which < .75:
             caption, done = describe(_wrong(scene, caption.claims, rng), kind, seed), ['wrong-attribute']
         else:
-            caption, done = Caption(_article(word(scene.things[0].object, rng)), dict(things=[{'object': scene.things[0].object}])), ['missing-attribute']
+            name = scene.things[0].object
+            caption, done = Caption(_article(word(name, rng)), dict(things=[{'object': name}])), ['missing-attribute']
     if rng.random() < .1*bool(noise) and kind != 'alt':
         caption = Caption(f'{caption.text} - {_boilerplate[rng.integers(len(_boilerplate))]}', caption.claims); done.append('boilerplate')
     if rng.random() < .004*bool(noise): done.append('damaged')

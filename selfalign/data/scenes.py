@@ -12,100 +12,137 @@ from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-# %% ../../nbs/1_data/13_scenes.ipynb #b71f1c9e
+# %% ../../nbs/1_data/13_scenes.ipynb #605764af
 groups = dict(animal=('cat', 'bird', 'fish'), vehicle=('car', 'boat', 'plane'), food=('apple', 'mushroom'),
               plant=('tree', 'flower', 'cactus'), household=('cup', 'chair', 'umbrella'), shape=('star', 'heart'))
 objects = tuple(o for members in groups.values() for o in members)
+
+# %% ../../nbs/1_data/13_scenes.ipynb #049d8182
 colours = dict(red=(208, 36, 42), orange=(244, 138, 22), yellow=(250, 216, 50), green=(36, 150, 62),
                blue=(36, 84, 204), purple=(132, 52, 178), white=(246, 246, 246), black=(28, 28, 32))
 patterns = ('plain', 'striped', 'dotted')
 sizes = dict(small=0.32, medium=0.47, large=0.66)
+
+# %% ../../nbs/1_data/13_scenes.ipynb #327fab57
 positions = ('top left', 'top', 'top right', 'left', 'middle', 'right', 'bottom left', 'bottom', 'bottom right')
 backgrounds = dict(meadow=((176, 208, 226), (150, 182, 118)), beach=((176, 214, 232), (222, 206, 162)),
                    street=((196, 196, 200), (128, 128, 132)), room=((226, 212, 196), (168, 138, 112)),
                    night=((62, 70, 112), (74, 86, 92)))
 relations = ('left of', 'right of', 'above', 'below', 'carrying', 'pulling', 'chasing')
-len(objects), len(colours)
 
-# %% ../../nbs/1_data/13_scenes.ipynb #92433d51
+# %% ../../nbs/1_data/13_scenes.ipynb #11944ed8
 def _oval(x, y, rx, ry, n=22):
     t = np.linspace(0, 2*math.pi, n, endpoint=False)
     return list(zip(x + rx*np.cos(t), y + ry*np.sin(t)))
+
 def _box(x0, y0, x1, y1): return [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
+
 def _arc(x, y, rx, ry, start, stop, n=14):
     t = np.radians(np.linspace(start, stop, n))
     return list(zip(x + rx*np.cos(t), y + ry*np.sin(t)))
 
-# %% ../../nbs/1_data/13_scenes.ipynb #ab3f325b
+# %% ../../nbs/1_data/13_scenes.ipynb #fe39fb60
 def _cat(a, b):
-    return [('body', [(.28, .30), (.38, -.05 - .2*b), (.46, -.08 - .2*b), (.40, .36)]), ('body', _oval(.04, .22, .3 + .05*a, .26)),
-            ('body', _oval(-.24, -.1, .22, .2)), ('body', [(-.44, -.14), (-.42, -.44 + .06*a), (-.24, -.26)]),
+    return [('body', [(.28, .30), (.38, -.05 - .2*b), (.46, -.08 - .2*b), (.40, .36)]),
+            ('body', _oval(.04, .22, .3 + .05*a, .26)), ('body', _oval(-.24, -.1, .22, .2)),
+            ('body', [(-.44, -.14), (-.42, -.44 + .06*a), (-.24, -.26)]),
             ('body', [(-.24, -.26), (-.06, -.44 + .06*a), (-.04, -.14)]),
             ('dark', _oval(-.32, -.12, .035, .05, 10)), ('dark', _oval(-.16, -.12, .035, .05, 10))]
+
+# %% ../../nbs/1_data/13_scenes.ipynb #6274da91
 def _bird(a, b):
     return [('body', [(.12, .0), (.48, -.16 + .1*a), (.46, .06 + .1*a), (.16, .16)]), ('body', _oval(.0, .05, .28, .2 + .04*a)),
             ('body', _oval(-.26, -.16, .15, .14)), ('beak', [(-.38, -.2), (-.5, -.12), (-.37, -.1)]),
             ('shade', [(-.12, -.02), (.2, -.3 + .2*b), (.16, .1)]), ('beak', _box(-.04, .22, .0, .42)),
             ('beak', _box(.08, .22, .12, .42)), ('dark', _oval(-.29, -.19, .03, .03, 8))]
+
 def _fish(a, b):
-    return [('body', [(.18, .0), (.48, -.24 + .06*b), (.40, .0), (.48, .24 - .06*b)]), ('body', _oval(-.1, .0, .36, .2 + .07*a)),
-            ('shade', [(-.14, -.18), (.04, -.38), (.14, -.14)]), ('light', _oval(-.3, -.06, .06, .06, 12)), ('dark', _oval(-.31, -.06, .03, .03, 8))]
+    return [('body', [(.18, .0), (.48, -.24 + .06*b), (.40, .0), (.48, .24 - .06*b)]),
+            ('body', _oval(-.1, .0, .36, .2 + .07*a)), ('shade', [(-.14, -.18), (.04, -.38), (.14, -.14)]),
+            ('light', _oval(-.3, -.06, .06, .06, 12)), ('dark', _oval(-.31, -.06, .03, .03, 8))]
+
+# %% ../../nbs/1_data/13_scenes.ipynb #29e2dec5
 def _car(a, b):
     return [('body', [(-.24 - .04*a, -.02), (-.14, -.26 - .04*b), (.16, -.26 - .04*b), (.28 + .04*a, -.02)]),
             ('body', [(-.48, -.04), (.46, -.04), (.48, .2), (-.48, .2)]),
-            ('glass', [(-.16, -.04), (-.1, -.2), (.0, -.2), (.0, -.04)]), ('glass', [(.05, -.04), (.05, -.2), (.13, -.2), (.21, -.04)]),
+            ('glass', [(-.16, -.04), (-.1, -.2), (.0, -.2), (.0, -.04)]),
+            ('glass', [(.05, -.04), (.05, -.2), (.13, -.2), (.21, -.04)]),
             ('dark', _oval(-.26, .21, .12, .12)), ('dark', _oval(.26, .21, .12, .12)),
             ('light', _oval(-.26, .21, .05, .05, 10)), ('light', _oval(.26, .21, .05, .05, 10))]
+
+# %% ../../nbs/1_data/13_scenes.ipynb #9c35e76c
 def _boat(a, b):
     return [('wood', _box(-.03, -.46, .02, .12)), ('body', [(.03, -.44), (.38 + .08*a, .04), (.03, .04)]),
-            ('body', [(-.05, -.36), (-.05, .04), (-.32 - .06*b, .04)]), ('wood', [(-.46, .12), (.46, .12), (.3, .36), (-.3, .36)])]
-def _plane(a, b):
-    return [('shade', [(.02, -.05), (.2, -.38), (.3, -.38), (.2, -.02)]), ('body', [(.36, -.06), (.44, -.34 + .05*a), (.5, -.34 + .05*a), (.48, .02)]),
-            ('body', [(-.48, .04), (-.36, -.1), (.46, -.1), (.5, .0), (.36, .1), (-.36, .13)]),
-            ('shade', [(-.08, .04), (.14, .4 - .04*b), (.26, .4 - .04*b), (.2, .04)]), ('glass', [(-.42, .0), (-.35, -.07), (-.26, -.07), (-.26, .0)])]
+            ('body', [(-.05, -.36), (-.05, .04), (-.32 - .06*b, .04)]),
+            ('wood', [(-.46, .12), (.46, .12), (.3, .36), (-.3, .36)])]
 
-# %% ../../nbs/1_data/13_scenes.ipynb #43397337
+def _plane(a, b):
+    return [('shade', [(.02, -.05), (.2, -.38), (.3, -.38), (.2, -.02)]),
+            ('body', [(.36, -.06), (.44, -.34 + .05*a), (.5, -.34 + .05*a), (.48, .02)]),
+            ('body', [(-.48, .04), (-.36, -.1), (.46, -.1), (.5, .0), (.36, .1), (-.36, .13)]),
+            ('shade', [(-.08, .04), (.14, .4 - .04*b), (.26, .4 - .04*b), (.2, .04)]),
+            ('glass', [(-.42, .0), (-.35, -.07), (-.26, -.07), (-.26, .0)])]
+
+# %% ../../nbs/1_data/13_scenes.ipynb #f0e00de2
 def _apple(a, b):
-    return [('wood', [(-.03, -.24), (.02, -.46), (.08, -.44), (.04, -.22)]), ('leaf', [(.05, -.32), (.2, -.46), (.3, -.36), (.16, -.28)]),
-            ('body', _oval(-.14, .1, .26 + .04*a, .34)), ('body', _oval(.14, .1, .26 + .04*a, .34)), ('light', _oval(-.2, -.04, .05, .08, 12))]
+    return [('wood', [(-.03, -.24), (.02, -.46), (.08, -.44), (.04, -.22)]),
+            ('leaf', [(.05, -.32), (.2, -.46), (.3, -.36), (.16, -.28)]), ('body', _oval(-.14, .1, .26 + .04*a, .34)),
+            ('body', _oval(.14, .1, .26 + .04*a, .34)), ('light', _oval(-.2, -.04, .05, .08, 12))]
+
 def _mushroom(a, b):
     return [('cream', [(-.12 - .03*b, .0), (.12 + .03*b, .0), (.17, .44), (-.17, .44)]),
             ('body', _arc(0, .06, .46, .46 - .08*a, 180, 360) + [(.46, .1), (-.46, .1)])]
+
+# %% ../../nbs/1_data/13_scenes.ipynb #105cb79f
 def _tree(a, b):
     return [('wood', _box(-.07, .1, .07, .48)), ('body', [(-.38, .2), (0, -.16), (.38, .2)]),
             ('body', [(-.32, .0), (0, -.34 - .03*a), (.32, .0)]), ('body', [(-.24, -.18), (0, -.5), (.24, -.18)])]
+
 def _flower(a, b):
-    petals = [('body', _oval(.2*math.cos(t), -.2 + .2*math.sin(t), .13 + .02*a, .13 + .02*a, 14)) for t in np.linspace(.3, .3 + 2*math.pi, 6)[:-1]]
+    petals = [('body', _oval(.2*math.cos(t), -.2 + .2*math.sin(t), .13 + .02*a, .13 + .02*a, 14))
+              for t in np.linspace(.3, .3 + 2*math.pi, 6)[:-1]]
     return [('leaf', _box(-.03, -.1, .03, .5)), ('leaf', [(.0, .34), (.22, .16 + .08*b), (.26, .26 + .08*b)]),
             ('leaf', [(.0, .4), (-.22, .22 + .08*b), (-.26, .32 + .08*b)])] + petals + [('core', _oval(0, -.2, .1, .1, 14))]
+
+# %% ../../nbs/1_data/13_scenes.ipynb #efdf449c
 def _cactus(a, b):
     return [('body', _arc(0, -.28, .13, .2, 180, 360) + [(.13, .3), (-.13, .3)]),
             ('body', [(-.12, .12), (-.38, .12), (-.38, -.16 - .08*a), (-.24, -.16 - .08*a), (-.24, .0), (-.12, .0)]),
             ('body', [(.12, .04), (.24, .04), (.24, -.2 + .1*b), (.38, -.2 + .1*b), (.38, .16), (.12, .16)]),
             ('pot', [(-.24, .26), (.24, .26), (.18, .5), (-.18, .5)])]
+
+# %% ../../nbs/1_data/13_scenes.ipynb #61f6b88a
 def _cup(a, b):
-    return [('body', _oval(.3, .02, .18, .2)), ('hole', _oval(.3, .02, .09, .11)), ('body', [(-.4, -.3), (.28, -.3), (.22 - .05*a, .38), (-.34 + .05*a, .38)]),
-            ('shade', _oval(-.06, -.3, .34, .08))]
+    return [('body', _oval(.3, .02, .18, .2)), ('hole', _oval(.3, .02, .09, .11)),
+            ('body', [(-.4, -.3), (.28, -.3), (.22 - .05*a, .38), (-.34 + .05*a, .38)]), ('shade', _oval(-.06, -.3, .34, .08))]
+
 def _chair(a, b):
     return [('body', _box(-.3, -.48 + .06*a, -.18, .46)), ('body', _box(-.3, .02, .32, .14)), ('body', _box(.2, .1, .32, .46)),
             ('shade', _box(-.18, -.4 + .06*a, -.06, .02)), ('shade', _box(-.1, .14, .0, .4 - .1*b))]
+
+# %% ../../nbs/1_data/13_scenes.ipynb #d0690fe7
 def _umbrella(a, b):
-    return [('wood', _box(-.025, -.1, .025, .38)), ('wood', [(-.025, .34), (.025, .34), (.04, .42), (.12, .42), (.12, .36), (.17, .36), (.17, .48), (.0, .48)]),
+    return [('wood', _box(-.025, -.1, .025, .38)),
+            ('wood', [(-.025, .34), (.025, .34), (.04, .42), (.12, .42), (.12, .36), (.17, .36), (.17, .48), (.0, .48)]),
             ('body', _arc(0, .02, .48, .46 - .06*a, 180, 360) + [(.32, -.06), (.16, .02), (.0, -.06), (-.16, .02), (-.32, -.06)]),
             ('shade', [(0, -.42), (.16, .0), (.0, -.06), (-.16, .0)])]
+
+# %% ../../nbs/1_data/13_scenes.ipynb #36cea2fd
 def _star(a, b):
     t = np.radians(np.arange(10)*36 - 90); r = np.where(np.arange(10) % 2, .2 + .05*a, .5)
     return [('body', list(zip(r*np.cos(t), r*np.sin(t) + .03)))]
+
 def _heart(a, b):
     t = np.linspace(0, 2*math.pi, 40, endpoint=False)
-    return [('body', list(zip(.03*(16*np.sin(t)**3), -.032*(13*np.cos(t) - 5*np.cos(2*t) - 2*np.cos(3*t) - np.cos(4*t)) - .02 + .03*a)))]
+    y = -.032*(13*np.cos(t) - 5*np.cos(2*t) - 2*np.cos(3*t) - np.cos(4*t)) - .02 + .03*a
+    return [('body', list(zip(.03*(16*np.sin(t)**3), y)))]
 
 # %% ../../nbs/1_data/13_scenes.ipynb #1b3e643d
 _shapes = {o: globals()[f'_{o}'] for o in objects}
 _own = dict(dark=(24, 24, 28), light=(250, 250, 250), glass=(160, 206, 226), wood=(122, 82, 48), leaf=(70, 150, 60),
             beak=(240, 160, 40), cream=(238, 226, 202), core=(244, 190, 40), pot=(176, 96, 60))
 
-# %% ../../nbs/1_data/13_scenes.ipynb #f6a2c653
+# %% ../../nbs/1_data/13_scenes.ipynb #9857e0ff
 @dataclass(frozen=True)
 class Thing:
     "One object with everything that can be said about it."
@@ -124,17 +161,17 @@ class Thing:
     b: float = 0.5          # second proportion of the shape
 
     @property
-    def position(self):
+    def position(self)->str:
         "The cell of a 3 x 3 grid that holds the centre."
         return positions[3*min(int(self.y*3), 2) + min(int(self.x*3), 2)]
 
     @property
-    def location(self):
+    def location(self)->str:
         "VL-CheckList's rule: distance of the centre from the picture's, in thirds of the half diagonal."
         d = math.hypot(self.x - .5, self.y - .5)/math.hypot(.5, .5)
         return 'center' if d <= 1/3 else 'margin' if d > 2/3 else 'mid'
 
-# %% ../../nbs/1_data/13_scenes.ipynb #92206176
+# %% ../../nbs/1_data/13_scenes.ipynb #235bb6fe
 @dataclass(frozen=True)
 class Scene:
     "What a picture shows: one or two things, their relation and the surroundings."
@@ -145,23 +182,25 @@ class Scene:
     horizon: float = 0.6         # height of the horizon
     seed: int = 0                # camera noise
 
-    def to_json(self):
+    def to_json(self)->str:
         "The truth as one line of JSON."
         d = asdict(self)
         for t, thing in zip(d['things'], self.things): t.update(position=thing.position, location=thing.location)
         return json.dumps(d, sort_keys=True)
 
-# %% ../../nbs/1_data/13_scenes.ipynb #2dfcf8f4
+# %% ../../nbs/1_data/13_scenes.ipynb #4d1b22ad
 def scene_from_json(text:str  # what `Scene.to_json` wrote
-                   )->Scene:
+                   )->Scene:      # equal to the one that was written
     "Read a scene back from its truth."
     d = json.loads(text)
     things = tuple(Thing(**{k: v for k, v in t.items() if k not in ('position', 'location')}) for t in d.pop('things'))
     return Scene(things=things, **d)
 
-# %% ../../nbs/1_data/13_scenes.ipynb #dd320fc6
+# %% ../../nbs/1_data/13_scenes.ipynb #59c7f44a
 def _shade(c, f): return tuple(int(min(255, max(0, v*f))) for v in c)
 def _outline(colour): return (120, 120, 126) if colour == 'black' else _shade(colours[colour], .55)
+
+# %% ../../nbs/1_data/13_scenes.ipynb #883c2dbc
 def _place(points, thing, side):
     p = np.array(points, float)
     if thing.flip: p[:, 0] *= -1
@@ -183,11 +222,9 @@ def _pattern(image, mask, thing, side):
                 d.ellipse([x - step*.27, y - step*.27, x + step*.27, y + step*.27], fill=255)
     image.paste(ink, mask=ImageChops.multiply(mask, over))
 
-# %% ../../nbs/1_data/13_scenes.ipynb #30b69fec
-def _draw_thing(image, thing, side):
-    "Draw one thing into `image`."
-    d, base = ImageDraw.Draw(image), colours[thing.colour]
-    parts = [(role, _place(points, thing, side)) for role, points in _shapes[thing.object](thing.a, thing.b)]
+# %% ../../nbs/1_data/13_scenes.ipynb #7841c0d6
+def _draw_action(d, thing, side):
+    "The shadow below a jumping thing, the lines behind a moving one."
     if thing.action == 'jumping':
         y, r = (thing.y + .6*thing.extent)*side, thing.extent*side*.4
         d.ellipse([thing.x*side - r, y - r*.22, thing.x*side + r, y + r*.22], fill=(70, 70, 78))
@@ -196,15 +233,26 @@ def _draw_thing(image, thing, side):
         for k in (-.2, .02, .24):
             x0, y = thing.x*side + s*thing.extent*side*.56, (thing.y + k*thing.extent)*side
             d.line([x0, y, x0 + s*thing.extent*side*.3, y], fill=(250, 250, 250), width=max(2, side//64))
+
+# %% ../../nbs/1_data/13_scenes.ipynb #f6588a42
+def _fill(role, colour):
+    "The ink for a part of a thing of this colour."
+    if role == 'body': return colours[colour]
+    if role == 'hole': return _outline(colour)
+    if role != 'shade': return _own[role]
+    return (64, 64, 70) if colour == 'black' else _shade(colours[colour], .72)
+
+# %% ../../nbs/1_data/13_scenes.ipynb #750f0846
+def _draw_thing(image, thing, side):
+    "Draw one thing into `image`."
+    d = ImageDraw.Draw(image); _draw_action(d, thing, side)
+    parts = [(role, _place(points, thing, side)) for role, points in _shapes[thing.object](thing.a, thing.b)]
     line, width = _outline(thing.colour), max(2, round(side/64*.9))
     for role, p in parts:
         if role in ('body', 'shade'): d.line(p + p[:2], fill=line, width=2*width, joint='curve')
     mask = Image.new('L', image.size); m = ImageDraw.Draw(mask)
     for role, p in parts:
-        fill = base if role == 'body' else _shade(base, .72) if role == 'shade' and thing.colour != 'black' else (64, 64, 70) if role == 'shade' else None
-        if role == 'hole': fill = line
-        d.polygon(p, fill=fill or _own[role])
-        m.polygon(p, fill=255 if role == 'body' else 0)
+        d.polygon(p, fill=_fill(role, thing.colour)); m.polygon(p, fill=255 if role == 'body' else 0)
     if thing.pattern != 'plain': _pattern(image, mask, thing, side)
 
 # %% ../../nbs/1_data/13_scenes.ipynb #1e12ee75
@@ -223,14 +271,14 @@ def render(scene:Scene,       # what to draw
     if noise: pixels = pixels + np.random.default_rng(scene.seed).normal(0, noise, pixels.shape)
     return Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
 
-# %% ../../nbs/1_data/13_scenes.ipynb #01537a09
+# %% ../../nbs/1_data/13_scenes.ipynb #61ffe42a
 pools = ('generator', 'clip', 'judge', 'vision', 'text', 'reader', 'study', 'validation', 'evaluation')
+
 def _digest(*parts): return int.from_bytes(hashlib.sha256('/'.join(map(str, parts)).encode()).digest()[:8], 'big')
 _pairs = sorted(((o, c) for o in objects for c in colours), key=lambda p: _digest('held out', *p))
 held_out = frozenset(_pairs[:round(len(_pairs)/10)])
-sorted(held_out)
 
-# %% ../../nbs/1_data/13_scenes.ipynb #592809db
+# %% ../../nbs/1_data/13_scenes.ipynb #4965752c
 def _thing(rng, allow_held_out, size=None, busy=True):
     "A random thing; places avoid cutting large things off."
     while True:
@@ -244,9 +292,10 @@ def _thing(rng, allow_held_out, size=None, busy=True):
     x, y = (min(max(v, k/3 + .015), (k + 1)/3 - .015) for v, k in ((x, col), (y, row)))
     pattern = patterns[rng.choice(3, p=[.8, .1, .1])] if busy else 'plain'
     state = 'upside down' if busy and rng.random() < .05 else ''
-    action = str(rng.choice(['', 'moving', 'jumping'], p=[.88, .06, .06])) if busy and o in groups['animal'] + groups['vehicle'] else ''
-    return Thing(o, c, pattern, size, round(x, 4), round(y, 4), round(extent, 4), state, action,
-                 bool(rng.random() < .5), round(float(rng.uniform(-8, 8)), 2), round(float(rng.random()), 3), round(float(rng.random()), 3))
+    lively = busy and o in groups['animal'] + groups['vehicle']
+    action = str(rng.choice(['', 'moving', 'jumping'], p=[.88, .06, .06])) if lively else ''
+    return Thing(o, c, pattern, size, round(x, 4), round(y, 4), round(extent, 4), state, action, bool(rng.random() < .5),
+                 round(float(rng.uniform(-8, 8)), 2), round(float(rng.random()), 3), round(float(rng.random()), 3))
 
 # %% ../../nbs/1_data/13_scenes.ipynb #c9b30349
 def _pair(rng, first, second):
@@ -269,11 +318,11 @@ def _pair(rng, first, second):
     if relation == 'chasing': first = replace(first, action='moving', flip=bool(q[0] > p[0]))   # lines behind the one that chases
     return (first, second), relation
 
-# %% ../../nbs/1_data/13_scenes.ipynb #fcfbc9de
+# %% ../../nbs/1_data/13_scenes.ipynb #78be45a6
 def make_scene(pool:str,           # one of `pools`
                index:int,          # number of the scene in its pool
                pairs:float=0.3,    # share of scenes with two things
-               )->Scene:
+               )->Scene:            # with one thing, or two and their relation
     "The scene with this number: always the same, never in another pool."
     if pool not in pools: raise ValueError(f'unknown pool {pool!r}; the pools are {", ".join(pools)}')
     rng = np.random.default_rng(_digest(pool, index)); seen_by_none = pool == 'evaluation'
