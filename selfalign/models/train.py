@@ -34,38 +34,70 @@ def warmup_cosine(step:int,          # current step, from 0
     if step < up: return (step + 1)/up
     return .5*(1 + math.cos(math.pi*(step - up)/max(1, steps - up)))
 
-# %% ../../nbs/2_models/22_train.ipynb #c51158db
-def step_generator(seed:int, step:int)->torch.Generator:
+# %% ../../nbs/2_models/22_train.ipynb #c832548f
+def step_generator(seed:int,           # of the training
+                   step:int,           # from 0
+                  )->torch.Generator:  # on the CPU
     "A source of randomness for one step; the same whenever the step is taken."
     return torch.Generator().manual_seed((seed*1_000_003 + step)*2_654_435_761 % 2**63)
 
-# %% ../../nbs/2_models/22_train.ipynb #5d028dd3
+# %% ../../nbs/2_models/22_train.ipynb #441886e4
 class Averages:
     "Exponential moving average of a module's weights, in float32."
-    def __init__(self, module, decay=.999):
+    def __init__(self,
+                 module:torch.nn.Module,  # whose weights are averaged
+                 decay:float=.999,        # share of the old average kept in a step, once it has grown to that
+                 ):
         self.decay, self.values = decay, {k: v.detach().clone().float() for k, v in module.state_dict().items()}
-    def update(self, module, step):
+
+    def update(self,
+               module:torch.nn.Module,  # with its weights after the step
+               step:int,                # from 0; the memory grows with it
+               ):
+        "Move the average towards the weights."
         d = min(self.decay, (1 + step)/(10 + step))
         for k, v in module.state_dict().items():
             if v.is_floating_point(): self.values[k].lerp_(v.detach().float(), 1 - d)
             else: self.values[k] = v.detach().clone()
-    def copy_to(self, module): module.load_state_dict({k: self.values[k].to(v.dtype) for k, v in module.state_dict().items()})
 
-# %% ../../nbs/2_models/22_train.ipynb #0122e4c7
+    def copy_to(self,
+                module:torch.nn.Module,  # of the same shape
+                ):
+        "Put the averages into a module."
+        module.load_state_dict({k: self.values[k].to(v.dtype) for k, v in module.state_dict().items()})
+
+# %% ../../nbs/2_models/22_train.ipynb #4b229bef
+def _optimiser(module, lr, weight_decay, betas):
+    "AdamW in two groups: matrices, and whatever should not decay."
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [dict(params=[p for p in trained if p.ndim > 1], weight_decay=weight_decay),
+              dict(params=[p for p in trained if p.ndim <= 1], weight_decay=0.)]
+    return torch.optim.AdamW(groups, lr=lr, betas=betas)
+
+# %% ../../nbs/2_models/22_train.ipynb #de49febb
 def _save(state, path):
+    "Write a checkpoint whole or not at all."
     temporary = path.with_suffix('.tmp'); torch.save(state, temporary); os.replace(temporary, path)
 
-# %% ../../nbs/2_models/22_train.ipynb #88722fb0
+# %% ../../nbs/2_models/22_train.ipynb #3897f5c0
+def _resume(path, module, optimiser, averages, device):
+    "Put a checkpoint back, if there is one; the step, the curve and the seconds it had reached."
+    if not path.exists(): return 0, [], 0.
+    state = torch.load(path, map_location=device, weights_only=True)
+    module.load_state_dict(state['module']); optimiser.load_state_dict(state['optimiser']); averages.values = state['averages']
+    return state['step'], state['curve'], state['spent']
+
+# %% ../../nbs/2_models/22_train.ipynb #34b4665e
 def fit(module:torch.nn.Module,   # weights to train, float32
         loss,                     # function of the step's number: the loss, or a dict with 'loss' and more to log
         steps:int,                # steps in all
         folder:Path,              # checkpoints and `training.csv` go here
         lr:float=1e-3,            # peak learning rate
         weight_decay:float=0.01,  # of matrices only
-        betas:tuple=(.9, .99),    # of AdamW
+        betas:tuple=(.9, .99),    # of AdamW: how long it remembers gradients and their squares
         clip:float=1.,            # largest gradient norm
         decay:float=.999,         # of the averaged weights
-        warmup:float=.05,         # share of steps
+        warmup:float=.05,         # share of the steps spent warming up
         every:float=60.,          # seconds between checkpoints
         log:int=25,               # steps between rows of the curve
         label:str='',             # for the progress bar
@@ -75,14 +107,9 @@ def fit(module:torch.nn.Module,   # weights to train, float32
     from accelerate import Accelerator
     accelerator = Accelerator(mixed_precision=precision or fast_precision('cuda' if torch.cuda.is_available() else 'cpu'))
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True); path = folder/'checkpoint.pt'
-    matrices = [p for p in module.parameters() if p.requires_grad and p.ndim > 1]
-    others = [p for p in module.parameters() if p.requires_grad and p.ndim <= 1]
-    optimiser = torch.optim.AdamW([dict(params=matrices, weight_decay=weight_decay), dict(params=others, weight_decay=0.)], lr=lr, betas=betas)
-    module.to(accelerator.device); averages, start, curve, spent = Averages(module, decay), 0, [], 0.
-    if path.exists():
-        state = torch.load(path, map_location=accelerator.device, weights_only=True)
-        module.load_state_dict(state['module']); optimiser.load_state_dict(state['optimiser'])
-        averages.values, start, curve, spent = state['averages'], state['step'], state['curve'], state['spent']
+    optimiser = _optimiser(module, lr, weight_decay, betas); weights = [p for g in optimiser.param_groups for p in g['params']]
+    module.to(accelerator.device); averages = Averages(module, decay)
+    start, curve, spent = _resume(path, module, optimiser, averages, accelerator.device)
     optimiser = accelerator.prepare(optimiser); begun = saved = time.time(); running = {}
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=label or folder.name, mininterval=2)
     for step in bar:
@@ -90,7 +117,7 @@ def fit(module:torch.nn.Module,   # weights to train, float32
         with accelerator.autocast(): values = loss(step)
         values = values if isinstance(values, dict) else dict(loss=values)
         accelerator.backward(values['loss'])
-        accelerator.clip_grad_norm_(matrices + others, clip)
+        accelerator.clip_grad_norm_(weights, clip)
         optimiser.step(); optimiser.zero_grad(); averages.update(module, step)
         for k, v in values.items(): running.setdefault(k, []).append(v.detach().float())
         if (step + 1) % log == 0 or step + 1 == steps:
@@ -98,17 +125,17 @@ def fit(module:torch.nn.Module,   # weights to train, float32
             curve.append(dict(step=step + 1, **row, seconds=round(spent + time.time() - begun, 1))); bar.set_postfix(row)
         if time.time() - saved > every or step + 1 == steps:
             saved = time.time()
-            _save(dict(module=module.state_dict(), optimiser=optimiser.state_dict(), averages=averages.values, step=step + 1,
-                       curve=curve, spent=spent + saved - begun), path)
+            _save(dict(module=module.state_dict(), optimiser=optimiser.state_dict(), averages=averages.values,
+                       step=step + 1, curve=curve, spent=spent + saved - begun), path)
     averages.copy_to(module); module.eval()
     frame = pd.DataFrame(curve); frame.to_csv(folder/'training.csv', index=False)
     return frame
 
-# %% ../../nbs/2_models/22_train.ipynb #d28922a6
+# %% ../../nbs/2_models/22_train.ipynb #23ac6f6f
 def cached_array(name:str,    # what it holds
                  make,        # function that makes it
                  *modules,    # modules whose code it depends on
-                 )->np.ndarray:
+                 )->np.ndarray:  # mapped into memory, if it was there already
     "An array kept in the folder of runs, made anew when the code that makes it changes."
     import hashlib
     from selfalign.study.settings import find_root
@@ -119,15 +146,16 @@ def cached_array(name:str,    # what it holds
     temporary = path.with_suffix(f'.{os.getpid()}.npy'); np.save(temporary, out); os.replace(temporary, path)
     return out
 
-# %% ../../nbs/2_models/22_train.ipynb #ca3eac3f
+# %% ../../nbs/2_models/22_train.ipynb #0be6bbf7
 def pictures(pool:str,            # pool of scenes
              n:int,               # how many, from number 0
-             noise:float=2.5,     # camera noise
+             noise:float=2.5,     # camera noise, in grey levels of 255
              )->np.ndarray:       # (n, 64, 64, 3) uint8
     "Rendered scenes of a pool, cached."
     from selfalign.data import scenes
     draw = lambda i: np.asarray(scenes.render(scenes.make_scene(pool, i), noise=noise))
-    return cached_array(f'{pool}-{n}-{noise}', lambda: np.stack([draw(i) for i in tqdm(range(n), desc=f'drawing {pool}', mininterval=2)]), scenes)
+    make = lambda: np.stack([draw(i) for i in tqdm(range(n), desc=f'drawing {pool}', mininterval=2)])
+    return cached_array(f'{pool}-{n}-{noise}', make, scenes)
 
 # %% ../../nbs/2_models/22_train.ipynb #4157aac7
 def to_tensor(pixels:np.ndarray  # (..., H, W, 3) uint8

@@ -12,16 +12,17 @@ from ..data.captions import kinds, web_caption
 # %% ../../nbs/2_models/25_vocabulary.ipynb #0e6650dd
 context_length = 32   # tokens a micro model reads, the two special ones included
 
-# %% ../../nbs/2_models/25_vocabulary.ipynb #d9dadc3f
+# %% ../../nbs/2_models/25_vocabulary.ipynb #ea08b998
 def caption_texts(pool:str,           # pool of scenes
                   n:int,              # how many scenes, from number 0
-                  noise:float=0.3,    # web noise
+                  noise:float=0.3,    # probability that something is wrong with a caption, 0 to 1
                   )->list:            # n texts
     "Captions as the web would offer them, cached."
     import numpy as np
     from selfalign.data import captions, scenes
     from selfalign.models.train import cached_array
-    return cached_array(f'captions-{pool}-{n}-{noise}', lambda: np.array([web_caption(pool, i, noise)[0].text for i in range(n)]), captions, scenes).tolist()
+    make = lambda: np.array([web_caption(pool, i, noise)[0].text for i in range(n)])
+    return cached_array(f'captions-{pool}-{n}-{noise}', make, captions, scenes).tolist()
 
 # %% ../../nbs/2_models/25_vocabulary.ipynb #e5a0490a
 def train_vocabulary(texts:list,         # captions
@@ -38,8 +39,8 @@ def train_vocabulary(texts:list,         # captions
     tokens = alphabet + [a + '</w>' for a in alphabet] + [''.join(m) for m in merges] + ['<|startoftext|>', '<|endoftext|>']
     return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=context_length)
 
-# %% ../../nbs/2_models/25_vocabulary.ipynb #7a8536d2
-def vocabulary():   # `transformers.CLIPTokenizer`
+# %% ../../nbs/2_models/25_vocabulary.ipynb #024780c4
+def vocabulary():   # `transformers.CLIPTokenizer`, about a thousand tokens
     "The study's vocabulary: read from `data/micro/text`, or learned anew where that is not there yet."
     from transformers import CLIPTokenizer
     from selfalign.study.settings import find_root
@@ -47,9 +48,9 @@ def vocabulary():   # `transformers.CLIPTokenizer`
     if (folder/'tokenizer.json').exists(): return CLIPTokenizer.from_pretrained(folder)
     return train_vocabulary(caption_texts('text', 8000))
 
-# %% ../../nbs/2_models/25_vocabulary.ipynb #b7e2ad98
+# %% ../../nbs/2_models/25_vocabulary.ipynb #66d596e8
 def tokenize(texts:list,   # captions
              tokenizer,    # from `vocabulary`
-             ):            # (n, context_length) int64
+             ):            # (n, context_length) int64 tensor
     "Token ids of fixed length."
     return tokenizer(list(texts), padding='max_length', truncation=True, max_length=context_length, return_tensors='pt').input_ids
