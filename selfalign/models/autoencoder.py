@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from .train import fit, pictures, step_generator, to_tensor
 
-# %% ../../nbs/2_models/24_autoencoder.ipynb #75fd9ba4
+# %% ../../nbs/2_models/24_autoencoder.ipynb #a5bcb84b
 def new_autoencoder(channels:int=24,         # of every layer
                     latent_channels:int=8,   # numbers kept for each 8 x 8 pixels
                    ):                        # `diffusers.AutoencoderTiny`
     "An untrained autoencoder for 64 x 64 pictures."
     from diffusers import AutoencoderTiny
-    return AutoencoderTiny(encoder_block_out_channels=(channels,)*4, decoder_block_out_channels=(channels,)*4, latent_channels=latent_channels,
-                           num_encoder_blocks=(1, 1, 2, 3), num_decoder_blocks=(3, 2, 1, 1))
+    return AutoencoderTiny(encoder_block_out_channels=(channels,)*4, decoder_block_out_channels=(channels,)*4,
+                           latent_channels=latent_channels, num_encoder_blocks=(1, 1, 2, 3), num_decoder_blocks=(3, 2, 1, 1))
 
 # %% ../../nbs/2_models/24_autoencoder.ipynb #d6e96c1c
 def salience(x:torch.Tensor  # (B, 3, H, W) in [-1, 1]
@@ -28,8 +28,8 @@ def salience(x:torch.Tensor  # (B, 3, H, W) in [-1, 1]
     "How far each pixel departs from the median of its row."
     return ((x - x.median(dim=3, keepdim=True).values).abs().mean(1, keepdim=True)*2).clamp(0, 1)
 
-# %% ../../nbs/2_models/24_autoencoder.ipynb #3efa713f
-def autoencoder_loss(model,
+# %% ../../nbs/2_models/24_autoencoder.ipynb #6f73a606
+def autoencoder_loss(model,                      # with `encoder` and `decoder`
                      x:torch.Tensor,             # (B, 3, 64, 64) in [-1, 1]
                      generator:torch.Generator,  # noise on the latents
                      noise:float=.1,             # its standard deviation
@@ -54,7 +54,7 @@ def salient_crops(x:torch.Tensor,             # (B, 3, H, W)
     rows, columns = (v[:, None] + torch.arange(size) for v in (top, left))
     return x[torch.arange(len(x))[:, None, None], :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
 
-# %% ../../nbs/2_models/24_autoencoder.ipynb #52c19d0e
+# %% ../../nbs/2_models/24_autoencoder.ipynb #d7828e8c
 def train_autoencoder(folder:Path,         # checkpoints, curve and model go here
                       steps:int=5300,      # steps in all
                       whole:int=2500,      # of them on whole pictures, the first ones
@@ -62,8 +62,8 @@ def train_autoencoder(folder:Path,         # checkpoints, curve and model go her
                       batch:int=32,        # whole pictures a step; of crops, twice as many
                       channels:int=24,     # width
                       lr:float=2e-3,       # peak learning rate
-                      seed:int=0,
-                      ):
+                      seed:int=0,          # of the weights, the batches, the noise and the crops
+                      ):                   # `diffusers.AutoencoderTiny`
     "Train the autoencoder and save it in diffusers' format."
     data = pictures('generator', n); torch.manual_seed(seed)
     model = new_autoencoder(channels).to(memory_format=torch.channels_last)

@@ -16,8 +16,9 @@ from .losses import info_nce, sigmoid_loss
 from .train import fit, pictures, step_generator, to_tensor
 from .vocabulary import caption_texts, context_length, tokenize, vocabulary
 
-# %% ../../nbs/2_models/26_contrastive.ipynb #0e98eccb
-def new_clip(tokens:int):  # size of the vocabulary
+# %% ../../nbs/2_models/26_contrastive.ipynb #a22f60a1
+def new_clip(tokens:int  # size of the vocabulary
+            ):           # the model, and its configuration as a dict
     "An untrained `open_clip.CLIP` and its configuration."
     import open_clip
     config = dict(embed_dim=128, vision_cfg=dict(image_size=64, layers=4, width=128, head_width=32, patch_size=16),
@@ -26,8 +27,12 @@ def new_clip(tokens:int):  # size of the vocabulary
     model = open_clip.CLIP(**{k: v for k, v in config.items()}, output_dict=True)
     return model, dict(model_cfg=config, preprocess_cfg=preprocess)
 
-# %% ../../nbs/2_models/26_contrastive.ipynb #22382755
-def save_clip(model, config:dict, tokenizer, folder:Path):
+# %% ../../nbs/2_models/26_contrastive.ipynb #b811e117
+def save_clip(model,        # `open_clip.CLIP`
+              config:dict,  # from `new_clip`
+              tokenizer,    # from `selfalign.models.vocabulary`
+              folder:Path,  # made if it is not there
+              ):
     "Write what `open_clip.create_model_from_pretrained('local-dir:...')` reads."
     from safetensors.torch import save_file
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
@@ -35,19 +40,23 @@ def save_clip(model, config:dict, tokenizer, folder:Path):
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder/'open_clip_model.safetensors')
     tokenizer.save_pretrained(folder)
 
-# %% ../../nbs/2_models/26_contrastive.ipynb #d8570f99
-def new_judge(tokens:int):  # size of the vocabulary
+# %% ../../nbs/2_models/26_contrastive.ipynb #1bcef89a
+def new_judge(tokens:int  # size of the vocabulary
+             ):           # the model
     "An untrained `transformers.SiglipModel`."
     from transformers import SiglipConfig, SiglipModel
     shape = dict(hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=3)
     model = SiglipModel(SiglipConfig(vision_config=dict(image_size=64, patch_size=8, **shape),
-        text_config=dict(vocab_size=tokens, max_position_embeddings=context_length, projection_size=96, pad_token_id=tokens - 1,
-                         bos_token_id=tokens - 2, eos_token_id=tokens - 1, **shape)))
+        text_config=dict(vocab_size=tokens, max_position_embeddings=context_length, projection_size=96,
+                         pad_token_id=tokens - 1, bos_token_id=tokens - 2, eos_token_id=tokens - 1, **shape)))
     with torch.no_grad(): model.logit_scale.fill_(np.log(10)); model.logit_bias.fill_(-10)
     return model
 
-# %% ../../nbs/2_models/26_contrastive.ipynb #30d83ab4
-def save_judge(model, tokenizer, folder:Path):
+# %% ../../nbs/2_models/26_contrastive.ipynb #8a9aa27f
+def save_judge(model,        # `transformers.SiglipModel`
+               tokenizer,    # from `selfalign.models.vocabulary`
+               folder:Path,  # made if it is not there
+               ):
     "Write what `AutoModel`, `AutoImageProcessor` and `AutoTokenizer` read."
     from transformers import SiglipImageProcessor
     model.save_pretrained(folder); tokenizer.save_pretrained(folder)
@@ -60,32 +69,37 @@ def _features(model, pixels, tokens):
     x = model.vision_model(pixel_values=pixels).pooler_output; y = model.text_model(input_ids=tokens).pooler_output
     return F.normalize(x, dim=-1), F.normalize(y, dim=-1)
 
-# %% ../../nbs/2_models/26_contrastive.ipynb #fed549b0
+# %% ../../nbs/2_models/26_contrastive.ipynb #09f20a88
 @torch.no_grad()
-def validate(model, tokenizer, n:int=500)->dict:
+def validate(model,        # a dual encoder of either family
+             tokenizer,    # from `selfalign.models.vocabulary`
+             n:int=500,    # scenes of the pool `validation`
+             )->dict:      # shares: 'r1' and 'object'
     "R@1 among `n` pictures and their captions, and object accuracy in two-choice questions."
     from selfalign.data.captions import probe_caption
     from selfalign.data.scenes import make_scene, objects
     from dataclasses import replace
     rng, scenes = np.random.default_rng(0), [make_scene('validation', i) for i in range(n)]
-    def other(s): return replace(s, things=(replace(s.things[0], object=rng.choice([o for o in objects if o != s.things[0].object])),) + s.things[1:])
+    def other(s):
+        swapped = replace(s.things[0], object=rng.choice([o for o in objects if o != s.things[0].object]))
+        return replace(s, things=(swapped,) + s.things[1:])
     texts = [probe_caption(s).text for s in scenes]; wrong = [probe_caption(other(s)).text for s in scenes]
     device = next(model.parameters()).device; x = to_tensor(pictures('validation', n)).to(device)
     i, t = _features(model, x, tokenize(texts, tokenizer).to(device)); _, u = _features(model, x[:1], tokenize(wrong, tokenizer).to(device))
     s = i @ t.T; own = s.diag()
     return dict(r1=(((s >= own[:, None]).sum(1) == 1).float().mean()).item(), object=((own > (i*u).sum(1)).float().mean()).item())
 
-# %% ../../nbs/2_models/26_contrastive.ipynb #d1b1a327
+# %% ../../nbs/2_models/26_contrastive.ipynb #bd354886
 def train_contrastive(name:str,            # 'clip' or 'judge'
                       folder:Path,         # checkpoints, curve and model
                       steps:int=1400,      # steps in all
                       n:int=16_000,        # pairs of the pool of the same name
                       batch:int=128,       # pairs a step
                       lr:float=1e-3,       # peak learning rate
-                      noise:float=0.3,     # web noise
-                      seed:int=0,
+                      noise:float=0.3,     # web noise, 0 to 1
+                      seed:int=0,          # of the weights and the batches
                       check:int=200,       # steps between validations
-                      ):
+                      ):                   # the trained model
     "Train a dual encoder on web pairs and save it in its library's format."
     tokenizer, data = vocabulary(), pictures(name, n); torch.manual_seed(seed)
     tokens = tokenize(caption_texts(name, n, noise), tokenizer)

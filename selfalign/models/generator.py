@@ -60,13 +60,13 @@ def clip_filter(clip_folder:Path, pixels:np.ndarray, texts:list, keep:float)->np
     order = torch.cat(scores).argsort(descending=True).numpy()
     return np.sort(order[:round(keep*len(order))])
 
-# %% ../../nbs/2_models/28_generator.ipynb #96a16be5
+# %% ../../nbs/2_models/28_generator.ipynb #e5237659
 def train_generator(folder:Path,               # checkpoints, curve and model
                     autoencoder_folder:Path,   # a trained autoencoder
                     clip_folder:Path=None,     # filters the pairs; None: no filter
-                    steps:int=7500,            # steps in all
+                    steps:int=8500,            # steps in all
                     n:int=24_000,              # web pairs of the pool `generator`
-                    keep:float=0.75,           # share of pairs that the filter leaves
+                    keep:float=0.8,            # share of pairs that the filter leaves
                     batch:int=64,              # pictures a step
                     lr:float=1e-3,             # peak learning rate
                     channels:tuple=(64, 128),  # width of the UNet

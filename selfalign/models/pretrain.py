@@ -22,20 +22,20 @@ class Recipe:
     what: str           # what it is, for the card
     needs: tuple = ()   # models that must be trained before
 
-# %% ../../nbs/2_models/2a_pretrain.ipynb #1603ad24
+# %% ../../nbs/2_models/2a_pretrain.ipynb #48db0337
 recipes = {
     'vocabulary': Recipe(0, 'captions of the pool `text`', 'byte-pair vocabulary'),
     'reader': Recipe(1600, 'clean renders of the pool `reader` with their truth; used to measure, never to train or select', 'attribute classifier'),
-    'clip': Recipe(1400, 'web pairs of the pool `clip`, with their noise', 'open_clip dual encoder, InfoNCE', ('vocabulary',)),
-    'judge': Recipe(800, 'web pairs of the pool `judge`, with their noise', 'SigLIP dual encoder, sigmoid loss', ('vocabulary',)),
+    'clip': Recipe(1200, 'web pairs of the pool `clip`, with their noise', 'open_clip dual encoder, InfoNCE', ('vocabulary',)),
+    'judge': Recipe(700, 'web pairs of the pool `judge`, with their noise', 'SigLIP dual encoder, sigmoid loss', ('vocabulary',)),
     'autoencoder': Recipe(5300, 'pictures of the pool `generator`', "the generator's autoencoder"),
     'decoder': Recipe(4000, 'pictures of the pool `generator`', "the autoencoder with its decoder trained on", ('autoencoder',)),
-    'generator': Recipe(7500, 'web pairs of the pool `generator`, with their noise, unfiltered', 'Stable Diffusion pipeline', ('vocabulary', 'decoder')),
-    'vision-small': Recipe(500, 'pictures of the pool `vision`', 'self-supervised image encoder, 64 wide'),
-    'vision': Recipe(500, 'pictures of the pool `vision`', 'self-supervised image encoder, 128 wide'),
-    'vision-large': Recipe(500, 'pictures of the pool `vision`', 'self-supervised image encoder, 160 wide'),
-    'text': Recipe(500, 'captions of the pool `text`', 'masked language model', ('vocabulary',)),
-    'lm': Recipe(500, 'captions of the pool `text`', 'causal language model', ('vocabulary',))}
+    'generator': Recipe(8500, 'web pairs of the pool `generator`, the four fifths that `clip` scores highest', 'Stable Diffusion pipeline', ('vocabulary', 'decoder', 'clip')),
+    'vision-small': Recipe(300, 'pictures of the pool `vision`', 'self-supervised image encoder, 64 wide'),
+    'vision': Recipe(300, 'pictures of the pool `vision`', 'self-supervised image encoder, 128 wide'),
+    'vision-large': Recipe(300, 'pictures of the pool `vision`', 'self-supervised image encoder, 160 wide'),
+    'text': Recipe(400, 'captions of the pool `text`', 'masked language model', ('vocabulary',)),
+    'lm': Recipe(400, 'captions of the pool `text`', 'causal language model', ('vocabulary',))}
 
 # %% ../../nbs/2_models/2a_pretrain.ipynb #3cd5762a
 def training_order(names:list)->list:  # names with everything they need, in a working order
@@ -48,7 +48,7 @@ def training_order(names:list)->list:  # names with everything they need, in a w
     for name in names or recipes: add(name)
     return out
 
-# %% ../../nbs/2_models/2a_pretrain.ipynb #1d5d115e
+# %% ../../nbs/2_models/2a_pretrain.ipynb #04a56ada
 def _train(name, folder, steps):
     "Call the training of one model."
     here = folder.parent; done = lambda model: here/model/'model'
@@ -64,7 +64,7 @@ def _train(name, folder, steps):
     elif name == 'decoder':
         from selfalign.models.autoencoder import train_decoder; train_decoder(folder, done('autoencoder'), steps)
     elif name == 'generator':
-        from selfalign.models.generator import train_generator; train_generator(folder, done('decoder'), steps=steps)
+        from selfalign.models.generator import train_generator; train_generator(folder, done('decoder'), done('clip'), steps)
     else:
         from selfalign.models import encoders
         if name.startswith('vision'): encoders.train_vision(name, folder, steps)
