@@ -6,8 +6,8 @@
 __all__ = ['formats', 'suffixes', 'ImageProblem', 'open_image', 'fit_square', 'contact_sheet', 'save_png', 'pixel_hash',
            'file_name']
 
-# %% ../../nbs/1_data/11_images.ipynb #16a08176
-import hashlib, io, os
+# %% ../../nbs/1_data/11_images.ipynb #ec971277
+import hashlib, io, os, warnings
 from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
@@ -27,15 +27,15 @@ formats = ('JPEG', 'PNG', 'GIF', 'WEBP', 'BMP', 'TIFF', 'PPM')
 suffixes = {'.jpg': ('JPEG', 'MPO'), '.jpeg': ('JPEG', 'MPO'), '.png': ('PNG',), '.gif': ('GIF',), '.webp': ('WEBP',),
             '.bmp': ('BMP',), '.tif': ('TIFF',), '.tiff': ('TIFF',), '.ppm': ('PPM',)}
 
-# %% ../../nbs/1_data/11_images.ipynb #3be8fef4
+# %% ../../nbs/1_data/11_images.ipynb #663c8fed
 def _identify(data, max_pixels):
     "The undecoded picture in `data`."
     if not data: raise ImageProblem('the file is empty', 'fetch it again')
-    try: img = Image.open(io.BytesIO(data), formats=formats)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
-        raise ImageProblem(f'too many pixels: {e}', 'reduce the picture or raise max_pixels') from None
-    except Exception:
-        raise ImageProblem(f'not a picture (it begins with {data[:12]!r})', f'give one of {", ".join(formats)}') from None
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', Image.DecompressionBombWarning)
+        try: img = Image.open(io.BytesIO(data), formats=formats)
+        except Image.DecompressionBombError as e: raise ImageProblem(f'too many pixels: {e}', 'reduce the picture') from None
+        except Exception: raise ImageProblem(f'not a picture (it begins with {data[:12]!r})', f'give one of {", ".join(formats)}') from None
     if img.width*img.height > max_pixels:
         raise ImageProblem(f'{img.width}x{img.height} pixels, more than {max_pixels:,}', 'reduce the picture or raise max_pixels')
     return img
