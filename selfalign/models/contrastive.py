@@ -16,13 +16,14 @@ from .losses import info_nce, sigmoid_loss
 from .train import fit, pictures, step_generator, to_tensor
 from .vocabulary import caption_texts, context_length, tokenize, vocabulary
 
-# %% ../../nbs/2_models/26_contrastive.ipynb #a22f60a1
+# %% ../../nbs/2_models/26_contrastive.ipynb #8cec9e02
 def new_clip(tokens:int  # size of the vocabulary
             ):           # the model, and its configuration as a dict
     "An untrained `open_clip.CLIP` and its configuration."
     import open_clip
     config = dict(embed_dim=128, vision_cfg=dict(image_size=64, layers=4, width=128, head_width=32, patch_size=16),
-                  text_cfg=dict(context_length=context_length, vocab_size=tokens, width=128, heads=4, layers=3, hf_tokenizer_name='tokenizer'))
+                  text_cfg=dict(context_length=context_length, vocab_size=tokens, width=128, heads=4, layers=3,
+                                hf_tokenizer_name='tokenizer'))
     preprocess = dict(mean=[.5]*3, std=[.5]*3, interpolation='bicubic', resize_mode='shortest')
     model = open_clip.CLIP(**{k: v for k, v in config.items()}, output_dict=True)
     return model, dict(model_cfg=config, preprocess_cfg=preprocess)

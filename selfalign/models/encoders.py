@@ -119,7 +119,7 @@ def train_text(folder:Path,      # checkpoints, curve and model
     model.bert.save_pretrained(Path(folder)/'model'); tokenizer.save_pretrained(Path(folder)/'model')
     return model.bert
 
-# %% ../../nbs/2_models/29_encoders.ipynb #d5d024ca
+# %% ../../nbs/2_models/29_encoders.ipynb #3cc034a6
 def train_lm(folder:Path,      # checkpoints, curve and model
              steps:int=800,    # steps in all
              n:int=16_000,     # captions of the pool `text`
@@ -131,7 +131,8 @@ def train_lm(folder:Path,      # checkpoints, curve and model
     from transformers import LlamaConfig, LlamaForCausalLM
     tokenizer = vocabulary(); ids, end = tokenize(caption_texts('text', n), tokenizer), len(tokenizer) - 1
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=4, num_key_value_heads=4, tie_word_embeddings=True, **_text_config(len(tokenizer))))
+    shape = dict(num_hidden_layers=4, num_key_value_heads=4, tie_word_embeddings=True)
+    model = LlamaForCausalLM(LlamaConfig(**shape, **_text_config(len(tokenizer))))
     def loss(step):
         g, device = step_generator(seed, step), next(model.parameters()).device
         x = ids[torch.randint(n, (batch,), generator=g)]; pad = _padding(x, end)

@@ -25,8 +25,11 @@ def examination_scenes(n:int,        # how many
         i += 1
     return out
 
-# %% ../../nbs/2_models/2b_examine.ipynb #eab57748
-def reconstruct(pipe, images:list, batch:int=64)->list:  # PIL pictures
+# %% ../../nbs/2_models/2b_examine.ipynb #9c7f6159
+def reconstruct(pipe,          # a diffusers pipeline
+                images:list,   # PIL pictures of the pipeline's size
+                batch:int=64,  # pictures at a time
+                )->list:       # PIL pictures
     "Pictures after encoding and decoding by a pipeline's autoencoder."
     import torch
     from selfalign.models.train import to_tensor
@@ -38,8 +41,14 @@ def reconstruct(pipe, images:list, batch:int=64)->list:  # PIL pictures
             out += pipe.image_processor.postprocess(pipe.vae.decode(z).sample)
     return out
 
-# %% ../../nbs/2_models/2b_examine.ipynb #0065d0f4
-def generate_from(pipe, texts:list, steps:int, guidance:float, seed:int=0, batch:int=32)->list:  # PIL pictures
+# %% ../../nbs/2_models/2b_examine.ipynb #1e1da410
+def generate_from(pipe,            # a diffusers pipeline
+                  texts:list,      # captions
+                  steps:int,       # denoising steps
+                  guidance:float,  # guidance scale; 1: none
+                  seed:int=0,      # of the whole set
+                  batch:int=32,    # pictures at a time
+                  )->list:         # PIL pictures
     "One picture a text, each with a seed of its own."
     import torch
     from tqdm.auto import tqdm
@@ -49,8 +58,8 @@ def generate_from(pipe, texts:list, steps:int, guidance:float, seed:int=0, batch
         out += pipe(texts[i:i + batch], num_inference_steps=steps, guidance_scale=guidance, generator=seeds).images
     return out
 
-# %% ../../nbs/2_models/2b_examine.ipynb #28386866
-def object_questions(n:int,      # how many pictures
+# %% ../../nbs/2_models/2b_examine.ipynb #5a8b0cf3
+def object_questions(n:int,      # how many pictures, the first of the pool `evaluation`
                      seed:int=0, # draws the wrong objects
                      )->tuple:   # scenes, true captions, captions with another object
     "Two-choice questions about the first thing of evaluation scenes."
@@ -59,8 +68,12 @@ def object_questions(n:int,      # how many pictures
     others = [rng.choice([o for o in objects if o not in [t.object for t in s.things]]) for s in scenes]
     return scenes, [phrase(s.things[0]) for s in scenes], [phrase(replace(s.things[0], object=o)) for s, o in zip(scenes, others)]
 
-# %% ../../nbs/2_models/2b_examine.ipynb #8de854cc
-def probe(features, labels, tests, test_labels)->np.ndarray:  # bool, one a test item
+# %% ../../nbs/2_models/2b_examine.ipynb #aaa5336c
+def probe(features,       # (n, d), to learn from
+          labels,         # n of them
+          tests,          # (m, d), to be asked about
+          test_labels,    # m of them
+          )->np.ndarray:  # bool, one a test item
     "Correctness of a logistic regression on frozen features."
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -68,19 +81,25 @@ def probe(features, labels, tests, test_labels)->np.ndarray:  # bool, one a test
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=150, C=.1)).fit(features, labels)
     return model.predict(tests) == np.asarray(test_labels)
 
-# %% ../../nbs/2_models/2b_examine.ipynb #d6e4b648
-def vision_features(folder, pixels:np.ndarray, trained:bool=True)->np.ndarray:  # (n, 2 d)
+# %% ../../nbs/2_models/2b_examine.ipynb #defef86e
+def vision_features(folder,             # of an image encoder, in transformers' format
+                    pixels:np.ndarray,  # (n, 64, 64, 3) uint8
+                    trained:bool=True,  # False: the same shape with random weights
+                    )->np.ndarray:      # (n, 2 d)
     "Class token and mean patch token, as SAIL takes them."
     import torch
     from transformers import AutoConfig, AutoModel
     from selfalign.models.train import to_tensor
     torch.manual_seed(0)
     model = AutoModel.from_pretrained(folder, dtype=torch.float32) if trained else AutoModel.from_config(AutoConfig.from_pretrained(folder))
-    with torch.no_grad(): h = torch.cat([model.eval()(pixel_values=to_tensor(pixels[i:i + 128])).last_hidden_state for i in range(0, len(pixels), 128)])
+    parts = (to_tensor(pixels[i:i + 128]) for i in range(0, len(pixels), 128))
+    with torch.no_grad(): h = torch.cat([model.eval()(pixel_values=x).last_hidden_state for x in parts])
     return torch.cat([h[:, 0], h[:, 1:].mean(1)], -1).numpy()
 
-# %% ../../nbs/2_models/2b_examine.ipynb #31b74c89
-def perplexity(folder, texts:list)->np.ndarray:  # mean negative log-likelihood of each text
+# %% ../../nbs/2_models/2b_examine.ipynb #53056886
+def perplexity(folder,         # of a causal language model, in transformers' format
+               texts:list,     # captions
+               )->np.ndarray:  # mean negative log-likelihood a token of each text; its exponential is the perplexity
     "Negative log-likelihood a token under a causal language model."
     import torch, torch.nn.functional as F
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -88,5 +107,6 @@ def perplexity(folder, texts:list)->np.ndarray:  # mean negative log-likelihood 
     out = []
     with torch.no_grad():
         for text in texts:
-            ids = tokenizer(text, return_tensors='pt').input_ids; out.append(F.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:]).item())
+            ids = tokenizer(text, return_tensors='pt').input_ids
+            out.append(F.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:]).item())
     return np.array(out)

@@ -14,53 +14,62 @@ import torch.nn.functional as F
 from .train import fit, pictures, step_generator, to_tensor
 from .vocabulary import caption_texts, context_length, tokenize, vocabulary
 
-# %% ../../nbs/2_models/28_generator.ipynb #675b62aa
+# %% ../../nbs/2_models/28_generator.ipynb #1237fde4
 def new_parts(tokens:int,                    # size of the vocabulary
               channels:tuple=(64, 128),      # of the UNet's two levels, 8 x 8 and 4 x 4
               layers:int=2,                  # of the text encoder
-              latent_channels:int=8,
+              latent_channels:int=8,         # numbers that the autoencoder keeps in a cell
               )->torch.nn.ModuleDict:        # 'unet' and 'text'
     "An untrained UNet and text encoder."
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
     unet = UNet2DConditionModel(sample_size=8, in_channels=latent_channels, out_channels=latent_channels, block_out_channels=channels,
-        down_block_types=('CrossAttnDownBlock2D', 'DownBlock2D'), up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D'), layers_per_block=1,
-        cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16, addition_embed_type='text', addition_embed_type_num_heads=4,
+        down_block_types=('CrossAttnDownBlock2D', 'DownBlock2D'), up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D'),
+        layers_per_block=1, cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16,
+        addition_embed_type='text', addition_embed_type_num_heads=4,
         resnet_time_scale_shift='scale_shift')
-    text = CLIPTextModel(CLIPTextConfig(vocab_size=tokens, hidden_size=128, intermediate_size=512, num_hidden_layers=layers, num_attention_heads=4,
-        max_position_embeddings=context_length, bos_token_id=tokens - 2, eos_token_id=tokens - 1, pad_token_id=tokens - 1, projection_dim=128))
+    text = CLIPTextModel(CLIPTextConfig(vocab_size=tokens, hidden_size=128, intermediate_size=512, num_hidden_layers=layers,
+        num_attention_heads=4, max_position_embeddings=context_length,
+        bos_token_id=tokens - 2, eos_token_id=tokens - 1, pad_token_id=tokens - 1, projection_dim=128))
     return torch.nn.ModuleDict(dict(unet=unet, text=text))
 
-# %% ../../nbs/2_models/28_generator.ipynb #501c86d7
-def new_scheduler():
+# %% ../../nbs/2_models/28_generator.ipynb #f2e59c5f
+def new_scheduler():  # `diffusers.DDIMScheduler`
     "Cosine schedule, velocity prediction, steps spaced from the noisy end."
     from diffusers import DDIMScheduler
     return DDIMScheduler(beta_schedule='squaredcos_cap_v2', prediction_type='v_prediction', clip_sample=False, set_alpha_to_one=True,
                          timestep_spacing='trailing')
 
-# %% ../../nbs/2_models/28_generator.ipynb #37297ab4
+# %% ../../nbs/2_models/28_generator.ipynb #f5f31dab
 @torch.no_grad()
-def encode_latents(autoencoder, pixels:np.ndarray, batch:int=256)->torch.Tensor:  # (n, c, 8, 8)
+def encode_latents(autoencoder,        # `diffusers.AutoencoderTiny`
+                   pixels:np.ndarray,  # (n, 64, 64, 3) uint8
+                   batch:int=256,      # pictures at a time
+                   )->torch.Tensor:    # (n, c, 8, 8), on the CPU
     "Scaled latents of pictures."
     device = next(autoencoder.parameters()).device
     out = [autoencoder.encoder(to_tensor(pixels[i:i + batch]).to(device)).cpu() for i in range(0, len(pixels), batch)]
     return torch.cat(out)*autoencoder.config.scaling_factor
 
-# %% ../../nbs/2_models/28_generator.ipynb #2b936730
+# %% ../../nbs/2_models/28_generator.ipynb #85eb4702
 @torch.no_grad()
-def clip_filter(clip_folder:Path, pixels:np.ndarray, texts:list, keep:float)->np.ndarray:  # sorted row numbers
+def clip_filter(clip_folder:Path,    # open_clip folder of the scorer; not opened if all are kept
+                pixels:np.ndarray,   # (n, 64, 64, 3) uint8
+                texts:list,          # n captions
+                keep:float,          # share of pairs to keep, 0 to 1
+                )->np.ndarray:       # sorted row numbers
     "Rows whose picture and caption have the highest CLIP scores."
     import open_clip
     from selfalign.models.contrastive import _features
     if keep >= 1: return np.arange(len(texts))
-    model, tokenizer = open_clip.create_model_from_pretrained(f'local-dir:{clip_folder}', return_transform=False).float().eval(), vocabulary()
-    scores = []
+    model = open_clip.create_model_from_pretrained(f'local-dir:{clip_folder}', return_transform=False).float().eval()
+    tokenizer, scores = vocabulary(), []
     for i in range(0, len(texts), 512):
         x, y = _features(model, to_tensor(pixels[i:i + 512]), tokenize(texts[i:i + 512], tokenizer)); scores.append((x*y).sum(1))
     order = torch.cat(scores).argsort(descending=True).numpy()
     return np.sort(order[:round(keep*len(order))])
 
-# %% ../../nbs/2_models/28_generator.ipynb #e5237659
+# %% ../../nbs/2_models/28_generator.ipynb #c59d3eae
 def train_generator(folder:Path,               # checkpoints, curve and model
                     autoencoder_folder:Path,   # a trained autoencoder
                     clip_folder:Path=None,     # filters the pairs; None: no filter
@@ -70,18 +79,19 @@ def train_generator(folder:Path,               # checkpoints, curve and model
                     batch:int=64,              # pictures a step
                     lr:float=1e-3,             # peak learning rate
                     channels:tuple=(64, 128),  # width of the UNet
-                    noise:float=0.3,           # web noise
-                    seed:int=0,
+                    noise:float=0.3,           # web noise, 0 to 1
+                    seed:int=0,                # of the weights, the batches, the times and the noise
                     report=None,               # called now and then with the step and the parts
                     every:int=1000,            # steps between reports
-                    ):
+                    )->torch.nn.ModuleDict:    # 'unet' and 'text', trained
     "Train UNet and text encoder on web pairs and save a `StableDiffusionPipeline`."
     from diffusers import AutoencoderTiny
     autoencoder, tokenizer = AutoencoderTiny.from_pretrained(autoencoder_folder, torch_dtype=torch.float32).eval(), vocabulary()
     data, texts = pictures('generator', n), caption_texts('generator', n, noise)
     rows = clip_filter(clip_folder, data, texts, keep if clip_folder else 1.)
     latents, tokens = encode_latents(autoencoder, data[rows]), tokenize([texts[i] for i in rows], tokenizer)
-    scale = float(1/latents.std()); autoencoder.register_to_config(scaling_factor=autoencoder.config.scaling_factor*scale); latents *= scale
+    scale = float(1/latents.std()); latents *= scale
+    autoencoder.register_to_config(scaling_factor=autoencoder.config.scaling_factor*scale)
     torch.manual_seed(seed); parts = new_parts(len(tokenizer), tuple(channels), latent_channels=latents.shape[1]).train()
     scheduler, empty = new_scheduler(), tokenize([''], tokenizer)[0]
     alphas = scheduler.alphas_cumprod
@@ -95,26 +105,32 @@ def train_generator(folder:Path,               # checkpoints, curve and model
         v = parts['unet']((a*z + s*eps).to(device), t.to(device), context).sample
         if report and step % every == every - 1: report(step + 1, parts, autoencoder, tokenizer)
         return F.mse_loss(v.float(), (a*eps - s*z).to(device))
-    fit(parts, loss, steps, folder, lr=lr, decay=.9993, every=120, log=50, label='generator', precision='no' if not torch.cuda.is_available() else '')
+    fit(parts, loss, steps, folder, lr=lr, decay=.9993, every=120, log=50, label='generator',
+        precision='no' if not torch.cuda.is_available() else '')
     pipeline(parts, autoencoder, tokenizer).save_pretrained(Path(folder)/'model', safe_serialization=True)
     return parts
 
-# %% ../../nbs/2_models/28_generator.ipynb #6da3ee44
-def pipeline(parts, autoencoder, tokenizer):  # `StableDiffusionPipeline`
+# %% ../../nbs/2_models/28_generator.ipynb #33baa09c
+def pipeline(parts,         # 'unet' and 'text'
+             autoencoder,   # with the scaling factor that the UNet was trained with
+             tokenizer,     # from `selfalign.models.vocabulary`
+             ):             # `diffusers.StableDiffusionPipeline`
     "Put the parts together."
     from diffusers import StableDiffusionPipeline
-    pipe = StableDiffusionPipeline(vae=autoencoder, text_encoder=parts['text'], tokenizer=tokenizer, unet=parts['unet'], scheduler=new_scheduler(),
-                                   safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipe = StableDiffusionPipeline(vae=autoencoder, text_encoder=parts['text'], tokenizer=tokenizer, unet=parts['unet'],
+                                   scheduler=new_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
-# %% ../../nbs/2_models/28_generator.ipynb #775d1660
+# %% ../../nbs/2_models/28_generator.ipynb #f1245a91
 @torch.no_grad()
-def quick_faithfulness(pipe,            # a pipeline
-                       n:int=64,        # single-object captions of the pool `validation`
-                       steps:int=15, guidance:float=3., start:int=0,
-                       reader=None,     # a `Reader`
-                       )->dict:         # shares of object, colour, size, position read back
+def quick_faithfulness(pipe,               # a pipeline
+                       n:int=64,           # single-object captions of the pool `validation`
+                       steps:int=15,       # denoising steps
+                       guidance:float=3.,  # guidance scale; 1: none
+                       start:int=0,        # first scene of the pool to try
+                       reader=None,        # a `Reader`; without one, the committed one
+                       )->dict:            # shares of object, colour, size, position read back
     "Generate from full captions and read the pictures back."
     from selfalign.data.captions import probe_caption
     from selfalign.data.scenes import make_scene
@@ -124,5 +140,6 @@ def quick_faithfulness(pipe,            # a pipeline
         scene = make_scene('validation', i); i += 1
         if len(scene.things) == 1: captions.append(probe_caption(scene))
     generators = [torch.Generator().manual_seed(k) for k in range(n)]
-    images = pipe([c.text for c in captions], num_inference_steps=steps, guidance_scale=guidance, generator=generators, height=64, width=64).images
+    images = pipe([c.text for c in captions], num_inference_steps=steps, guidance_scale=guidance, generator=generators,
+                  height=64, width=64).images
     return verdict(images, [c.claims for c in captions], reader).mean().round(3).to_dict()

@@ -22,23 +22,26 @@ class Recipe:
     what: str           # what it is, for the card
     needs: tuple = ()   # models that must be trained before
 
-# %% ../../nbs/2_models/2a_pretrain.ipynb #48db0337
+# %% ../../nbs/2_models/2a_pretrain.ipynb #54974d10
 recipes = {
     'vocabulary': Recipe(0, 'captions of the pool `text`', 'byte-pair vocabulary'),
-    'reader': Recipe(1600, 'clean renders of the pool `reader` with their truth; used to measure, never to train or select', 'attribute classifier'),
+    'reader': Recipe(1600, 'clean renders of the pool `reader` with their truth; used to measure, never to train or select',
+                     'attribute classifier'),
     'clip': Recipe(1200, 'web pairs of the pool `clip`, with their noise', 'open_clip dual encoder, InfoNCE', ('vocabulary',)),
     'judge': Recipe(700, 'web pairs of the pool `judge`, with their noise', 'SigLIP dual encoder, sigmoid loss', ('vocabulary',)),
     'autoencoder': Recipe(5300, 'pictures of the pool `generator`', "the generator's autoencoder"),
     'decoder': Recipe(4000, 'pictures of the pool `generator`', "the autoencoder with its decoder trained on", ('autoencoder',)),
-    'generator': Recipe(8500, 'web pairs of the pool `generator`, the four fifths that `clip` scores highest', 'Stable Diffusion pipeline', ('vocabulary', 'decoder', 'clip')),
+    'generator': Recipe(8500, 'web pairs of the pool `generator`, the four fifths that `clip` scores highest',
+                        'Stable Diffusion pipeline', ('vocabulary', 'decoder', 'clip')),
     'vision-small': Recipe(300, 'pictures of the pool `vision`', 'self-supervised image encoder, 64 wide'),
     'vision': Recipe(300, 'pictures of the pool `vision`', 'self-supervised image encoder, 128 wide'),
     'vision-large': Recipe(300, 'pictures of the pool `vision`', 'self-supervised image encoder, 160 wide'),
     'text': Recipe(400, 'captions of the pool `text`', 'masked language model', ('vocabulary',)),
     'lm': Recipe(400, 'captions of the pool `text`', 'causal language model', ('vocabulary',))}
 
-# %% ../../nbs/2_models/2a_pretrain.ipynb #3cd5762a
-def training_order(names:list)->list:  # names with everything they need, in a working order
+# %% ../../nbs/2_models/2a_pretrain.ipynb #f92dc14c
+def training_order(names:list   # models wanted; empty: all
+                  )->list:      # names with everything they need, in a working order
     "Resolve names of models, refusing unknown ones."
     out = []
     def add(name):
@@ -70,8 +73,9 @@ def _train(name, folder, steps):
         if name.startswith('vision'): encoders.train_vision(name, folder, steps)
         else: dict(text=encoders.train_text, lm=encoders.train_lm)[name](folder, steps)
 
-# %% ../../nbs/2_models/2a_pretrain.ipynb #e506ad87
-def to_half(folder:Path):
+# %% ../../nbs/2_models/2a_pretrain.ipynb #eecf56da
+def to_half(folder:Path  # all safetensors files in it and below are rewritten
+           ):
     "Rewrite the safetensors files of a folder in half precision."
     import torch
     from safetensors.torch import load_file, save_file
@@ -79,21 +83,29 @@ def to_half(folder:Path):
         weights = {k: v.half() if v.dtype in (torch.float32, torch.bfloat16) else v for k, v in load_file(path).items()}
         save_file(weights, f'{path}.tmp', metadata={'format': 'pt'}); os.replace(f'{path}.tmp', path)
 
-# %% ../../nbs/2_models/2a_pretrain.ipynb #4fc60679
-def model_card(name:str, folder:Path, curve:pd.DataFrame)->str:
+# %% ../../nbs/2_models/2a_pretrain.ipynb #6bdeba7e
+def model_card(name:str,            # one of `recipes`
+               folder:Path,         # the published model
+               curve:pd.DataFrame,  # its learning curve
+               )->str:              # Markdown
     "What the model is, what it saw, how long and on what it was trained, and the hash of its weights."
     r, h = recipes[name], hardware(); last = curve.iloc[-1]
     losses = ', '.join(f'{k} {last[k]:.4f}' for k in curve.columns if k not in ('step', 'seconds'))
-    return '\n'.join(['---', 'license: apache-2.0', 'library_name: selfalign', '---', f'# {name}', '', f'{r.what[0].upper()}{r.what[1:]} of the microworld, 64 x 64 pixels.', '',
+    return '\n'.join(['---', 'license: apache-2.0', 'library_name: selfalign', '---', f'# {name}', '',
+        f'{r.what[0].upper()}{r.what[1:]} of the microworld, 64 x 64 pixels.', '',
         f'- **Saw:** {r.sees}. Never a scene of the pools `validation` and `evaluation`, never a held-out pair of object and colour.',
-        f'- **Training:** {int(last.step)} steps, {last.seconds/60:.0f} minutes ({h["gpu"] or h["cpu"]}, {h["cores"]} cores, not always alone on the machine).',
+        f'- **Training:** {int(last.step)} steps, {last.seconds/60:.0f} minutes '
+        f'({h["gpu"] or h["cpu"]}, {h["cores"]} cores, not always alone on the machine).',
         f'- **At the end:** {losses} (means over the last logged steps; the curve is in `training.csv`).',
         f'- **How good it is:** measured on held-out scenes by the stage `models`; see the report, chapter *models*.',
         f'- **Weights:** half precision, sha256 `{tree_hash(folder)[:16]}` of the folder without this card.',
         f'- **Again:** `selfalign pretrain {name}`.', ''])
 
-# %% ../../nbs/2_models/2a_pretrain.ipynb #9d4cf657
-def publish_model(name:str, trained:Path, out:Path)->Path:  # where it lies
+# %% ../../nbs/2_models/2a_pretrain.ipynb #c446dfb3
+def publish_model(name:str,      # one of `recipes`
+                  trained:Path,  # folder of its training, with `model` and `training.csv`
+                  out:Path,      # where models are published
+                  )->Path:       # where it lies
     "Copy a trained model into `out`, halved, with its curve and card."
     target, beside = Path(out)/name, Path(out)/f'.{name}.new'
     shutil.rmtree(beside, ignore_errors=True); shutil.copytree(trained/'model', beside); to_half(beside)
@@ -102,7 +114,7 @@ def publish_model(name:str, trained:Path, out:Path)->Path:  # where it lies
     shutil.rmtree(target, ignore_errors=True); os.replace(beside, target)
     return target
 
-# %% ../../nbs/2_models/2a_pretrain.ipynb #34af5306
+# %% ../../nbs/2_models/2a_pretrain.ipynb #36ab4a7d
 def pretrain(names:list=(),         # models to train, with what they need; empty: all
              out:Path|None=None,    # where they are published; default `data/micro`
              resume:bool=True,      # go on where a training stopped, and keep finished ones
@@ -112,7 +124,8 @@ def pretrain(names:list=(),         # models to train, with what they need; empt
     root = find_root(); out, work = Path(out or root/'data/micro'), root/'data/runs/pretrain'; published = []
     for name in training_order(list(names)):
         folder = work/name; steps = max(2, round(recipes[name].steps*budget)); finished = folder/'finished.json'
-        if not resume or (finished.exists() and json.loads(finished.read_text())['steps'] != steps): shutil.rmtree(folder, ignore_errors=True)
+        other = finished.exists() and json.loads(finished.read_text())['steps'] != steps
+        if other or not resume: shutil.rmtree(folder, ignore_errors=True)
         if not finished.exists():
             folder.mkdir(parents=True, exist_ok=True); _train(name, folder, steps)
             if name == 'vocabulary': shutil.copytree(folder/'model', out/'text', dirs_exist_ok=True)
@@ -120,8 +133,9 @@ def pretrain(names:list=(),         # models to train, with what they need; empt
         if name not in ('vocabulary', 'autoencoder', 'decoder'): published.append(publish_model(name, folder, out))
     return published
 
-# %% ../../nbs/2_models/2a_pretrain.ipynb #eecd17af
-def curves(folder:Path|None=None)->dict:  # name to curve
+# %% ../../nbs/2_models/2a_pretrain.ipynb #c1b77123
+def curves(folder:Path|None=None  # where models are published; default `data/micro`
+          )->dict:                # name to curve
     "Learning curves that lie beside the models."
     folder = Path(folder or find_root()/'data/micro')
     return {p.parent.name: pd.read_csv(p) for p in sorted(folder.glob('*/training.csv'))}
