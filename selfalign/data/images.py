@@ -142,9 +142,9 @@ def pixel_hash(img:Image.Image,   # any picture
     rgb = img.convert('RGB')
     return hashlib.sha256(f'{rgb.width}x{rgb.height}:'.encode() + rgb.tobytes()).hexdigest()
 
-# %% ../../nbs/1_data/11_images.ipynb #94366197
+# %% ../../nbs/1_data/11_images.ipynb #ad1e31a3
 def file_name(key:str,          # any text
-              suffix:str='.png',
+              suffix:str='.png',  # put behind it
               )->str:
     "A file name for a key: the key itself where that is harmless, else a cleaned one with its hash."
     clean = ''.join(c if c.isascii() and (c.isalnum() or c in '._-') else '_' for c in key).lstrip('.')[:80]

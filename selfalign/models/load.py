@@ -64,8 +64,9 @@ def check_folder(ref:Reference,  # what shall be loaded
     if ref.path and not any(ref.path.rglob('*.safetensors')):
         raise ModelError(f'{ref}: the folder holds no .safetensors file; save the model again with its library (save_pretrained)')
 
-# %% ../../nbs/2_models/20_load.ipynb #1b20c704
-def opening(load):
+# %% ../../nbs/2_models/20_load.ipynb #47e64b02
+def opening(load  # function that takes a `Reference` first
+           ):     # the same function, for references and their texts
     "Decorator: check the reference, load, explain what goes wrong."
     @functools.wraps(load)
     def wrapper(reference, *args, **kw):

@@ -44,11 +44,13 @@ def set_scheduler(pipe,                   # pipeline of diffusers
     pipe.scheduler = getattr(diffusers, schedulers[name]).from_config(pipe.scheduler.config)
     return pipe
 
-# %% ../../nbs/4_self_align/41_generate.ipynb #62a31b77
-def out_of_memory(error:BaseException)->bool:
+# %% ../../nbs/4_self_align/41_generate.ipynb #00f153b3
+def out_of_memory(error:BaseException  # what was raised
+                 )->bool:              # True also where a library hides it in a RuntimeError
     "Whether this is an error of too little memory."
     kinds = (torch.OutOfMemoryError, MemoryError)
-    return isinstance(error, kinds) or isinstance(error, RuntimeError) and any(t in str(error).lower() for t in ('out of memory', "can't allocate memory", 'cannot allocate memory'))
+    signs = ('out of memory', "can't allocate memory", 'cannot allocate memory')
+    return isinstance(error, kinds) or isinstance(error, RuntimeError) and any(t in str(error).lower() for t in signs)
 
 # %% ../../nbs/4_self_align/41_generate.ipynb #aadbce48
 class Painter:
@@ -111,7 +113,8 @@ def keep_picture(order:dict,    # from `picture_orders`
     save_png(image, folder/name)
     return order | dict(image=name, width=image.width, height=image.height, sha256=pixel_hash(image))
 
-# %% ../../nbs/4_self_align/41_generate.ipynb #9b1d3eda
-def is_blank(image)->bool:
+# %% ../../nbs/4_self_align/41_generate.ipynb #06b63aab
+def is_blank(image  # PIL picture
+            )->bool:
     "Whether a picture has one single colour."
     return all(low == high for low, high in image.convert('RGB').getextrema())

@@ -29,13 +29,15 @@ def clip_score(encoder,             # a `DualEncoder`
     if len(images) != len(texts): raise StudyError(f'{len(images)} pictures and {len(texts)} texts do not make pairs')
     return to_score((encoder.encode_image(images, aspect)*encoder.encode_text(texts)).sum(-1)).numpy()
 
-# %% ../../nbs/4_self_align/42_score.ipynb #d7e152f1
-def text_key(text:str)->str:
+# %% ../../nbs/4_self_align/42_score.ipynb #d6aa3987
+def text_key(text:str  # any text, even with broken characters
+            )->str:    # 32 hexadecimal digits
     "The key of a text in a store."
     return hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:32]
 
-# %% ../../nbs/4_self_align/42_score.ipynb #b3d1fe56
-def distinct_texts(texts)->dict:  # key to text, short ones first
+# %% ../../nbs/4_self_align/42_score.ipynb #ab0244a1
+def distinct_texts(texts     # captions, in any order
+                  )->dict:   # key to text, short ones first
     "Each text once, sorted by length."
     return {text_key(t): t for t in sorted(set(texts), key=lambda t: (len(t), t))}
 
@@ -68,8 +70,9 @@ def score_pairs(encoder,            # a `DualEncoder`
     cosine = np.concatenate(cosines) if cosines else np.empty(0, np.float32)
     return pd.DataFrame(dict(key=keys, scorer=str(encoder.reference), cosine=cosine, score=to_score(cosine)))
 
-# %% ../../nbs/4_self_align/42_score.ipynb #c2e5cce1
-def other_captions(pairs)->pd.DataFrame:  # the same pictures
+# %% ../../nbs/4_self_align/42_score.ipynb #33dcca83
+def other_captions(pairs           # table of pairs, with `image_source`, `caption` and `claims`
+                  )->pd.DataFrame: # the same pictures
     "Give each pair the caption (and claims) of another pair of its kind."
     moved = pairs.copy()
     for _, rows in pairs.groupby('image_source').groups.items():
