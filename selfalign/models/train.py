@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['fast_precision', 'warmup_cosine', 'step_generator', 'Averages', 'fit', 'cached_array', 'pictures', 'to_tensor']
 
-# %% ../../nbs/2_models/22_train.ipynb #d1c7ad7b
+# %% ../../nbs/2_models/22_train.ipynb #59a8a5ad
 import math, os, time
+from functools import cache
 from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-# %% ../../nbs/2_models/22_train.ipynb #f1425a2d
+# %% ../../nbs/2_models/22_train.ipynb #8cb19015
+@cache
 def fast_precision(device:str='cpu'  # 'cpu' or 'cuda'
                   )->str:            # 'bf16' or 'no', as accelerate names them
     "The faster of bfloat16 and float32 for matrix products on this device."
@@ -87,7 +89,7 @@ def _resume(path, module, optimiser, averages, device):
     module.load_state_dict(state['module']); optimiser.load_state_dict(state['optimiser']); averages.values = state['averages']
     return state['step'], state['curve'], state['spent']
 
-# %% ../../nbs/2_models/22_train.ipynb #34b4665e
+# %% ../../nbs/2_models/22_train.ipynb #20f654fa
 def fit(module:torch.nn.Module,   # weights to train, float32
         loss,                     # function of the step's number: the loss, or a dict with 'loss' and more to log
         steps:int,                # steps in all
@@ -105,6 +107,8 @@ def fit(module:torch.nn.Module,   # weights to train, float32
         )->pd.DataFrame:          # the learning curve: step, loss, seconds
     "Train in place; the averaged weights are left in `module`. Resumes from `folder` by itself."
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    AcceleratorState._reset_state()   # an earlier training in this process may have had another precision
     accelerator = Accelerator(mixed_precision=precision or fast_precision('cuda' if torch.cuda.is_available() else 'cpu'))
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True); path = folder/'checkpoint.pt'
     optimiser = _optimiser(module, lr, weight_decay, betas); weights = [p for g in optimiser.param_groups for p in g['params']]
