@@ -197,12 +197,12 @@ def open_pairs(source:str,  # `microworld:<pool>?noise=&size=&count=` or `webdat
     try: return readers[kind](place, **options)
     except ValueError as e: raise SourceError(f'{source!r}: {e}') from None
 
-# %% ../../nbs/1_data/12_readers.ipynb #f3f19c95
+# %% ../../nbs/1_data/12_readers.ipynb #f95a1913
 def read_picture(image:str,         # from a pairs table
                  folder:str|Path,   # the stage folder the table belongs to
                  ):                 # PIL image, RGB
     "Open the picture of a pair."
     shard, member = tar_member(image)
-    if not shard: return open_image(image_path(image, folder))
-    if not at_root(shard).is_file(): raise ImageProblem(f'{shard} is not there', 'link or copy the data there')
-    return open_image(read_member(at_root(shard), member), name=member)
+    if shard and not at_root(shard).is_file(): raise ImageProblem(f'{shard} is not there', 'link or copy the data there')
+    try: return open_image(read_member(at_root(shard), member), name=member) if shard else open_image(image_path(image, folder))
+    except ImageProblem as e: raise ImageProblem(f'{image}: {e.what}', e.remedy) from None
