@@ -225,7 +225,7 @@ def load_dual_encoder(ref:str,          # `open_clip:…` or `transformers:…`
     if ref.library == 'diffusers': raise ModelError(f'{ref}: a generator is no pair of encoders; use open_clip:… or transformers:…')
     return (OpenClipEncoder if ref.library == 'open_clip' else TransformersEncoder)(ref)
 
-# %% ../../nbs/2_models/20_load.ipynb #0f7b5ccc
+# %% ../../nbs/2_models/20_load.ipynb #c96ad499
 @opening
 def load_generator(ref:str,                   # `diffusers:folder-or-hub-id`
                    precision:str='float32',   # float32, float16 or bfloat16
@@ -238,4 +238,5 @@ def load_generator(ref:str,                   # `diffusers:folder-or-hub-id`
     diffusers.utils.logging.set_verbosity_error(); diffusers.utils.logging.disable_progress_bar()
     pipe = diffusers.DiffusionPipeline.from_pretrained(ref.path or ref.name, use_safetensors=True, safety_checker=None, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
+    pipe.tokenizer.deprecation_warnings['sequence-length-is-longer-than-the-specified-maximum'] = True
     return pipe.to(device(), getattr(torch, precision))

@@ -95,13 +95,13 @@ def agreement(a:list,        # pictures
     import numpy as np
     return float(np.mean([np.abs(np.asarray(x, np.int16) - np.asarray(y, np.int16)) <= 1 for x, y in zip(a, b, strict=True)]))
 
-# %% ../../nbs/4_self_align/41_generate.ipynb #fa53737c
+# %% ../../nbs/4_self_align/41_generate.ipynb #fa1e20bc
 def too_long(pipe,            # pipeline with a tokenizer
              prompts:list,    # texts
              )->list:         # one truth value a prompt
     "Which prompts the generator cannot read to their end."
-    room = pipe.tokenizer.model_max_length - pipe.tokenizer.num_special_tokens_to_add()
-    return [len(pipe.tokenizer.tokenize(p)) > room for p in prompts]
+    room = pipe.tokenizer.model_max_length
+    return [len(ids) > room for ids in pipe.tokenizer(list(prompts), truncation=True, max_length=room + 1).input_ids]
 
 # %% ../../nbs/4_self_align/41_generate.ipynb #4ea8bd63
 def keep_picture(order:dict,    # from `picture_orders`
