@@ -76,10 +76,10 @@ def train_autoencoder(folder:Path,         # checkpoints, curve and model go her
     model.save_pretrained(Path(folder)/'model')
     return model
 
-# %% ../../nbs/2_models/24_autoencoder.ipynb #3fdf4097
+# %% ../../nbs/2_models/24_autoencoder.ipynb #132bccd9
 def train_decoder(folder:Path,               # checkpoints, curve and model go here
                   autoencoder_folder:Path,   # a trained autoencoder
-                  steps:int=4000,            # steps in all
+                  steps:int=2200,            # steps in all
                   n:int=24_000,              # pictures of the pool `generator`
                   batch:int=64,              # crops a step
                   lr:float=1e-3,             # peak learning rate

@@ -90,10 +90,10 @@ def validate(model,        # a dual encoder of either family
     s = i @ t.T; own = s.diag()
     return dict(r1=(((s >= own[:, None]).sum(1) == 1).float().mean()).item(), object=((own > (i*u).sum(1)).float().mean()).item())
 
-# %% ../../nbs/2_models/26_contrastive.ipynb #bd354886
+# %% ../../nbs/2_models/26_contrastive.ipynb #795037fe
 def train_contrastive(name:str,            # 'clip' or 'judge'
                       folder:Path,         # checkpoints, curve and model
-                      steps:int=1400,      # steps in all
+                      steps:int=1200,      # steps in all
                       n:int=16_000,        # pairs of the pool of the same name
                       batch:int=128,       # pairs a step
                       lr:float=1e-3,       # peak learning rate

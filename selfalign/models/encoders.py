@@ -44,10 +44,10 @@ class MaskedPictures(nn.Module):
         whole = (self.summary(h[:, 0]).float() - F.avg_pool2d(x, 8).flatten(1)).abs().mean()
         return dict(loss=(patches*hidden).sum()/hidden.sum() + whole, hidden=(patches*hidden).sum()/hidden.sum(), whole=whole)
 
-# %% ../../nbs/2_models/29_encoders.ipynb #b6dcae89
+# %% ../../nbs/2_models/29_encoders.ipynb #b2c538ed
 def train_vision(name:str,          # one of `vision_sizes`
                  folder:Path,       # checkpoints, curve and model
-                 steps:int=900,     # steps in all
+                 steps:int=300,     # steps in all
                  n:int=16_000,      # pictures of the pool `vision`
                  batch:int=64,      # pictures a step
                  lr:float=1e-3,     # peak learning rate
@@ -99,9 +99,9 @@ class MaskedTexts(nn.Module):
         summary = F.binary_cross_entropy_with_logits(self.bag(out[:, 0]).float(), bag, reduction='sum')/len(ids)
         return dict(loss=words + .1*summary, words=words, summary=summary)
 
-# %% ../../nbs/2_models/29_encoders.ipynb #ff33f91e
+# %% ../../nbs/2_models/29_encoders.ipynb #594052d4
 def train_text(folder:Path,      # checkpoints, curve and model
-               steps:int=800,    # steps in all
+               steps:int=400,    # steps in all
                n:int=16_000,     # captions of the pool `text`
                batch:int=128,    # captions a step
                lr:float=1e-3,    # peak learning rate
@@ -119,9 +119,9 @@ def train_text(folder:Path,      # checkpoints, curve and model
     model.bert.save_pretrained(Path(folder)/'model'); tokenizer.save_pretrained(Path(folder)/'model')
     return model.bert
 
-# %% ../../nbs/2_models/29_encoders.ipynb #3cc034a6
+# %% ../../nbs/2_models/29_encoders.ipynb #d4974008
 def train_lm(folder:Path,      # checkpoints, curve and model
-             steps:int=800,    # steps in all
+             steps:int=400,    # steps in all
              n:int=16_000,     # captions of the pool `text`
              batch:int=128,    # captions a step
              lr:float=1e-3,    # peak learning rate
