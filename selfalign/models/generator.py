@@ -69,11 +69,11 @@ def clip_filter(clip_folder:Path,    # open_clip folder of the scorer; not opene
     order = torch.cat(scores).argsort(descending=True).numpy()
     return np.sort(order[:round(keep*len(order))])
 
-# %% ../../nbs/2_models/28_generator.ipynb #a76721fb
+# %% ../../nbs/2_models/28_generator.ipynb #96aa64c8
 def train_generator(folder:Path,               # checkpoints, curve and model
                     autoencoder_folder:Path,   # a trained autoencoder
                     clip_folder:Path=None,     # filters the pairs; None: no filter
-                    steps:int=5300,            # steps in all
+                    steps:int=4100,            # steps in all
                     n:int=24_000,              # web pairs of the pool `generator`
                     keep:float=0.8,            # share of pairs that the filter leaves
                     batch:int=64,              # pictures a step

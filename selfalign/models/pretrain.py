@@ -22,7 +22,7 @@ class Recipe:
     what: str           # what it is, for the card
     needs: tuple = ()   # models that must be trained before
 
-# %% ../../nbs/2_models/2a_pretrain.ipynb #ed83889c
+# %% ../../nbs/2_models/2a_pretrain.ipynb #2a939811
 recipes = {
     'vocabulary': Recipe(0, 'captions of the pool `text`', 'byte-pair vocabulary'),
     'reader': Recipe(1600, 'clean renders of the pool `reader` with their truth; used to measure, never to train or select',
@@ -31,7 +31,7 @@ recipes = {
     'judge': Recipe(700, 'web pairs of the pool `judge`, with their noise', 'SigLIP dual encoder, sigmoid loss', ('vocabulary',)),
     'autoencoder': Recipe(5300, 'pictures of the pool `generator`', "the generator's autoencoder"),
     'decoder': Recipe(2200, 'pictures of the pool `generator`', "the autoencoder with its decoder trained on", ('autoencoder',)),
-    'generator': Recipe(5300, 'web pairs of the pool `generator`, the four fifths that `clip` scores highest',
+    'generator': Recipe(4100, 'web pairs of the pool `generator`, the four fifths that `clip` scores highest',
                         'Stable Diffusion pipeline', ('vocabulary', 'decoder', 'clip')),
     'vision-small': Recipe(300, 'pictures of the pool `vision`', 'self-supervised image encoder, 64 wide'),
     'vision': Recipe(300, 'pictures of the pool `vision`', 'self-supervised image encoder, 128 wide'),
