@@ -299,6 +299,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'selfalign/models/pretrain.py'),
                                            'selfalign.models.pretrain.curves': ( '2_models/pretrain.html#curves',
                                                                                  'selfalign/models/pretrain.py'),
+                                           'selfalign.models.pretrain.forget_origin': ( '2_models/pretrain.html#forget_origin',
+                                                                                        'selfalign/models/pretrain.py'),
                                            'selfalign.models.pretrain.model_card': ( '2_models/pretrain.html#model_card',
                                                                                      'selfalign/models/pretrain.py'),
                                            'selfalign.models.pretrain.pretrain': ( '2_models/pretrain.html#pretrain',
