@@ -71,10 +71,10 @@ def _text_config(tokens, **more):
     return dict(vocab_size=tokens, hidden_size=128, intermediate_size=512, num_attention_heads=4, max_position_embeddings=context_length,
                 pad_token_id=tokens - 1, bos_token_id=tokens - 2, eos_token_id=tokens - 1, **more)
 
-# %% ../../nbs/2_models/29_encoders.ipynb #85c4e32b
+# %% ../../nbs/2_models/29_encoders.ipynb #e7c816d5
 def _padding(ids, end):
     "True after the first end token."
-    return (ids == end).cumsum(1) > 1 if ids.ndim == 2 else None
+    return (ids == end).cumsum(1) > 1
 
 # %% ../../nbs/2_models/29_encoders.ipynb #e1602445
 class MaskedTexts(nn.Module):
