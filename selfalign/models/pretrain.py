@@ -22,17 +22,16 @@ class Recipe:
     what: str           # what it is, for the card
     needs: tuple = ()   # models that must be trained before
 
-# %% ../../nbs/2_models/2a_pretrain.ipynb #2a939811
+# %% ../../nbs/2_models/2a_pretrain.ipynb #d05214a3
 recipes = {
     'vocabulary': Recipe(0, 'captions of the pool `text`', 'byte-pair vocabulary'),
     'reader': Recipe(1600, 'clean renders of the pool `reader` with their truth; used to measure, never to train or select',
                      'attribute classifier'),
     'clip': Recipe(1200, 'web pairs of the pool `clip`, with their noise', 'open_clip dual encoder, InfoNCE', ('vocabulary',)),
     'judge': Recipe(700, 'web pairs of the pool `judge`, with their noise', 'SigLIP dual encoder, sigmoid loss', ('vocabulary',)),
-    'autoencoder': Recipe(5300, 'pictures of the pool `generator`', "the generator's autoencoder"),
-    'decoder': Recipe(2200, 'pictures of the pool `generator`', "the autoencoder with its decoder trained on", ('autoencoder',)),
-    'generator': Recipe(4100, 'web pairs of the pool `generator`, the four fifths that `clip` scores highest',
-                        'Stable Diffusion pipeline', ('vocabulary', 'decoder', 'clip')),
+    'autoencoder': Recipe(2400, 'pictures of the pool `generator`', "the generator's autoencoder"),
+    'generator': Recipe(6000, 'web pairs of the pool `generator`, the four fifths that `clip` scores highest; captions through '
+                        'the text tower of `clip`', 'Stable Diffusion pipeline', ('vocabulary', 'autoencoder', 'clip')),
     'vision-small': Recipe(300, 'pictures of the pool `vision`', 'self-supervised image encoder, 64 wide'),
     'vision': Recipe(300, 'pictures of the pool `vision`', 'self-supervised image encoder, 128 wide'),
     'vision-large': Recipe(300, 'pictures of the pool `vision`', 'self-supervised image encoder, 160 wide'),
@@ -51,7 +50,7 @@ def training_order(names:list   # models wanted; empty: all
     for name in names or recipes: add(name)
     return out
 
-# %% ../../nbs/2_models/2a_pretrain.ipynb #04a56ada
+# %% ../../nbs/2_models/2a_pretrain.ipynb #a71d4711
 def _train(name, folder, steps):
     "Call the training of one model."
     here = folder.parent; done = lambda model: here/model/'model'
@@ -64,10 +63,8 @@ def _train(name, folder, steps):
         from selfalign.models.contrastive import train_contrastive; train_contrastive(name, folder, steps)
     elif name == 'autoencoder':
         from selfalign.models.autoencoder import train_autoencoder; train_autoencoder(folder, steps)
-    elif name == 'decoder':
-        from selfalign.models.autoencoder import train_decoder; train_decoder(folder, done('autoencoder'), steps)
     elif name == 'generator':
-        from selfalign.models.generator import train_generator; train_generator(folder, done('decoder'), done('clip'), steps)
+        from selfalign.models.generator import train_generator; train_generator(folder, done('autoencoder'), done('clip'), steps)
     else:
         from selfalign.models import encoders
         if name.startswith('vision'): encoders.train_vision(name, folder, steps)
@@ -91,19 +88,19 @@ def forget_origin(folder:Path  # with `config.json` files somewhere below
         config = json.loads(path.read_text(encoding='utf-8'))
         if config.pop('_name_or_path', None) is not None: write_json(path, config)
 
-# %% ../../nbs/2_models/2a_pretrain.ipynb #6bdeba7e
+# %% ../../nbs/2_models/2a_pretrain.ipynb #623be528
 def model_card(name:str,            # one of `recipes`
                folder:Path,         # the published model
                curve:pd.DataFrame,  # its learning curve
                )->str:              # Markdown
     "What the model is, what it saw, how long and on what it was trained, and the hash of its weights."
     r, h = recipes[name], hardware(); last = curve.iloc[-1]
-    losses = ', '.join(f'{k} {last[k]:.4f}' for k in curve.columns if k not in ('step', 'seconds'))
+    losses = ', '.join(f'{k} {last[k]:.4f}' for k in curve.columns if k not in ('step', 'seconds', 'sitting'))
+    sittings = int(last.get('sitting', 0)) + 1; resumed = f', resumed {sittings - 1} time{"s"*(sittings > 2)}' if sittings > 1 else ''
     return '\n'.join(['---', 'license: apache-2.0', 'library_name: selfalign', '---', f'# {name}', '',
         f'{r.what[0].upper()}{r.what[1:]} of the microworld, 64 x 64 pixels.', '',
         f'- **Saw:** {r.sees}. Never a scene of the pools `validation` and `evaluation`, never a held-out pair of object and colour.',
-        f'- **Training:** {int(last.step)} steps, {last.seconds/60:.0f} minutes '
-        f'({h["gpu"] or h["cpu"]}, {h["cores"]} cores, not always alone on the machine).',
+        f'- **Training:** {int(last.step)} steps, {last.seconds/60:.0f} minutes{resumed} ({h["gpu"] or h["cpu"]}, {h["cores"]} cores).',
         f'- **At the end:** {losses} (means over the last logged steps; the curve is in `training.csv`).',
         f'- **How good it is:** measured on held-out scenes by the stage `models`; see the report, chapter *models*.',
         f'- **Weights:** half precision, sha256 `{tree_hash(folder)[:16]}` of the folder without this card.',
@@ -122,7 +119,7 @@ def publish_model(name:str,      # one of `recipes`
     shutil.rmtree(target, ignore_errors=True); os.replace(beside, target)
     return target
 
-# %% ../../nbs/2_models/2a_pretrain.ipynb #36ab4a7d
+# %% ../../nbs/2_models/2a_pretrain.ipynb #9711ce67
 def pretrain(names:list=(),         # models to train, with what they need; empty: all
              out:Path|None=None,    # where they are published; default `data/micro`
              resume:bool=True,      # go on where a training stopped, and keep finished ones
@@ -138,7 +135,7 @@ def pretrain(names:list=(),         # models to train, with what they need; empt
             folder.mkdir(parents=True, exist_ok=True); _train(name, folder, steps)
             if name == 'vocabulary': shutil.copytree(folder/'model', out/'text', dirs_exist_ok=True)
             write_json(finished, dict(steps=steps))
-        if name not in ('vocabulary', 'autoencoder', 'decoder'): published.append(publish_model(name, folder, out))
+        if name not in ('vocabulary', 'autoencoder'): published.append(publish_model(name, folder, out))
     return published
 
 # %% ../../nbs/2_models/2a_pretrain.ipynb #c1b77123
