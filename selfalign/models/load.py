@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['libraries', 'ModelError', 'Reference', 'parse_reference', 'check_folder', 'opening', 'device', 'weights_hash',
-           'DualEncoder', 'OpenClipEncoder', 'TransformersEncoder', 'load_dual_encoder', 'load_generator']
+           'DualEncoder', 'keep_memory', 'OpenClipEncoder', 'TransformersEncoder', 'load_dual_encoder',
+           'load_generator']
 
 # %% ../../nbs/2_models/20_load.ipynb #1d9365d9
 import functools, re
@@ -64,14 +65,14 @@ def check_folder(ref:Reference,  # what shall be loaded
     if ref.path and not any(ref.path.rglob('*.safetensors')):
         raise ModelError(f'{ref}: the folder holds no .safetensors file; save the model again with its library (save_pretrained)')
 
-# %% ../../nbs/2_models/20_load.ipynb #47e64b02
+# %% ../../nbs/2_models/20_load.ipynb #e2dacaaa
 def opening(load  # function that takes a `Reference` first
            ):     # the same function, for references and their texts
     "Decorator: check the reference, load, explain what goes wrong."
     @functools.wraps(load)
     def wrapper(reference, *args, **kw):
         ref = reference if isinstance(reference, Reference) else parse_reference(reference)
-        check_folder(ref)
+        check_folder(ref); keep_memory()
         try: return load(ref, *args, **kw)
         except ModelError: raise
         except Exception as e:
@@ -152,6 +153,16 @@ def encode_text(self:DualEncoder,
     "Encode texts."
     return _in_batches(self._text_features, list(texts), batch)
 
+# %% ../../nbs/2_models/20_load.ipynb #cb7c420b
+@functools.cache
+def keep_memory()->bool:  # whether this system's C library could be asked
+    "Let the process keep freed memory."
+    import ctypes, platform
+    if platform.libc_ver()[0] != 'glibc': return False
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3   # names in <malloc.h>
+    libc = ctypes.CDLL(None)
+    return all([libc.mallopt(mmap_threshold, 32 << 20), libc.mallopt(trim_threshold, 2**31 - 1), libc.mallopt(top_pad, 256 << 20)])
+
 # %% ../../nbs/2_models/20_load.ipynb #25519335
 def _open_clip_model(ref):
     "A model of open_clip and its tokenizer."
@@ -224,6 +235,16 @@ def load_dual_encoder(ref:str,          # `open_clip:…` or `transformers:…`
     "Load a pair of encoders, in float32 and ready to be used."
     if ref.library == 'diffusers': raise ModelError(f'{ref}: a generator is no pair of encoders; use open_clip:… or transformers:…')
     return (OpenClipEncoder if ref.library == 'open_clip' else TransformersEncoder)(ref)
+
+# %% ../../nbs/2_models/20_load.ipynb #ffe0de50
+@patch
+def count_cut(self:DualEncoder,
+              texts:list,  # strings
+              )->int:      # how many have more tokens than the text tower takes
+    "How many texts are cut off."
+    whole = self.tokenizer if isinstance(self, TransformersEncoder) else getattr(self.tokenizer, 'tokenizer', None)
+    lengths = map(len, whole(list(texts)).input_ids) if whole else (len(self.tokenizer.encode(t)) + 2 for t in texts)
+    return sum(n > self.context_length for n in lengths)
 
 # %% ../../nbs/2_models/20_load.ipynb #c96ad499
 @opening
