@@ -43,6 +43,17 @@ def test_generator_is_a_stable_diffusion_pipeline_and_runs_image_to_image():
     assert np.abs(near - original).mean() < np.abs(far - original).mean()
 
 
+def test_generator_reads_captions_with_the_text_tower_of_the_clip():
+    import open_clip
+    from transformers import CLIPTextModel, CLIPTokenizer
+    ids = CLIPTokenizer.from_pretrained(MICRO/'generator'/'tokenizer')(['two red cups'], padding='max_length', max_length=32, return_tensors='pt').input_ids
+    clip = open_clip.create_model_from_pretrained(f'local-dir:{MICRO/"clip"}', return_transform=False).float().eval()
+    with torch.no_grad():
+        theirs = clip.ln_final(clip.transformer(clip.token_embedding(ids) + clip.positional_embedding, attn_mask=clip.attn_mask))
+        ours = CLIPTextModel.from_pretrained(MICRO/'generator'/'text_encoder', dtype=torch.float32)(input_ids=ids).last_hidden_state
+    assert torch.allclose(ours, theirs, atol=2e-2)      # rounded to half precision, each on its own
+
+
 def test_clip_loads_through_open_clip_and_tells_captions_apart():
     import open_clip
     from selfalign.models.contrastive import validate

@@ -110,3 +110,28 @@ def test_wrong_root_says_so(tmp_path, monkeypatch):
 def test_reading_settings_is_light(study):
     code = 'import sys; from selfalign.study.settings import resolve; resolve("micro"); print([m for m in ("torch", "pandas", "numpy", "papermill", "nbformat") if m in sys.modules])'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=os.environ, check=True).stdout.strip() == '[]'
+
+VARIANTS = '''[stages]
+numbers = nbs/numbers.ipynb
+total   = nbs/total.ipynb : numbers
+numbers-many = nbs/numbers.ipynb
+total-many   = nbs/total.ipynb : numbers-many
+
+[smoke]
+numbers.n = 4
+numbers-many.n = 9
+total.scale = 2
+'''
+
+def test_variants_take_over_what_is_not_said_of_them(study):
+    (study/'settings.ini').write_text(VARIANTS)
+    assert s.stages()['total-many'].base == 'total' and s.stages()['total'].base == 'total'
+    values = s.resolve('smoke').values
+    assert values['numbers']['n'] == 4 and values['numbers-many']['n'] == 9 and values['total-many']['scale'] == values['total']['scale'] == 2
+    values = s.resolve('smoke', ['total.scale=3', 'numbers.n=5']).values
+    assert values['total-many']['scale'] == 3 and values['numbers-many']['n'] == 9 and values['numbers']['n'] == 5
+    assert s.resolve('smoke', ['total-many.scale=5']).values['total']['scale'] == 2
+
+def test_a_variant_is_named_after_its_base(study):
+    (study/'settings.ini').write_text(VARIANTS.replace('total-many ', 'other '))
+    with pytest.raises(s.SettingsError, match='call this variant total-something'): s.stages()

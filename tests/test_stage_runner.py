@@ -179,6 +179,16 @@ def test_skips_and_reruns(study, fake):
     run('smoke', only=['numbers'], quiet=True)
     assert fake[6:] == []
 
+def test_variants_of_stages_in_one_run(study, fake):
+    from test_settings import VARIANTS
+    (study/'settings.ini').write_text(VARIANTS)
+    folder = run('smoke', quiet=True)
+    rows = pd.read_csv(folder/'results.csv').set_index('table')['value'].to_dict()
+    assert rows == {'sums': 12, 'sums-many': 72}          # 2*(0+1+2+3) and 2*(0+...+8)
+    assert fake.count('total') == fake.count('numbers') == 2
+    run('smoke', ['numbers-many.n=3'], quiet=True)
+    assert fake[4:] == ['numbers', 'total'] and read_json(folder/'total-many/stage.json')['inputs'].keys() == {'numbers-many'}
+
 def test_settings_are_checked_before_anything_runs(study, fake):
     for overrides in (['numbers.n=x'], ['total.y=1'], ['nothing.n=1']):
         with pytest.raises(s.SettingsError): run('smoke', overrides, quiet=True)

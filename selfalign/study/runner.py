@@ -6,13 +6,13 @@
 __all__ = ['RunError', 'run_folder', 'is_current', 'lock_run', 'resume_command', 'explain', 'run_stage', 'gather_results',
            'describe_run', 'shards_done', 'run', 'run_smoke']
 
-# %% ../../nbs/0_study/02_runner.ipynb #58f770a8
+# %% ../../nbs/0_study/02_runner.ipynb #930a3c90
 import csv, os, re, shlex, shutil, time
 from contextlib import contextmanager
 from pathlib import Path
 from .files import FULL, git_state, hardware, now, publish, read_json, versions, write_json
 from .keys import keys_of, stage_manifest
-from .settings import Settings, StudyError, find_root, inputs_of, nearest, resolve
+from .settings import Settings, StudyError, find_root, inputs_of, nearest, resolve, stages
 from .stage import runs_folder, write_results
 
 # %% ../../nbs/0_study/02_runner.ipynb #53c20417
@@ -113,7 +113,7 @@ def explain(
     tail = "\n".join(f"  | {line}" for line in lines[-12:])
     return f"in cell {error.cell_index} (In [{error.exec_count}])\n{tail}\n{name}: {text}"
 
-# %% ../../nbs/0_study/02_runner.ipynb #91c82491
+# %% ../../nbs/0_study/02_runner.ipynb #519521af
 def run_stage(
     folder: Path,  # of a run
     manifest: dict,  # from stage_manifest
@@ -123,7 +123,8 @@ def run_stage(
     "Execute one stage and give its folder the final name"
     name, began, root = manifest["name"], time.time(), find_root()
     partial = _prepare(folder, manifest, fresh)
-    values = dict(run=partial.parent.relative_to(root).as_posix()) | manifest["parameters"]
+    variant = f":{name}" if stages()[name].base != name else ""
+    values = dict(run=partial.parent.relative_to(root).as_posix() + variant) | manifest["parameters"]
     try: _execute(root/manifest["notebook"], partial/"notebook.ipynb", values)
     except (Exception, KeyboardInterrupt) as e:
         write_json(partial/"stage.json", read_json(partial/"stage.json", manifest) | dict(status="failed", error=explain(e)))

@@ -95,13 +95,14 @@ def example_study(
     (Path(root)/"settings.ini").write_text(EXAMPLE_SETTINGS, encoding="utf-8")
     return Path(root)
 
-# %% ../../nbs/0_study/00_settings.ipynb #41b5a803
+# %% ../../nbs/0_study/00_settings.ipynb #43c04954
 @dataclass(frozen=True)
 class StageSpec:
     "One line of the registry"
     name: str  # what it is called everywhere
     notebook: Path  # the notebook that is the stage
     inputs: tuple[str, ...] = ()  # stages it reads from
+    base: str = ""  # the first stage with this notebook, most often itself
 
 # %% ../../nbs/0_study/00_settings.ipynb #3319f76e
 def _read_settings() -> configparser.ConfigParser:
@@ -112,13 +113,15 @@ def _read_settings() -> configparser.ConfigParser:
     except (configparser.Error, UnicodeDecodeError) as e: raise SettingsError(f"{path} cannot be read: {e}") from None
     return parser
 
-# %% ../../nbs/0_study/00_settings.ipynb #03af57a2
+# %% ../../nbs/0_study/00_settings.ipynb #f4ed4bed
 def stages() -> dict[str, StageSpec]:  # stage name → its line, inputs before the stages that read them
     "Read the registry of stages, in the order in which they can run"
-    root, specs = find_root(), {}
+    root, specs, first = find_root(), {}, {}
     for name, line in _read_settings().items("stages"):
         notebook, _, inputs = line.partition(":")
-        specs[name] = StageSpec(name, root/notebook.strip(), tuple(inputs.split()))
+        base = first.setdefault(notebook.strip(), name)
+        if base != name and not name.startswith(f"{base}-"): raise SettingsError(f"settings.ini [stages]: {name!r} is the notebook of {base!r} once more; call this variant {base}-something")
+        specs[name] = StageSpec(name, root/notebook.strip(), tuple(inputs.split()), base)
     for spec in specs.values():
         for name in spec.inputs:
             if name not in specs: raise SettingsError(f"settings.ini [stages] {spec.name}: unknown input {name!r}; {nearest(name, specs)}")
@@ -278,7 +281,18 @@ def _assign(
     except (ValueError, TypeError): raise SettingsError(f"{where}: {key} = {text!r} is not of type {found[name].type} ({found[name].help})") from None
     if stage in values: values[stage][name] = value
 
-# %% ../../nbs/0_study/00_settings.ipynb #d359dca7
+# %% ../../nbs/0_study/00_settings.ipynb #c34e2a4e
+def _spread(
+    said: dict,  # stage.parameter → anything
+    names,  # stages that run
+) -> dict:  # the same, with entries for variants before them
+    "Add what a stage's variants take over from it"
+    known = stages()
+    taken = {f"{name}.{key.partition('.')[2]}": what for name in names if known[name].base != name
+             for key, what in said.items() if key.partition(".")[0] == known[name].base}
+    return taken | said
+
+# %% ../../nbs/0_study/00_settings.ipynb #1fc4978d
 def resolve(
     preset: str,  # a section of settings.ini
     overrides=(),  # texts such as "sample.size=500", as after -p
@@ -289,10 +303,10 @@ def resolve(
     names = inputs_of(only or entries.get("stages", " ".join(stages())).replace(",", " ").split())
     if (scale := entries.get("scale", "micro")) not in SCALES: raise SettingsError(f"settings.ini [{preset}]: unknown scale {scale!r}; {nearest(scale, SCALES)}")
     values = {name: {p.name: p.default for p in parameters(name).values()} for name in names}
-    for key, text in entries.items():
-        if key not in RESERVED: _assign(values, key, text, f"settings.ini [{preset}]", strict=False)
+    said = {key: (text, f"settings.ini [{preset}]", False) for key, text in entries.items() if key not in RESERVED}
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals: raise SettingsError(f"-p {override}: write it as stage.parameter=value")
-        _assign(values, key.strip(), text.strip(), f"-p {override}", strict=True)
+        said[key.strip()] = text.strip(), f"-p {override}", True
+    for key, about in _spread(said, names).items(): _assign(values, key, *about)
     return Settings(preset, scale, entries.get("title", preset), names, values)

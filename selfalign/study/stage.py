@@ -18,16 +18,17 @@ def runs_folder() -> Path:  # <root>/data/runs
     "Where all runs live"
     return find_root()/"data"/"runs"
 
-# %% ../../nbs/0_study/01_stage.ipynb #0bb5749c
+# %% ../../nbs/0_study/01_stage.ipynb #f2081aab
 class Stage:
     "One stage's work: its folder, what it reads, what it leaves"
     def __init__(self,
         name: str,  # as in settings.ini [stages]
-        run: str = "",  # run folder; empty: a small run of its own
+        run: str = "",  # run folder, perhaps with `:variant`; empty: a small run of its own
     ):
-        known = stages()
-        if name not in known: raise StageError(f"unknown stage {name!r}; {nearest(name, known)}")
+        known, (run, _, variant) = stages(), run.partition(":")
+        if (name := variant or name) not in known: raise StageError(f"unknown stage {name!r}; {nearest(name, known)}")
         self.name, self.spec, self.by_hand = name, known[name], not run
+        self.variant = name.removeprefix(known[name].base)
         self.chapter = re.sub(r"^\d+_", "", self.spec.notebook.parent.name).replace("_", "-")
         self.run = runs_folder()/"_hand" if self.by_hand else find_root()/run
         self._results, self._figures, self._problems, self._place, self._started = {}, {}, [], None, time.time()
@@ -82,12 +83,14 @@ def make_inputs(
     done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, encoding="utf-8", env=os.environ | {"SELFALIGN_ROOT": str(find_root())})
     if done.returncode: raise StageError(f"the inputs {', '.join(names)} could not be made:\n{(done.stderr or done.stdout)[-3000:]}")
 
-# %% ../../nbs/0_study/01_stage.ipynb #c9a31635
+# %% ../../nbs/0_study/01_stage.ipynb #86762fe5
 @patch
 def input(self:Stage,
     name: str,  # an earlier stage
 ) -> Path:  # its finished folder
     "The folder of an input stage"
+    known = stages()
+    name = next((i for i in self.spec.inputs if known[i].base == name), name)
     if name not in self.spec.inputs: raise StageError(f"{self.name} does not list {name!r} among its inputs in settings.ini [stages]; {nearest(name, self.spec.inputs)}")
     if not (self.inputs/name/"stage.json").is_file(): raise StageError(f"{self.inputs/name} is not finished; run the stage {name!r} first")
     return self.inputs/name
@@ -168,7 +171,7 @@ def collect(self:Stage,
 RESULT_COLUMNS = "run preset scale chapter table row metric unit value low high n seeds chance better".split()
 UNITS = ("fraction", "count", "seconds", "gb", "ratio", "score")
 
-# %% ../../nbs/0_study/01_stage.ipynb #a278a29d
+# %% ../../nbs/0_study/01_stage.ipynb #cb4a570d
 @patch
 def result(self:Stage, *,
     table: str,  # which table of the report
@@ -191,8 +194,8 @@ def result(self:Stage, *,
     try: numbers = {k: v if v is None and k != "value" else float(v) for k, v in numbers.items()}
     except (TypeError, ValueError): raise StageError(f"{table}/{row}/{metric}: value, low, high and chance are numbers, not {numbers}") from None
     who = {c: self.manifest[c] for c in ("run", "preset", "scale")}
-    found = who | dict(chapter=chapter or self.chapter, table=table, row=row, metric=metric, unit=unit, n=n, seeds=seeds, better=better) | numbers
-    self._results[found["chapter"], table, row, metric] = found
+    found = who | dict(chapter=chapter or self.chapter, table=table + self.variant, row=row, metric=metric, unit=unit, n=n, seeds=seeds, better=better) | numbers
+    self._results[found["chapter"], found["table"], row, metric] = found
     write_results(self.folder/"results.csv", self._results.values())
 
 # %% ../../nbs/0_study/01_stage.ipynb #93357af9
@@ -206,7 +209,7 @@ def write_results(
         writer.writeheader()
         writer.writerows(rows)
 
-# %% ../../nbs/0_study/01_stage.ipynb #240e42dc
+# %% ../../nbs/0_study/01_stage.ipynb #54e49c10
 @patch
 def figure(self:Stage,
     fig,  # a matplotlib figure
@@ -218,7 +221,7 @@ def figure(self:Stage,
     "Save a figure and record it for the report"
     from selfalign.study.figures import save_figure
     files = save_figure(fig, self.folder/"figures", name, data)
-    self._figures[name] = dict(name=name, title=title or name, caption=caption, files=[f"figures/{f.name}" for f in files])
+    self._figures[name] = dict(name=name, title=(title or name) + f" ({self.variant[1:]})"*bool(self.variant), caption=caption, files=[f"figures/{f.name}" for f in files])
     write_json(self.folder/"figures.json", list(self._figures.values()))
     return fig
 
