@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['StatisticsError', 'Interval', 'proportion', 'bootstrap', 'paired_difference', 'McNemar', 'mcnemar', 'holm',
-           'seeds_interval', 'items_and_seeds']
+           'seeds_interval', 'items_and_seeds', 'paired_seeds']
 
 # %% ../../nbs/0_study/03_statistics.ipynb #589a9293
 from typing import NamedTuple
@@ -156,14 +156,12 @@ def seeds_interval(
     half = stats.t.ppf((1+level)/2, len(values)-1)*values.std(ddof=1)/np.sqrt(len(values))
     return Interval(*map(float, (values.mean(), values.mean()-half, values.mean()+half)), len(values), len(values))
 
-# %% ../../nbs/0_study/03_statistics.ipynb #0647fcbc
-def items_and_seeds(
+# %% ../../nbs/0_study/03_statistics.ipynb #3c9a83fb
+def _two_variances(
     table,  # seeds × items
     clusters=None,  # one label an item
-    level: float = 0.95,  # of confidence
-) -> Interval:
-    "Grand mean with an interval for new items and new seeds"
-    from scipy import stats
+):  # mean, standard error, degrees of freedom
+    "The uncertainty of a grand mean, from seeds and from items"
     table = _numbers(table)
     if table.ndim != 2 or min(table.shape) < 2: raise StatisticsError(f"needs at least two seeds (rows) and two items (columns), not a table of shape {table.shape}")
     seeds, n = table.shape
@@ -172,5 +170,38 @@ def items_and_seeds(
     of_seeds, of_items = table.mean(1).var(ddof=1)/seeds, (sums**2).sum()/n**2*count/max(count-1, 1)
     total = of_seeds + of_items
     df = total**2/(of_seeds**2/(seeds-1) + of_items**2/max(count-1, 1)) if total else 1
-    half = stats.t.ppf((1+level)/2, df)*np.sqrt(total)
-    return Interval(*map(float, (table.mean(), table.mean()-half, table.mean()+half)), n, seeds)
+    return table.mean(), np.sqrt(total), df
+
+# %% ../../nbs/0_study/03_statistics.ipynb #6f0fe123
+def items_and_seeds(
+    table,  # seeds × items
+    clusters=None,  # one label an item
+    level: float = 0.95,  # of confidence
+) -> Interval:
+    "Grand mean with an interval for new items and new seeds"
+    from scipy import stats
+    mean, error, df = _two_variances(table, clusters)
+    half = stats.t.ppf((1+level)/2, df)*error
+    return Interval(*map(float, (mean, mean-half, mean+half)), np.shape(table)[1], len(table))
+
+# %% ../../nbs/0_study/03_statistics.ipynb #96186c1a
+def paired_seeds(
+    a,  # seeds × items of one arm
+    b,  # of the other, on the same items; seeds beyond the shorter one's are left out
+    clusters=None,  # one label an item
+    level: float = 0.95,  # of confidence
+) -> tuple[Interval, float]:  # mean of a − b, and the p-value of no difference
+    "Difference of two arms with its uncertainty over items and seeds"
+    from scipy import stats
+    a, b = (np.atleast_2d(_numbers(x)) for x in (a, b))
+    if a.shape[1] != b.shape[1]: raise StatisticsError(f"paired answers must come in pairs: {a.shape[1]} items against {b.shape[1]}")
+    seeds = min(len(x) for x in (a, b) if len(x) > 1 or len(a) == len(b) == 1)
+    table = a[:seeds] - b[:seeds]
+    if len(table) == 1:
+        from statsmodels.stats.weightstats import DescrStatsW
+        number, count = _group(clusters, table.shape[1])
+        means = DescrStatsW(np.bincount(number, table[0], count)*count/table.shape[1])
+        return Interval(float(means.mean), *map(float, means.tconfint_mean(1-level)), table.shape[1]), float(means.ttest_mean(0)[1])
+    mean, error, df = _two_variances(table, clusters)
+    p = 2*stats.t.sf(abs(mean)/error, df) if error else float(mean == 0)
+    return items_and_seeds(table, clusters, level), float(p)

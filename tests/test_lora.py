@@ -5,8 +5,8 @@ import numpy as np, pandas as pd, pytest, torch, tiny
 from PIL import Image
 from selfalign.models.adapters import add_lora, find_layers, layer_pattern, load_adapter, merge, save_adapter, trainable, wise_ft
 from selfalign.models.load import ModelError, load_dual_encoder
-from selfalign.self_align import finetune
-from selfalign.self_align.finetune import (AdapterWeights, batch_rows, examine, keep_recipe, normalise, pair_loss, pair_vectors, remember, retrieval_r1,
+from selfalign.self_align import lora
+from selfalign.self_align.lora import (AdapterWeights, batch_rows, examine, keep_recipe, normalise, pair_loss, pair_vectors, remember, retrieval_r1,
                                            squares, steps_for, train_lora)
 from selfalign.study.settings import StudyError
 
@@ -213,14 +213,14 @@ def test_again_is_nothing(whole, tiny_clip):
 KILLED = '''
 import os, signal, sys
 sys.path.insert(0, {tests!r})
-import test_finetune as t
-from selfalign.self_align import finetune
-loss, calls = finetune.info_nce, []
+import test_lora as t
+from selfalign.self_align import lora
+loss, calls = lora.info_nce, []
 def counted(*a):
     calls.append(1)
     if len(calls) == {calls}: os.kill(os.getpid(), signal.SIGKILL)
     return loss(*a)
-finetune.info_nce = counted
+lora.info_nce = counted
 t.arm({reference!r}, {folder!r})
 '''
 
