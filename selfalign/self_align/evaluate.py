@@ -84,12 +84,14 @@ def section_table(items,            # with category, dataset, file, key
     part = items.category.str.startswith(f'{section}/').to_numpy()
     return np.stack([item_values(items[part].assign(correct=np.asarray(c)[part])).to_numpy() for c in columns])
 
-# %% ../../nbs/4_self_align/46_evaluate.ipynb #595286b0
+# %% ../../nbs/4_self_align/46_evaluate.ipynb #63fea4bc
 def summarise(table,        # seeds × questions
               clusters,     # one label a question
+              bounded:bool=True,  # a share, which cannot leave 0 to 1
               )->Interval:
     "Mean with its interval: over questions and seeds, or over questions where there is one row."
-    return items_and_seeds(table, clusters) if len(table) > 1 else bootstrap(table[0], clusters)
+    found = items_and_seeds(table, clusters) if len(table) > 1 else bootstrap(table[0], clusters)
+    return found._replace(low=max(found.low, 0.), high=min(found.high, 1.)) if bounded else found
 
 # %% ../../nbs/4_self_align/46_evaluate.ipynb #bce4fc56
 def compare_arms(tables,        # (arm, metric) to (seeds × questions, clusters)

@@ -1,0 +1,131 @@
+"Table 1: arms, verdicts, and the committed numbers computed again from the committed answers."
+from pathlib import Path
+import json
+import numpy as np, pandas as pd, pytest
+from PIL import Image
+from selfalign.benchmarks.vl_checklist import checklist_table
+from selfalign.data.captions import is_true, web_caption
+from selfalign.data.redraw import redraw
+from selfalign.data.scenes import held_out
+from selfalign.self_align.evaluate import HYPOTHESES, compare_arms, named_right, retrieval_hits, section_table, summarise, verdict_of
+from selfalign.self_align.finetune import ARMS, arm_pairs, best_rate, clean_caption_of, trainings
+from selfalign.study.settings import StudyError
+from selfalign.study.statistics import Interval
+
+REPORT = Path(__file__).resolve().parents[1]/'reports'/'micro'
+
+# --- arms --------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def tables(tmp_path):
+    "Four microworld pairs and their generated sisters, all pictures of one colour."
+    rows = []
+    for i in range(4):
+        caption, *_ = web_caption('study', i)
+        Image.new('RGB', (64, 64), (i, 0, 0)).save(tmp_path/f'o{i}.png'); Image.new('RGB', (64, 64), (i, 9, 0)).save(tmp_path/f'g{i}.png')
+        rows.append(dict(key=f'study-{i:07d}', image=f'o{i}.png', caption=caption.text, claims=json.dumps(caption.claims), truth='{}', width=64, folder=str(tmp_path)))
+    pairs = pd.DataFrame(rows)
+    generated = pairs.assign(parent=pairs.key, key=pairs.key + '-g', image=[f'g{i}.png' for i in range(4)])
+    kept = dict(selected=(0, 1), oracle=(2,)) | {'random-drop': (1, 3)}
+    selection = pd.concat([pd.DataFrame(dict(key=generated.key, selection=s, kept=[i in k for i in range(4)])) for s, k in kept.items()])
+    return pairs, generated, selection
+
+def first_pixels(pictures): return [np.asarray(p)[0, 0].tolist() for p in pictures]
+
+def test_each_arm_sees_what_its_name_says(tables):
+    found = {arm: arm_pairs(arm, *tables) for arm in ARMS}
+    assert first_pixels(found['lora-originals'][0]) == [[i, 0, 0] for i in range(4)]
+    assert first_pixels(found['lora-generated'][0]) == [[i, 9, 0] for i in range(4)]
+    assert first_pixels(found['lora-selected'][0]) == [[0, 9, 0], [1, 9, 0]]
+    assert first_pixels(found['lora-random-drop'][0]) == [[1, 9, 0], [3, 9, 0]] and first_pixels(found['lora-oracle-selected'][0]) == [[2, 9, 0]]
+    assert found['lora-clean-originals'][1] == [clean_caption_of(k) for k in tables[0].key] and first_pixels(found['lora-clean-originals'][0]) == [[i, 0, 0] for i in range(4)]
+    assert found['lora-generated'][1] == found['lora-originals'][1] == found['lora-perfect-generator'][1] == list(tables[0].caption)
+    for pictures, captions in found.values(): assert len(pictures) == len(captions)
+
+def test_arms_that_need_the_truth_are_left_out_without_it(tables):
+    pairs, generated, selection = tables
+    real = pairs.assign(truth=None), generated, selection[selection.selection != 'oracle']
+    assert [arm for arm in ARMS if arm_pairs(arm, *real)[0] is None] == ['lora-clean-originals', 'lora-perfect-generator', 'lora-oracle-selected']
+    with pytest.raises(StudyError, match="did you mean 'lora-selected'"): arm_pairs('lora-slected', *tables)
+
+def test_clean_captions_are_true_and_equal_where_nothing_was_done():
+    for i in range(150):
+        noisy, _, done = web_caption('study', i); clean = clean_caption_of(f'study-{i:07d}')
+        if not done: assert noisy.text == clean
+
+def test_a_perfect_generator_never_errs_and_shows_no_pair_kept_back():
+    for i in range(300):
+        claims = web_caption('study', i)[0].claims; scene = redraw(claims, str(i))
+        assert is_true(claims, scene) and scene == redraw(claims, str(i)) and len(scene.things) == len(claims['things'])
+        for said, t in zip(claims['things'], scene.things): assert (t.object, t.colour) not in held_out or {'object', 'colour'} <= set(said)
+    assert redraw(claims, 'x', 0) != redraw(claims, 'x', 1)
+
+def test_trainings_and_rates():
+    assert trainings(['lora-originals', 'lora-selected'], 3, 1) == [('lora-originals', 0), ('lora-originals', 1), ('lora-originals', 2), ('lora-selected', 0)]
+    assert best_rate({3e-3: 1., 1e-3: 1.}) == 1e-3
+
+# --- numbers -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('value, low, high, p, harmless, verdict', [
+    (.05, .03, .07, .01, False, 'supported'), (.05, .03, .07, .06, False, 'undecided'), (.019, .001, .03, .001, False, 'undecided'),
+    (.0, -.01, .01, .9, False, 'not supported'), (-.1, -.2, -.05, .001, False, 'not supported'), (.03, -.01, .07, .2, False, 'undecided'),
+    (-.01, -.015, 0., .01, True, 'supported'), (-.03, -.05, -.021, .01, True, 'not supported'), (-.01, -.04, .02, 1., True, 'undecided')])
+def test_the_rule(value, low, high, p, harmless, verdict): assert verdict_of(Interval(value, low, high, 100), p, harmless) == verdict
+
+def test_section_table_is_the_mean_of_means():
+    rng = np.random.default_rng(0)
+    items = pd.DataFrame([dict(category=c, dataset=d, file=f'{c}/{d}', key=f'{c}{d}{i}', image=str(i), positive='a', negative='b')
+                          for c in ('Object/Size/large', 'Object/Location/mid', 'Relation/action') for d in ('vg', 'hake') for i in range(3 + 9*(d == 'vg'))])
+    correct = [rng.random(len(items)) < .7 for _ in range(2)]
+    table = section_table(items, correct, 'Object')
+    assert table.shape == (2, 30)
+    for c, row in zip(correct, table): assert row.mean() == pytest.approx(checklist_table(items.assign(correct=c)).set_index('row').value['Object'])
+
+def test_comparisons_are_corrected_together():
+    rng = np.random.default_rng(1); base = rng.normal(0, 1, (3, 200))
+    tables = {('a', 'm'): (base + .3, None), ('b', 'm'): (base + rng.normal(0, .05, (3, 200)), None), ('c', 'm'): (base, None)}
+    found = compare_arms(tables, [('a', 'c', 'm'), ('b', 'c', 'm'), ('z', 'c', 'm')])
+    assert list(found.arm) == ['a', 'b'] and (found.p_holm >= found.p).all() and found.p_holm[0] < 1e-6 < found.p_holm[1]
+
+def test_retention_checks():
+    x = np.eye(4)
+    assert retrieval_hits(x, x, list('abcd')).tolist() == [1]*4
+    assert retrieval_hits(x, x[[1, 0, 2, 3]], list('abcd')).tolist() == [0, 0, 1, 1]
+    assert named_right(x[:2], x[:2], [0, 0]).tolist() == [1, 0]
+
+def test_intervals_of_shares_stay_between_nothing_and_all():
+    i = summarise(np.array([[1., 1, 1, 0], [1, 1, 1, 1]]), None)
+    assert 0 <= i.low <= i.value <= i.high <= 1
+
+def test_hypotheses_name_known_arms(): assert {a for h in HYPOTHESES for a in (h.arm, h.against)} <= {*ARMS, 'zero-shot'} and len({h.name for h in HYPOTHESES}) == len(HYPOTHESES)
+
+# --- the committed report ----------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def published():
+    results = pd.read_csv(REPORT/'results.csv'); results = results[(results.chapter == 'self-align') & results.table.str.match(r'table1(-biased)?$')]
+    assert len(results), 'the committed report has no Table 1'
+    return results, pd.read_parquet(REPORT/'evaluate/tables/predictions.parquet'), pd.read_parquet(REPORT/'evaluate/tables/retention.parquet')
+
+def test_every_accuracy_follows_from_the_committed_answers(published):
+    results, predictions, retained = published; checked = 0
+    for r in results.itertuples():
+        if r.metric in ('retrieval-r1', 'zero-shot-accuracy'):
+            value = retained[(retained.arm == r.row) & (retained.metric == r.metric)].correct.mean()
+        elif r.row == 'word-frequency' or r.metric == 'object-seen': continue
+        else:
+            section, _, mode = r.metric.partition('-'); part = predictions[predictions.dataset == ('biased' if r.table.endswith('biased') else 'balanced')]
+            columns = [c for c in part if c.startswith(f'{r.row}/') and c.endswith(f'/{mode or "looking"}')]
+            value = np.mean([checklist_table(part.assign(correct=part[c]), repeats=2).set_index('row').value[section.capitalize()] for c in columns])
+        assert r.value == pytest.approx(value, abs=1e-9), (r.table, r.row, r.metric); checked += 1
+    assert checked > 30
+
+def test_the_micro_benchmark_is_as_large_as_it_says(published):
+    _, predictions, _ = published
+    for variant, part in predictions.groupby('dataset'):
+        assert part.category.nunique() == 13 and part.groupby('category').size().min() >= 300 and part.image.nunique() >= 500, variant
+
+def test_every_row_has_interval_chance_and_n(published):
+    results, *_ = published
+    assert results[['low', 'high', 'n', 'chance']].notna().all().all()
+    assert results[results.row.isin(['lora-originals', 'lora-generated'])].seeds.dropna().eq(5).all() and {*ARMS, 'zero-shot', 'word-frequency'} <= set(results.row)
