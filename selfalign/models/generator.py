@@ -125,15 +125,15 @@ def velocity_loss(unet,                       # predicts the velocity
     v = unet((a*z + s*eps).to(device), t.to(device), context.float().to(device)).sample
     return F.mse_loss(v.float(), (a*eps - s*z).to(device))
 
-# %% ../../nbs/2_models/28_generator.ipynb #dc859e5d
+# %% ../../nbs/2_models/28_generator.ipynb #cec130f2
 def train_generator(folder:Path,                   # checkpoints, curve and model
                     autoencoder_folder:Path,       # a trained autoencoder
                     clip_folder:Path,              # a trained clip: reads the captions and filters the pairs
-                    steps:int=6000,                # steps in all
+                    steps:int=5000,                # steps in all
                     n:int=24_000,                  # web pairs of the pool `generator`
                     keep:float=0.8,                # share of pairs that the filter leaves
                     batch:int=64,                  # pictures a step
-                    lr:float=4e-3,                 # peak learning rate
+                    lr:float=2e-3,                 # peak learning rate
                     channels:tuple=(32, 64, 112),  # width of the UNet
                     noise:float=0.3,               # web noise, 0 to 1
                     seed:int=0,                    # of the weights, the batches, the times and the noise
