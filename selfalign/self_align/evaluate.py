@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HYPOTHESES', 'MODES', 'Hypothesis', 'verdict_of', 'answers', 'retrieval_hits', 'named_right', 'section_table',
-           'summarise', 'compare_arms']
+           'summarise', 'Scored', 'contrast', 'compare_arms']
 
 # %% ../../nbs/4_self_align/46_evaluate.ipynb #0aa2a813
 import json
@@ -17,22 +17,23 @@ from ..benchmarks.vl_checklist import item_values
 from ..study.settings import StudyError
 from ..study.statistics import Interval, bootstrap, holm, items_and_seeds, paired_seeds
 
-# %% ../../nbs/4_self_align/46_evaluate.ipynb #ae34e82f
+# %% ../../nbs/4_self_align/46_evaluate.ipynb #675f93eb
 class Hypothesis(NamedTuple):
     "A claim that can fail."
     name: str            # for the table
     arm: str             # the one that is claimed to be better
     against: str         # the other
     metric: str          # on which number
+    variant: str = 'balanced'  # of the benchmark
     harmless: bool = False  # the claim is that nothing is lost
 
-# %% ../../nbs/4_self_align/46_evaluate.ipynb #9598a971
+# %% ../../nbs/4_self_align/46_evaluate.ipynb #431cb730
 HYPOTHESES = (
     Hypothesis('generated-vs-originals', 'lora-generated', 'lora-originals', 'object'),
     Hypothesis('generated-vs-zero-shot', 'lora-generated', 'zero-shot', 'object'),
     Hypothesis('originals-vs-zero-shot', 'lora-originals', 'zero-shot', 'object'),
     Hypothesis('filter-vs-random', 'lora-selected', 'lora-random-drop', 'object'),
-    Hypothesis('gain-needs-the-picture', 'lora-generated', 'zero-shot', 'object-seen'),
+    Hypothesis('gain-needs-the-picture', 'lora-generated', 'zero-shot', 'object-seen', 'biased'),
     Hypothesis('nothing-forgotten', 'lora-generated', 'zero-shot', 'retrieval-r1', harmless=True))
 
 # %% ../../nbs/4_self_align/46_evaluate.ipynb #8f89ff11
@@ -47,16 +48,16 @@ def verdict_of(difference:Interval,    # of two arms
     if difference.value >= bound and p < .05: return 'supported'
     return 'not supported' if high < bound else 'undecided'
 
-# %% ../../nbs/4_self_align/46_evaluate.ipynb #0b4ecf06
+# %% ../../nbs/4_self_align/46_evaluate.ipynb #49cfd077
 MODES = ('looking', 'blind', 'shuffled')
 def answers(encoder,       # a `DualEncoder`
             benchmark,     # a `Benchmark`
             seed:int=0,    # of the exchange of pictures
-            )->tuple:      # (items that could be asked, dict of mode to truth values)
+            )->tuple:      # (items that could be asked, dict of mode to truth values, problems)
     "Ask one model everything, three times."
     encoded = encode(benchmark, encoder)
     found = predict(encoded), blind(encoded), shuffled(encoded, seed)
-    return encoded.items, {m: t.correct.to_numpy() for m, t in zip(MODES, found)}
+    return encoded.items, {m: t.correct.to_numpy() for m, t in zip(MODES, found)}, encoded.problems
 
 # %% ../../nbs/4_self_align/46_evaluate.ipynb #74ee316b
 def retrieval_hits(x,      # (n, d) unit vectors of pictures
@@ -93,16 +94,34 @@ def summarise(table,        # seeds × questions
     found = items_and_seeds(table, clusters) if len(table) > 1 else bootstrap(table[0], clusters)
     return found._replace(low=max(found.low, 0.), high=min(found.high, 1.)) if bounded else found
 
-# %% ../../nbs/4_self_align/46_evaluate.ipynb #bce4fc56
-def compare_arms(tables,        # (arm, metric) to (seeds × questions, clusters)
-                 pairs,         # (arm, against, metric)
-                 )->pd.DataFrame:  # arm, against, metric, value, low, high, p, p_holm
+# %% ../../nbs/4_self_align/46_evaluate.ipynb #e3d2804d
+class Scored(NamedTuple):
+    "What an arm scored on each question."
+    table: np.ndarray   # seeds × questions
+    clusters: object    # one label a question, or None
+    seeds: tuple = ()   # their numbers; empty: not trained
+
+# %% ../../nbs/4_self_align/46_evaluate.ipynb #945ecff8
+def contrast(a:Scored,    # one arm
+             b:Scored,    # another, on the same questions
+             )->tuple:    # (interval, p-value, number of seeds)
+    "Difference of two arms, seed by seed."
+    common = [n for n in a.seeds if n in b.seeds] if a.seeds and b.seeds else list(a.seeds or b.seeds)
+    if (a.seeds or b.seeds) and not common: raise StudyError(f'two arms without a common seed: {a.seeds} and {b.seeds}')
+    one, other = (x.table[[x.seeds.index(n) for n in common]] if x.seeds else x.table for x in (a, b))
+    return *paired_seeds(one, other, a.clusters), len(common)
+
+# %% ../../nbs/4_self_align/46_evaluate.ipynb #e9e54db2
+def compare_arms(tables,           # (arm, metric) to `Scored`
+                 pairs,            # (arm, against, metric); those without an answer are left out
+                 corrected=None,   # which of them are corrected together; default: all
+                 )->pd.DataFrame:  # arm, against, metric, value, low, high, n, seeds, p, p_holm
     "Differences of arms, with corrected p-values."
     rows = []
-    for arm, against, metric in pairs:
+    for i, (arm, against, metric) in enumerate(pairs):
         if not {(arm, metric), (against, metric)} <= set(tables): continue
-        (a, clusters), (b, _) = tables[arm, metric], tables[against, metric]
-        difference, p = paired_seeds(a, b, clusters)
-        rows.append(dict(arm=arm, against=against, metric=metric, **difference._asdict(), p=p))
-    table = pd.DataFrame(rows, columns=['arm', 'against', 'metric', 'value', 'low', 'high', 'n', 'seeds', 'p'])
-    return table.assign(p_holm=holm(table.p) if len(table) else [])
+        difference, p, seeds = contrast(tables[arm, metric], tables[against, metric])
+        rows.append(dict(arm=arm, against=against, metric=metric, **difference._asdict() | dict(seeds=seeds), p=p, family=corrected is None or corrected[i]))
+    table = pd.DataFrame(rows, columns=['arm', 'against', 'metric', 'value', 'low', 'high', 'n', 'seeds', 'p', 'family']).assign(p_holm=np.nan)
+    if table.family.any(): table.loc[table.family.astype(bool), 'p_holm'] = holm(table.p[table.family.astype(bool)])
+    return table.drop(columns='family')

@@ -184,7 +184,7 @@ def items_and_seeds(
     half = stats.t.ppf((1+level)/2, df)*error
     return Interval(*map(float, (mean, mean-half, mean+half)), np.shape(table)[1], len(table))
 
-# %% ../../nbs/0_study/03_statistics.ipynb #96186c1a
+# %% ../../nbs/0_study/03_statistics.ipynb #675b89aa
 def paired_seeds(
     a,  # seeds × items of one arm
     b,  # of the other, on the same items; seeds beyond the shorter one's are left out
@@ -201,7 +201,8 @@ def paired_seeds(
         from statsmodels.stats.weightstats import DescrStatsW
         number, count = _group(clusters, table.shape[1])
         means = DescrStatsW(np.bincount(number, table[0], count)*count/table.shape[1])
-        return Interval(float(means.mean), *map(float, means.tconfint_mean(1-level)), table.shape[1]), float(means.ttest_mean(0)[1])
+        p = float(means.ttest_mean(0)[1]) if means.std else float(means.mean == 0)
+        return Interval(float(means.mean), *map(float, means.tconfint_mean(1-level)), table.shape[1]), p
     mean, error, df = _two_variances(table, clusters)
     p = 2*stats.t.sf(abs(mean)/error, df) if error else float(mean == 0)
     return items_and_seeds(table, clusters, level), float(p)
