@@ -17,15 +17,15 @@ from .images import ImageProblem, open_image
 from .pairs import image_path, tar_member
 from .microworld import Microworld
 
-# %% ../../nbs/1_data/12_readers.ipynb #62de9d6e
+# %% ../../nbs/1_data/12_readers.ipynb #c7c88e8b
 class SourceError(StudyError): "A collection that cannot be opened."
-def problem(file:str,    # where it was found
-            row:str,     # which entry
+def problem(file,        # where it was found
+            row,         # which entry
             what:str,    # what is wrong
             remedy:str,  # what helps
             )->dict:
     "One row of the problems table."
-    return dict(file=file, row=row, what=what, remedy=remedy)
+    return dict(file=str(file), row=str(row), what=what, remedy=remedy)
 
 # %% ../../nbs/1_data/12_readers.ipynb #6ab1c264
 def _record(key, data, name, file, **known):

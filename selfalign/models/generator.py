@@ -16,27 +16,21 @@ import torch.nn.functional as F
 from .train import fit, pictures, step_generator, to_tensor
 from .vocabulary import caption_texts, tokenize, vocabulary
 
-# %% ../../nbs/2_models/28_generator.ipynb #79951278
-def _open_clip_names(layer:int)->dict:
-    "transformers' name to open_clip's, for one layer of a text tower; queries, keys and values are packed in one matrix there."
-    pairs = dict(layer_norm1='ln_1', layer_norm2='ln_2')
-    return {f'{theirs}.{kind}': f'transformer.resblocks.{layer}.{ours}.{kind}' for kind in ('weight', 'bias') for theirs, ours in
-            (pairs | {'self_attn.out_proj': 'attn.out_proj', 'mlp.fc1': 'mlp.c_fc', 'mlp.fc2': 'mlp.c_proj'}).items()}
-
-# %% ../../nbs/2_models/28_generator.ipynb #5ed61302
+# %% ../../nbs/2_models/28_generator.ipynb #46eb1c18
+_open_clip_names = {'layer_norm1': 'ln_1', 'layer_norm2': 'ln_2', 'self_attn.out_proj': 'attn.out_proj', 'mlp.fc1': 'mlp.c_fc', 'mlp.fc2': 'mlp.c_proj'}
 def _text_weights(weights, layers):
-    "open_clip's text tower under transformers' names."
+    "open_clip's text tower under transformers' names; there, queries, keys and values are packed in one matrix."
     out = {'embeddings.token_embedding.weight': weights['token_embedding.weight'],
            'embeddings.position_embedding.weight': weights['positional_embedding']}
     for kind in ('weight', 'bias'):
         out[f'final_layer_norm.{kind}'] = weights[f'ln_final.{kind}']
         for i in range(layers):
-            packed = weights[f'transformer.resblocks.{i}.attn.in_proj_{kind}'].chunk(3)
-            out |= {f'encoder.layers.{i}.self_attn.{n}_proj.{kind}': w for n, w in zip('qkv', packed)}
-    for i in range(layers): out |= {f'encoder.layers.{i}.{a}': weights[b] for a, b in _open_clip_names(i).items()}
+            to, block = f'encoder.layers.{i}', f'transformer.resblocks.{i}'
+            out |= {f'{to}.{a}.{kind}': weights[f'{block}.{b}.{kind}'] for a, b in _open_clip_names.items()}
+            out |= {f'{to}.self_attn.{n}_proj.{kind}': w for n, w in zip('qkv', weights[f'{block}.attn.in_proj_{kind}'].chunk(3))}
     return out
 
-# %% ../../nbs/2_models/28_generator.ipynb #cd23486e
+# %% ../../nbs/2_models/28_generator.ipynb #b574455e
 def clip_text_encoder(clip_folder:Path,  # open_clip folder, with `open_clip_config.json`
                       ):                 # `transformers.CLIPTextModel`, frozen
     "The text tower of an open_clip model, as Stable Diffusion pipelines want it."
@@ -49,7 +43,7 @@ def clip_text_encoder(clip_folder:Path,  # open_clip folder, with `open_clip_con
         num_attention_heads=cfg['heads'], max_position_embeddings=cfg['context_length'], hidden_act='gelu',
         bos_token_id=tokens - 2, eos_token_id=tokens - 1, pad_token_id=tokens - 1, projection_dim=width))
     prefix = 'text_model.' if any(k.startswith('text_model.') for k in model.state_dict()) else ''
-    model.load_state_dict({prefix + k: v for k, v in _text_weights(weights, cfg['layers']).items()}, strict=False)
+    model.load_state_dict({prefix + k: v for k, v in _text_weights(weights, cfg['layers']).items()})
     return model.requires_grad_(False).eval()
 
 # %% ../../nbs/2_models/28_generator.ipynb #6ab46275

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['libraries', 'ModelError', 'Reference', 'parse_reference', 'check_folder', 'opening', 'device', 'weights_hash',
-           'DualEncoder', 'keep_memory', 'OpenClipEncoder', 'TransformersEncoder', 'load_dual_encoder',
-           'load_generator']
+           'DualEncoder', 'squares', 'normalise', 'keep_memory', 'OpenClipEncoder', 'TransformersEncoder',
+           'load_dual_encoder', 'load_generator']
 
-# %% ../../nbs/2_models/20_load.ipynb #1d9365d9
+# %% ../../nbs/2_models/20_load.ipynb #dae8376e
 import functools, re
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
+from PIL import Image
 from ..study.settings import StudyError, at_root, find_root, nearest
 from ..study.stage import tree_hash
 from ..data.images import fit_square
@@ -114,17 +115,34 @@ class DualEncoder:
     @property
     def device(self): return next(self.model.parameters()).device
 
-# %% ../../nbs/2_models/20_load.ipynb #b1e33215
+# %% ../../nbs/2_models/20_load.ipynb #ac5db856
+def squares(encoder,             # a `DualEncoder`
+            images,              # PIL pictures, or an (n, H, W, 3) uint8 array
+            aspect:str='crop',   # pad, crop or squash; see `fit_square`
+            )->torch.Tensor:     # (n, size, size, 3) uint8
+    "Pictures as the encoder wants them, but for the normalisation."
+    size = encoder.size
+    if isinstance(images, np.ndarray) and images.shape[1:3] == (size, size): return torch.from_numpy(np.array(images))
+    fitted = (fit_square((Image.fromarray(i) if isinstance(i, np.ndarray) else i).convert('RGB'), size, aspect) for i in images)
+    return torch.from_numpy(np.stack([np.asarray(i) for i in fitted]))
+
+# %% ../../nbs/2_models/20_load.ipynb #223a1cc1
+def normalise(encoder,              # a `DualEncoder`
+              square:torch.Tensor,  # (n, size, size, 3) uint8
+              )->torch.Tensor:      # (n, 3, size, size) float32
+    "Bytes to what the picture tower sees."
+    x = square.permute(0, 3, 1, 2).to(encoder.device, torch.float32)/255
+    mean, std = (torch.tensor(v, device=encoder.device)[:, None, None] for v in (encoder.mean, encoder.std))
+    return (x - mean)/std
+
+# %% ../../nbs/2_models/20_load.ipynb #c28fbbfe
 @patch
 def pixels(self:DualEncoder,
            images:list,         # PIL pictures of any size
            aspect:str='crop',   # pad, crop or squash; see `fit_square`
            )->torch.Tensor:     # (n, 3, size, size), normalised
     "What the picture tower sees."
-    square = np.stack([np.asarray(fit_square(i.convert('RGB'), self.size, aspect)) for i in images])
-    x = torch.from_numpy(square).permute(0, 3, 1, 2).to(self.device, torch.float32)/255
-    mean, std = (torch.tensor(v, device=self.device)[:, None, None] for v in (self.mean, self.std))
-    return (x - mean)/std
+    return normalise(self, squares(self, images, aspect))
 
 # %% ../../nbs/2_models/20_load.ipynb #00b67246
 def _in_batches(encode, items, batch):

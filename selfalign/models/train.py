@@ -93,7 +93,7 @@ def _resume(path, module, optimiser, averages, device):
     module.load_state_dict(state['module']); optimiser.load_state_dict(state['optimiser']); averages.values = state['averages']
     return state['step'], state['curve'], state['spent']
 
-# %% ../../nbs/2_models/22_train.ipynb #16b68aee
+# %% ../../nbs/2_models/22_train.ipynb #cfdb0cbc
 def fit(module:torch.nn.Module,   # weights to train, float32
         loss,                     # function of the step's number: the loss, or a dict with 'loss' and more to log
         steps:int,                # steps in all
@@ -118,7 +118,7 @@ def fit(module:torch.nn.Module,   # weights to train, float32
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True); path = folder/'checkpoint.pt'
     optimiser = _optimiser(module, optimiser, lr, weight_decay, betas); weights = [p for g in optimiser.param_groups for p in g['params']]
     module.to(accelerator.device); averages = Averages(module, decay)
-    start, curve, spent = _resume(path, module, optimiser, averages, accelerator.device); sitting = curve[-1]['sitting'] + 1 if curve else 0
+    start, curve, spent = _resume(path, module, optimiser, averages, accelerator.device); sitting = curve[-1].get('sitting', 0) + 1 if curve else 0
     optimiser = accelerator.prepare(optimiser); begun = saved = time.time(); running = {}
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=label or folder.name, mininterval=2)
     for step in bar:

@@ -18,7 +18,7 @@ def runs_folder() -> Path:  # <root>/data/runs
     "Where all runs live"
     return find_root()/"data"/"runs"
 
-# %% ../../nbs/0_study/01_stage.ipynb #f2081aab
+# %% ../../nbs/0_study/01_stage.ipynb #58e3d3d0
 class Stage:
     "One stage's work: its folder, what it reads, what it leaves"
     def __init__(self,
@@ -28,7 +28,7 @@ class Stage:
         known, (run, _, variant) = stages(), run.partition(":")
         if (name := variant or name) not in known: raise StageError(f"unknown stage {name!r}; {nearest(name, known)}")
         self.name, self.spec, self.by_hand = name, known[name], not run
-        self.variant = name.removeprefix(known[name].base)
+        self.variant, self._inputs = name.removeprefix(known[name].base), {known[i].base: i for i in known[name].inputs}
         self.chapter = re.sub(r"^\d+_", "", self.spec.notebook.parent.name).replace("_", "-")
         self.run = runs_folder()/"_hand" if self.by_hand else find_root()/run
         self._results, self._figures, self._problems, self._place, self._started = {}, {}, [], None, time.time()
@@ -83,14 +83,13 @@ def make_inputs(
     done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, encoding="utf-8", env=os.environ | {"SELFALIGN_ROOT": str(find_root())})
     if done.returncode: raise StageError(f"the inputs {', '.join(names)} could not be made:\n{(done.stderr or done.stdout)[-3000:]}")
 
-# %% ../../nbs/0_study/01_stage.ipynb #86762fe5
+# %% ../../nbs/0_study/01_stage.ipynb #e5241703
 @patch
 def input(self:Stage,
     name: str,  # an earlier stage
 ) -> Path:  # its finished folder
     "The folder of an input stage"
-    known = stages()
-    name = next((i for i in self.spec.inputs if known[i].base == name), name)
+    name = self._inputs.get(name, name)
     if name not in self.spec.inputs: raise StageError(f"{self.name} does not list {name!r} among its inputs in settings.ini [stages]; {nearest(name, self.spec.inputs)}")
     if not (self.inputs/name/"stage.json").is_file(): raise StageError(f"{self.inputs/name} is not finished; run the stage {name!r} first")
     return self.inputs/name

@@ -172,19 +172,28 @@ def _two_variances(
     df = total**2/(of_seeds**2/(seeds-1) + of_items**2/max(count-1, 1)) if total else 1
     return table.mean(), np.sqrt(total), df
 
-# %% ../../nbs/0_study/03_statistics.ipynb #6f0fe123
+# %% ../../nbs/0_study/03_statistics.ipynb #5c5c9940
+def _mean_and_p(
+    table,  # seeds × items
+    clusters,  # one label an item, or None
+    level,  # of confidence
+):  # the interval of the mean, and the p-value of zero
+    "Student's t with both sources of uncertainty"
+    from scipy import stats
+    mean, error, df = _two_variances(table, clusters)
+    half, p = stats.t.ppf((1+level)/2, df)*error, 2*stats.t.sf(abs(mean)/error, df) if error else mean == 0
+    return Interval(*map(float, (mean, mean-half, mean+half)), np.shape(table)[1], len(table)), float(p)
+
+# %% ../../nbs/0_study/03_statistics.ipynb #909b818e
 def items_and_seeds(
     table,  # seeds × items
     clusters=None,  # one label an item
     level: float = 0.95,  # of confidence
 ) -> Interval:
     "Grand mean with an interval for new items and new seeds"
-    from scipy import stats
-    mean, error, df = _two_variances(table, clusters)
-    half = stats.t.ppf((1+level)/2, df)*error
-    return Interval(*map(float, (mean, mean-half, mean+half)), np.shape(table)[1], len(table))
+    return _mean_and_p(table, clusters, level)[0]
 
-# %% ../../nbs/0_study/03_statistics.ipynb #675b89aa
+# %% ../../nbs/0_study/03_statistics.ipynb #d0a30802
 def paired_seeds(
     a,  # seeds × items of one arm
     b,  # of the other, on the same items; seeds beyond the shorter one's are left out
@@ -192,7 +201,6 @@ def paired_seeds(
     level: float = 0.95,  # of confidence
 ) -> tuple[Interval, float]:  # mean of a − b, and the p-value of no difference
     "Difference of two arms with its uncertainty over items and seeds"
-    from scipy import stats
     a, b = (np.atleast_2d(_numbers(x)) for x in (a, b))
     if a.shape[1] != b.shape[1]: raise StatisticsError(f"paired answers must come in pairs: {a.shape[1]} items against {b.shape[1]}")
     seeds = min(len(x) for x in (a, b) if len(x) > 1 or len(a) == len(b) == 1)
@@ -203,6 +211,4 @@ def paired_seeds(
         means = DescrStatsW(np.bincount(number, table[0], count)*count/table.shape[1])
         p = float(means.ttest_mean(0)[1]) if means.std else float(means.mean == 0)
         return Interval(float(means.mean), *map(float, means.tconfint_mean(1-level)), table.shape[1]), p
-    mean, error, df = _two_variances(table, clusters)
-    p = 2*stats.t.sf(abs(mean)/error, df) if error else float(mean == 0)
-    return items_and_seeds(table, clusters, level), float(p)
+    return _mean_and_p(table, clusters, level)
