@@ -7,7 +7,7 @@ from selfalign.benchmarks.vl_checklist import checklist_table
 from selfalign.data.captions import is_true, web_caption
 from selfalign.data.redraw import asks_for_held_out, redraw
 from selfalign.data.scenes import groups, held_out
-from selfalign.self_align.evaluate import HYPOTHESES, Scored, compare_arms, contrast, named_right, retrieval_hits, section_table, summarise, verdict_of
+from selfalign.self_align.evaluate import HYPOTHESES, NUMBERS, Scored, compare_arms, contrast, judged, named_right, retrieval_hits, scored_arms, scored_retention, section_table, summarise, verdict_of
 from selfalign.self_align.finetune import ARMS, arm_pairs, arm_rows, best_rate, clean_caption_of, trainings
 from selfalign.study.settings import StudyError
 from selfalign.study.statistics import Interval
@@ -131,6 +131,31 @@ def test_every_accuracy_follows_from_the_committed_answers(published):
             value = score('looking') - score('blind') if mode == 'seen' else score(mode or 'looking')
         assert r.value == pytest.approx(value, abs=1e-9), (r.table, r.row, r.metric); checked += 1
     assert checked > 30
+
+@pytest.fixture(scope='module')
+def recomputed(published):
+    _, predictions, retained = published
+    return {v: scored_arms(predictions, v) | scored_retention(retained) for v in ('balanced', 'biased')}
+
+def test_every_interval_follows_from_the_committed_answers(published, recomputed):
+    for r in published[0].itertuples():
+        of = recomputed['biased' if r.table.endswith('biased') else 'balanced'][r.row, r.metric]; found = summarise(of.table, of.clusters, r.metric != 'object-seen')
+        assert (r.value, r.low, r.high, r.n) == pytest.approx(found[:4], abs=1e-9) and (len(of.seeds) or None) == (None if np.isnan(r.seeds) else r.seeds), (r.table, r.row, r.metric)
+
+def test_every_difference_and_verdict_follows_from_the_committed_answers(recomputed):
+    results = pd.read_csv(REPORT/'results.csv').query('chapter == "self-align"').set_index(['table', 'row', 'metric'])
+    verdicts = judged(recomputed)
+    assert list(verdicts.name) == [h.name for h in HYPOTHESES] == list(dict.fromkeys(row for row, _ in results.loc['verdicts'].index))
+    for r in verdicts.itertuples():
+        stated = results.loc[('verdicts', r.name, 'difference')]
+        assert (r.value, r.low, r.high) == pytest.approx((stated.value, stated.low, stated.high), abs=1e-9)
+        assert results.loc[('verdicts', r.name, 'verdict')].value == NUMBERS[r.verdict], r.name
+    stated = results.loc['against-originals']; metrics = [m for m in dict.fromkeys(m for _, m in stated.index) if not m.endswith('corrected p')]
+    rows = list(dict.fromkeys(row for row, _ in stated.index)); found = compare_arms(recomputed['balanced'], [(a, 'lora-originals', m) for m in metrics for a in rows])
+    assert len(found) == len(metrics)*len(rows) > 20
+    for r in found.itertuples():
+        assert (r.value, r.low, r.high) == pytest.approx(tuple(stated.loc[(r.arm, r.metric)][['value', 'low', 'high']]), abs=1e-9)
+        assert stated.loc[(r.arm, f'{r.metric}, corrected p')].value == pytest.approx(r.p_holm, abs=1e-9)
 
 def test_the_micro_benchmark_is_as_large_as_it_says(published):
     _, predictions, _ = published

@@ -46,11 +46,11 @@ def clip_text_encoder(clip_folder:Path,  # open_clip folder, with `open_clip_con
     model.load_state_dict({prefix + k: v for k, v in _text_weights(weights, cfg['layers']).items()})
     return model.requires_grad_(False).eval()
 
-# %% ../../nbs/2_models/28_generator.ipynb #6ab46275
-def new_unet(channels:tuple=(32, 64, 112),  # of the levels, 16, 8 and 4 cells a side
-             latent_channels:int=4,         # numbers that the autoencoder keeps in a cell
-             context:int=128,               # width of the text encoder
-             ):                             # `diffusers.UNet2DConditionModel`
+# %% ../../nbs/2_models/28_generator.ipynb #3dce5d3a
+def new_unet(channels:tuple=(64, 112),  # of the levels, 16 and 8 cells a side
+             latent_channels:int=4,     # numbers that the autoencoder keeps in a cell
+             context:int=128,           # width of the text encoder
+             ):                         # `diffusers.UNet2DConditionModel`
     "An untrained UNet; captions enter at every level but the first."
     from diffusers import UNet2DConditionModel
     deep = len(channels) - 1
@@ -119,7 +119,7 @@ def velocity_loss(unet,                       # predicts the velocity
     v = unet((a*z + s*eps).to(device), t.to(device), context.float().to(device)).sample
     return F.mse_loss(v.float(), (a*eps - s*z).to(device))
 
-# %% ../../nbs/2_models/28_generator.ipynb #cec130f2
+# %% ../../nbs/2_models/28_generator.ipynb #5357c799
 def train_generator(folder:Path,                   # checkpoints, curve and model
                     autoencoder_folder:Path,       # a trained autoencoder
                     clip_folder:Path,              # a trained clip: reads the captions and filters the pairs
@@ -128,7 +128,7 @@ def train_generator(folder:Path,                   # checkpoints, curve and mode
                     keep:float=0.8,                # share of pairs that the filter leaves
                     batch:int=64,                  # pictures a step
                     lr:float=2e-3,                 # peak learning rate
-                    channels:tuple=(32, 64, 112),  # width of the UNet
+                    channels:tuple=(64, 112),      # width of the UNet
                     noise:float=0.3,               # web noise, 0 to 1
                     seed:int=0,                    # of the weights, the batches, the times and the noise
                     ):                             # `diffusers.StableDiffusionPipeline`
@@ -140,14 +140,14 @@ def train_generator(folder:Path,                   # checkpoints, curve and mode
     latents, context = encode_latents(autoencoder, data[rows]), encode_captions(text, [texts[i] for i in rows], tokenizer)
     scale = float(1/latents.std()); latents *= scale
     autoencoder.register_to_config(scaling_factor=autoencoder.config.scaling_factor*scale)
-    torch.manual_seed(seed); unet = new_unet(tuple(channels), latents.shape[1], context.shape[-1]).train()
+    torch.manual_seed(seed); unet = new_unet(tuple(channels), latents.shape[1], context.shape[-1])
+    unet.to(memory_format=torch.channels_last).train()
     alphas = new_scheduler().alphas_cumprod
     def loss(step):
         g = step_generator(seed, step); pick = torch.randint(len(latents), (batch,), generator=g)
         said = torch.where(torch.rand(batch, generator=g) < .1, len(latents), pick)
         return velocity_loss(unet, latents[pick], context[said], alphas, g)
-    fit(unet, loss, steps, folder, lr=lr, optimiser='muon', decay=.998, every=120, log=50, label='generator',
-        precision='' if torch.cuda.is_available() else 'no')
+    fit(unet, loss, steps, folder, lr=lr, optimiser='muon', decay=.998, every=120, log=50, label='generator')
     pipe = pipeline(unet, text, autoencoder, tokenizer); pipe.save_pretrained(Path(folder)/'model', safe_serialization=True)
     return pipe
 
