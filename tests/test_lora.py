@@ -5,6 +5,7 @@ import numpy as np, pandas as pd, pytest, torch, tiny
 from PIL import Image
 from selfalign.models.adapters import add_lora, find_layers, layer_pattern, load_adapter, merge, save_adapter, trainable, wise_ft
 from selfalign.models.load import ModelError, load_dual_encoder
+from selfalign.models.paper_lora import add_paper_lora, counted, paper_layers, papers_size
 from selfalign.self_align import lora
 from selfalign.self_align.lora import (AdapterWeights, batch_rows, examine, keep_recipe, normalise, pair_loss, pair_vectors, remember, retrieval_r1,
                                            squares, steps_for, train_lora)
@@ -172,6 +173,34 @@ def test_recipe(tmp_path):
     keep_recipe(tmp_path, dict(lr=.1, lora=dict(rank=2))); keep_recipe(tmp_path, dict(lr=.1, lora=dict(rank=2)))
     with pytest.raises(StudyError, match='lora = .*take another folder'): keep_recipe(tmp_path, dict(lr=.1, lora=dict(rank=3)))
 
+# --- the paper's own adapter -------------------------------------------------------------------------------------
+
+def test_the_papers_size():
+    assert papers_size(add_paper_lora) == 4_141_056 and papers_size(add_lora) == 983_040
+    assert papers_size(lambda e, rank: add_paper_lora(e, rank, conv=False)) == 983_040
+
+def test_the_paper_starts_beside_the_model_and_only_there(fresh):
+    e = fresh(); before = vectors(e); frozen = {k: v.clone() for k, v in e.model.state_dict().items()}
+    adapted = add_paper_lora(e); after = vectors(e)
+    assert (after - before).abs().max() > 1e-4 and counted(adapted).keys() == {'patch embedding', 'image tower', 'text tower'}
+    stored = {n.replace('parametrizations.', '').removesuffix('.original'): v for n, v in e.model.state_dict().items() if 'lora_' not in n}
+    assert equal(stored, frozen) and all(('lora_' in n) == p.requires_grad for n, p in adapted.named_parameters())
+    other = fresh(); add_paper_lora(other, xavier=False); torch.testing.assert_close(vectors(other), before, atol=2e-6, rtol=0)
+    plain = merge(adapted); torch.testing.assert_close(vectors(e), after, atol=2e-5, rtol=0); assert plain.state_dict().keys() == frozen.keys()
+
+def test_the_papers_adapter_refuses_what_it_is_not_made_for(fresh, tmp_path):
+    for family in ('siglip', 'hf_clip'):
+        with pytest.raises(ModelError, match='no fused attention'): add_paper_lora(fresh(family))
+    e = fresh(); adapted = add_paper_lora(e); save_adapter(adapted, tmp_path)
+    for again in (add_lora, add_paper_lora):
+        with pytest.raises(ModelError, match='has adapters already'): again(e)
+    config = json.loads((tmp_path/'adapter_config.json').read_text()); (tmp_path/'adapter_config.json').write_text(json.dumps(config | {'base_model_name_or_path': 'open_clip:x'}))
+    with pytest.raises(ModelError, match='was trained on open_clip:x'): load_adapter(fresh(), tmp_path)
+
+def test_each_quirk_can_be_left_out(fresh):
+    names = lambda **o: {n.split('.parametrizations')[0].rsplit('.', 1)[-1] for n in add_paper_lora(fresh(), **o).weights()}
+    assert names() == {'conv1', 'attn', 'out_proj', 'c_fc', 'c_proj'} and names(conv=False) == names() - {'conv1'}
+
 # --- an arm ------------------------------------------------------------------------------------------------------
 
 def arm(reference, folder, **change):
@@ -242,6 +271,15 @@ def test_seeds_and_pairs_matter_and_validation_does_not(whole, tiny_clip, tmp_pa
     arm(reference, tmp_path/'a', validation=()); assert equal(weights_of(tmp_path/'a'), first)
     arm(reference, tmp_path/'b', seed=1); assert not equal(weights_of(tmp_path/'b'), first)
     arm(reference, tmp_path/'c', images=pixels(12, 9)); assert not equal(weights_of(tmp_path/'c'), first)
+
+def test_the_papers_recipe(tiny_clip, tmp_path):
+    reference = f'open_clip:{tiny_clip}'; paper = dict(adapt=add_paper_lora, warmup=1/.7)
+    done = arm(reference, tmp_path/'a', **paper); fresh = load_dual_encoder(reference); merge(load_adapter(fresh, tmp_path/'a/adapter'))
+    assert equal(fresh.model.state_dict(), done.encoder.model.state_dict())
+    original = load_dual_encoder(reference).model.state_dict(); moved = {k for k, v in done.encoder.model.state_dict().items() if not torch.equal(v, original[k])}
+    assert 'visual.conv1.weight' in moved and all(any(t in k for t in ('conv1', 'in_proj_weight', 'out_proj.weight', 'c_fc.weight', 'c_proj.weight')) for k in moved)
+    with pytest.raises(StudyError, match='warmup = '): arm(reference, tmp_path/'a', adapt=add_paper_lora)
+    with pytest.raises(StudyError, match='adapter = '): arm(reference, tmp_path/'a', warmup=1/.7)
 
 def test_other_recipe_refused(whole, tiny_clip):
     for change, what in ((dict(lr=.1), 'lr'), (dict(images=pixels(12, 9)), 'pairs'), (dict(rank=3), 'lora'), (dict(steps=10), 'steps')):

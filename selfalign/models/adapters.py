@@ -6,7 +6,7 @@
 __all__ = ['TARGETS', 'TOWERS', 'kind_of', 'find_layers', 'layer_pattern', 'add_lora', 'trainable', 'save_adapter',
            'load_adapter', 'merge', 'wise_ft']
 
-# %% ../../nbs/2_models/2c_adapters.ipynb #c44d2afd
+# %% ../../nbs/2_models/2c_adapters.ipynb #5a5865a6
 import re
 from dataclasses import replace
 from functools import partial
@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from .load import ModelError
+from ..study.files import read_json
 from ..study.settings import nearest
 
 # %% ../../nbs/2_models/2c_adapters.ipynb #5e33568d
@@ -134,13 +135,16 @@ def save_adapter(adapted,       # from `add_lora`
     "Write the corrections in peft's format."
     adapted.save_pretrained(folder, save_embedding_layers=False)
 
-# %% ../../nbs/2_models/2c_adapters.ipynb #0a74b330
+# %% ../../nbs/2_models/2c_adapters.ipynb #714c3b51
 def load_adapter(encoder,       # the `DualEncoder` it was made for; adapted in place
                  folder:Path,   # from `save_adapter`
                  ):             # `peft.PeftModel`
     "Put saved corrections into a fresh encoder."
     from peft import LoraConfig, PeftModel
     if not (Path(folder)/'adapter_model.safetensors').is_file(): raise ModelError(f'{folder} holds no adapter_model.safetensors; save one with `save_adapter`')
+    if read_json(Path(folder)/'adapter_config.json', {}).get('kind') == 'paper':
+        from selfalign.models.paper_lora import load_paper_lora
+        return load_paper_lora(encoder, folder)
     if _is_adapted(encoder.model): raise ModelError(f'{encoder.reference} has adapters already; merge them first, or load the model again')
     base = LoraConfig.from_pretrained(folder).base_model_name_or_path
     if base != str(encoder.reference): raise ModelError(f'{folder} was trained on {base}, not on {encoder.reference}; load that model')

@@ -196,7 +196,7 @@ def step_loss(encoder,                # an adapted `DualEncoder`
         return pair_loss(encoder, square[rows], [texts[r] for r in rows.tolist()])
     return loss
 
-# %% ../../nbs/4_self_align/44_lora.ipynb #0c90e7f3
+# %% ../../nbs/4_self_align/44_lora.ipynb #4bcacb42
 def train_lora(reference:str,         # the encoder to start from, e.g. `open_clip:data/micro/clip`
                images,                # PIL pictures, or an (n, H, W, 3) uint8 array
                captions:list,         # as many texts
@@ -209,7 +209,9 @@ def train_lora(reference:str,         # the encoder to start from, e.g. `open_cl
                seed:int=0,            # of the corrections' start and of the order
                every:float=60.,       # seconds between checkpoints
                precision:str='no',    # 'no' (float32) or 'bf16'
-               **lora,                # rank, alpha, targets, towers, rslora, dropout of `add_lora`
+               warmup:float=.05,      # share of the steps spent warming up; above 1 the warm-up never ends
+               adapt=add_lora,        # puts the corrections in: `add_lora`, or the paper's `add_paper_lora`
+               **lora,                # its options: rank, alpha, and so on
                )->Finetuned:
     "Fine-tune one arm, or go on where it was stopped."
     _checked(images, captions, batch, steps)
@@ -217,14 +219,14 @@ def train_lora(reference:str,         # the encoder to start from, e.g. `open_cl
     pairs, kept = (((squares(encoder, i, aspect), list(t)) if len(t) else ()) for i, t in ((images, captions), validation or ((), ())))
     keep_recipe(folder, dict(
         model=reference, hash=encoder.hash, pairs=fingerprint(*pairs), validation=fingerprint(*kept) if kept else '', steps=steps, lr=lr,
-        batch=batch, seed=seed, precision=precision, lora={k: list(v) if isinstance(v, tuple) else v for k, v in sorted(lora.items())}))
-    name, adapted = encoder.reference.name, add_lora(encoder, seed=seed, **lora)
+        batch=batch, seed=seed, precision=precision, warmup=warmup, adapter=adapt.__name__, lora={k: list(v) if isinstance(v, tuple) else v for k, v in sorted(lora.items())}))
+    name, adapted = encoder.reference.name, adapt(encoder, seed=seed, **lora)
     remember(encoder, [t for part in (pairs, kept) if part for t in part[1]])
     check = Validation(folder, encoder, kept, len(captions)//batch)
     loss = step_loss(encoder, *pairs, batch, seed, check, lora.get('dropout', 0.))
     encoder.model.train()
     curve = fit(AdapterWeights(adapted), loss, steps, folder, lr=lr, weight_decay=.1, betas=(.9, .98), decay=0.,
-                every=every, precision=precision, log=min(25, check.per_epoch))
+                every=every, precision=precision, warmup=warmup, log=min(25, check.per_epoch))
     check(steps); save_adapter(adapted, folder/'adapter'); merge(adapted)
     encoder.reference = replace(encoder.reference, name=f'{name}+{folder.name}')
     return Finetuned(encoder, curve, check.table())
