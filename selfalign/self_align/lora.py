@@ -157,7 +157,7 @@ def _checked(images, captions, batch, steps):
     if not 2 <= batch <= len(captions): raise StudyError(f'a batch of {batch} from {len(captions)} pairs: it must hold 2 pairs or more, and no more than there are')
     if steps < 1: raise StudyError(f'{steps} steps train nothing; it must be 1 or more')
 
-# %% ../../nbs/4_self_align/44_lora.ipynb #59f7f170
+# %% ../../nbs/4_self_align/44_lora.ipynb #0da2e0ce
 class Validation:
     "Examinations by step, in a file that survives interruptions."
     def __init__(self,
@@ -165,8 +165,11 @@ class Validation:
                  encoder,         # a `DualEncoder`
                  pairs:tuple,     # (squares, captions); empty: nothing is examined
                  per_epoch:int,   # steps in an epoch
+                 steps:int,       # steps in all
+                 most:int=4,      # examinations before the last one, about
                  ):
         self.path, self.encoder, self.pairs, self.per_epoch = Path(folder)/'validation.json', encoder, pairs, per_epoch
+        self.interval = per_epoch*max(1, round(steps/per_epoch/most))
         self.rows = {r['step']: r for r in read_json(self.path, [])}
 
     def __call__(self, step):
@@ -179,24 +182,24 @@ class Validation:
         "All examinations."
         return pd.DataFrame(list(self.rows.values()), columns=['step', 'epoch', 'loss', 'r1']).sort_values('step', ignore_index=True)
 
-# %% ../../nbs/4_self_align/44_lora.ipynb #a262eea8
+# %% ../../nbs/4_self_align/44_lora.ipynb #a1584379
 def step_loss(encoder,                # an adapted `DualEncoder`
               square:torch.Tensor,    # (n, size, size, 3) uint8
               texts:list,             # n captions
               batch:int,              # pairs a step
               seed:int,               # of the order
-              check,                  # called with the step before each epoch
+              check,                  # called with the step before an epoch
               dropout:float=0.,       # whether chance has a part in the towers
               ):                      # function of the step
     "What `fit` asks for."
     def loss(step):
-        if step % (len(texts)//batch) == 0: check(step)
+        if step % check.interval == 0: check(step)
         if dropout: torch.manual_seed(step_generator(seed, step).initial_seed())
         rows = batch_rows(len(texts), batch, step, seed)
         return pair_loss(encoder, square[rows], [texts[r] for r in rows.tolist()])
     return loss
 
-# %% ../../nbs/4_self_align/44_lora.ipynb #4bcacb42
+# %% ../../nbs/4_self_align/44_lora.ipynb #c49a6d58
 def train_lora(reference:str,         # the encoder to start from, e.g. `open_clip:data/micro/clip`
                images,                # PIL pictures, or an (n, H, W, 3) uint8 array
                captions:list,         # as many texts
@@ -222,7 +225,7 @@ def train_lora(reference:str,         # the encoder to start from, e.g. `open_cl
         batch=batch, seed=seed, precision=precision, warmup=warmup, adapter=adapt.__name__, lora={k: list(v) if isinstance(v, tuple) else v for k, v in sorted(lora.items())}))
     name, adapted = encoder.reference.name, adapt(encoder, seed=seed, **lora)
     remember(encoder, [t for part in (pairs, kept) if part for t in part[1]])
-    check = Validation(folder, encoder, kept, len(captions)//batch)
+    check = Validation(folder, encoder, kept, len(captions)//batch, steps)
     loss = step_loss(encoder, *pairs, batch, seed, check, lora.get('dropout', 0.))
     encoder.model.train()
     curve = fit(AdapterWeights(adapted), loss, steps, folder, lr=lr, weight_decay=.1, betas=(.9, .98), decay=0.,
