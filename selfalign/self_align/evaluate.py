@@ -164,12 +164,12 @@ def scored_retention(retained   # arm, seed, metric, item, correct
     wide = {k: part.pivot(index='seed', columns='item', values='correct') for k, part in retained.groupby(['arm', 'metric'], sort=False)}
     return {k: Scored(w.to_numpy(), None, () if k[0] in UNTRAINED else tuple(w.index)) for k, w in wide.items()}
 
-# %% ../../nbs/4_self_align/46_evaluate.ipynb #9af36690
+# %% ../../nbs/4_self_align/46_evaluate.ipynb #8149cf61
 def judged(tables,               # variant to what `scored_arms` and `scored_retention` say of it
            smallest:float=.02,   # effect of interest
            )->pd.DataFrame:      # name, arm, against, metric, value, low, high, n, seeds, p, p_holm, verdict
     "A verdict for every hypothesis whose arms and variant are there."
-    pooled = {(arm, f'{metric}@{v or "balanced"}'): t for v, found in tables.items() for (arm, metric), t in found.items()}
+    pooled = {(arm, f'{metric}@{as_}'): t for v, found in tables.items() for as_ in ((v,) if v else ('balanced', 'biased')) for (arm, metric), t in found.items()}
     asked = {(h.arm, h.against, f'{h.metric}@{h.variant}'): h for h in HYPOTHESES}
     found = compare_arms(pooled, list(asked), [not h.harmless for h in asked.values()])
     claims = [asked[r.arm, r.against, r.metric] for r in found.itertuples()]
