@@ -8,8 +8,8 @@ from selfalign.data.captions import is_true, web_caption
 from selfalign.data.redraw import asks_for_held_out, redraw
 from selfalign.data.scenes import groups, held_out
 from selfalign.self_align.evaluate import HYPOTHESES, NUMBERS, Scored, compare_arms, contrast, judged, named_right, retrieval_hits, scored_arms, scored_retention, section_table, summarise, verdict_of
-from selfalign.self_align.finetune import ARMS, arm_pairs, arm_rows, best_rate, clean_caption_of, trainings
-from selfalign.study.settings import StudyError
+from selfalign.self_align.finetune import ARMS, PAPER, arm_options, arm_pairs, arm_rows, best_rate, clean_caption_of, trainings
+from selfalign.study.settings import StudyError, resolve
 from selfalign.study.statistics import Interval
 
 REPORT = Path(__file__).resolve().parents[1]/'reports'/'micro'
@@ -40,7 +40,16 @@ def test_each_arm_sees_what_its_name_says(tables):
     assert first_pixels(found['lora-random-drop'][0]) == [[1, 9, 0], [3, 9, 0]] and first_pixels(found['lora-oracle-selected'][0]) == [[2, 9, 0]]
     assert found['lora-clean-originals'][1] == [clean_caption_of(k) for k in tables[0].key] and first_pixels(found['lora-clean-originals'][0]) == [[i, 0, 0] for i in range(4)]
     assert found['lora-generated'][1] == found['lora-originals'][1] == found['lora-perfect-generator'][1] == list(tables[0].caption)
+    assert first_pixels(found['lora-mixed'][0]) == [[0, 0, 0], [2, 0, 0], [1, 9, 0], [3, 9, 0]] and first_pixels(found['lora-grey'][0]) == [[128]*3]*4
+    assert first_pixels(found['lora-shuffled'][0]) == [[2, 9, 0], [3, 9, 0], [0, 9, 0], [1, 9, 0]] and found['lora-shuffled'][1] == list(tables[0].caption)
+    for arm in ('lora-text-tower', 'lora-image-tower', *PAPER): assert first_pixels(found[arm][0]) == first_pixels(found['lora-generated'][0])
     for pictures, captions in found.values(): assert len(pictures) == len(captions)
+
+def test_some_arms_are_trained_otherwise():
+    lora = dict(rank=2, alpha=2., towers=('image', 'text'))
+    assert {arm for arm in ARMS if arm_options(arm, lora) != lora} == {'lora-text-tower', 'lora-image-tower', *PAPER}
+    faithful = arm_options('faithful', lora); assert faithful['adapt'].__name__ == 'add_paper_lora' and faithful['warmup'] == pytest.approx(1/.7) and faithful['alpha'] == 1
+    for arm, undone in PAPER.items(): assert arm_options(arm, lora) == faithful | undone
 
 def test_arms_that_need_the_truth_are_left_out_without_it(tables):
     pairs, generated, selection = tables
@@ -165,4 +174,4 @@ def test_the_micro_benchmark_is_as_large_as_it_says(published):
 def test_every_row_has_interval_chance_and_n(published):
     results, *_ = published
     assert results[['low', 'high', 'n', 'chance']].notna().all().all()
-    assert results[results.row.isin(['lora-originals', 'lora-generated'])].seeds.dropna().eq(5).all() and {*ARMS, 'zero-shot', 'word-frequency'} <= set(results.row)
+    assert results[results.row.isin(['lora-originals', 'lora-generated'])].seeds.dropna().eq(5).all() and {*resolve('micro').values['finetune']['arms'], 'zero-shot', 'word-frequency'} == set(results.row)
