@@ -119,11 +119,11 @@ def velocity_loss(unet,                       # predicts the velocity
     v = unet((a*z + s*eps).to(device), t.to(device), context.float().to(device)).sample
     return F.mse_loss(v.float(), (a*eps - s*z).to(device))
 
-# %% ../../nbs/2_models/28_generator.ipynb #5357c799
+# %% ../../nbs/2_models/28_generator.ipynb #2747a0be
 def train_generator(folder:Path,                   # checkpoints, curve and model
                     autoencoder_folder:Path,       # a trained autoencoder
                     clip_folder:Path,              # a trained clip: reads the captions and filters the pairs
-                    steps:int=5000,                # steps in all
+                    steps:int=4200,                # steps in all
                     n:int=24_000,                  # web pairs of the pool `generator`
                     keep:float=0.8,                # share of pairs that the filter leaves
                     batch:int=64,                  # pictures a step

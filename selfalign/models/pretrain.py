@@ -22,7 +22,7 @@ class Recipe:
     what: str           # what it is, for the card
     needs: tuple = ()   # models that must be trained before
 
-# %% ../../nbs/2_models/2a_pretrain.ipynb #6c147b05
+# %% ../../nbs/2_models/2a_pretrain.ipynb #58e48442
 recipes = {
     'vocabulary': Recipe(0, 'captions of the pool `text`', 'byte-pair vocabulary'),
     'reader': Recipe(1600, 'clean renders of the pool `reader` with their truth; used to measure, never to train or select',
@@ -30,7 +30,7 @@ recipes = {
     'clip': Recipe(1200, 'web pairs of the pool `clip`, with their noise', 'open_clip dual encoder, InfoNCE', ('vocabulary',)),
     'judge': Recipe(700, 'web pairs of the pool `judge`, with their noise', 'SigLIP dual encoder, sigmoid loss', ('vocabulary',)),
     'autoencoder': Recipe(2400, 'pictures of the pool `generator`', "the generator's autoencoder"),
-    'generator': Recipe(5000, 'web pairs of the pool `generator`, the four fifths that `clip` scores highest; captions through '
+    'generator': Recipe(4200, 'web pairs of the pool `generator`, the four fifths that `clip` scores highest; captions through '
                         'the text tower of `clip`', 'Stable Diffusion pipeline', ('vocabulary', 'autoencoder', 'clip')),
     'vision-small': Recipe(300, 'pictures of the pool `vision`', 'self-supervised image encoder, 64 wide'),
     'vision': Recipe(300, 'pictures of the pool `vision`', 'self-supervised image encoder, 128 wide'),
