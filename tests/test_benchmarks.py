@@ -357,3 +357,41 @@ def test_holds_reads_from_either_end():
     assert say('Relation/spatial', ('cat', 'cup'), 'left of') and say('Relation/spatial', ('cup', 'cat'), 'right of')
     assert not say('Relation/spatial', ('cup', 'cat'), 'left of') and not say('Relation/action', ('cat', 'cup'), 'chasing')
     assert say('Attribute/color', ('cup',), 'blue') and not say('Attribute/color', ('cup',), 'red') and say('Attribute/state', ('cup',), 'upright')
+
+# --- without looking ---------------------------------------------------------------------------------------------
+
+def _checklist(folder, rows, category='Object/Size/large', name='vg'):
+    "One annotation file in the published layout, no pictures."
+    (folder/f'corpus/v1/{category}').mkdir(parents=True, exist_ok=True); (folder/'data').mkdir(exist_ok=True)
+    (folder/f'corpus/v1/{category}/{name}.yaml').write_text(f'ANNO_PATH: "data/{name}.json"\nIMG_ROOT: "vg/"\nTYPE: "TUPLE_JSON"\n')
+    (folder/f'data/{name}.json').write_text(json.dumps(rows))
+
+def test_the_rule_is_the_written_one(tmp_path):
+    "Against the formula, written out anew on random texts."
+    import math, re
+    from collections import Counter
+    from selfalign.benchmarks.without_looking import annotated_texts, answer_blind, by_frequency, unused_counts
+    rng = np.random.default_rng(0); word = lambda: "the dog's a man lamp Yak 3 tree".split()[min(rng.geometric(.3) - 1, 7)]; text = lambda: ' '.join(word() for _ in range(rng.integers(1, 5)))
+    rows = [[f'{i//2}.jpg', dict(POS=[text() for _ in range(rng.integers(1, 3))], NEG=[text()])] for i in range(300)]; rows[0][1]['NEG'] = rows[0][1]['POS'][:1]; _checklist(tmp_path, rows)
+    files, problems = annotated_texts(tmp_path); counts = unused_counts(files, 100); found = answer_blind(files, by_frequency(counts), 100)
+    tokens = lambda t: re.findall(r"[a-z']+", t.lower()); c = Counter(w for _, d in rows[100:] for t in d['POS'] for w in tokens(t)); total, size = sum(c.values()), len(c)
+    def f(ws): return np.mean([math.log((c[w] + .5)/(total + .5*size)) for w in ws.elements()]) if ws else -30
+    for (_, d), got in zip(rows, found.correct):
+        p, n = Counter(tokens(d['POS'][0])), Counter(tokens(d['NEG'][0])); a, b = f(p - n), f(n - p)
+        assert got == (.5 if abs(a - b) < 1e-12 else float(a > b)), d
+    assert not problems and len(found) == 100 and set(found.correct) == {0, .5, 1}
+
+def test_what_is_asked_is_not_counted(tmp_path):
+    from selfalign.benchmarks.without_looking import annotated_texts, unused_counts
+    _checklist(tmp_path, [['a.jpg', dict(POS=['secret'], NEG=['x'])]]*3 + [['b.jpg', dict(POS=['open'], NEG=['secret'])]])
+    files, _ = annotated_texts(tmp_path); assert dict(unused_counts(files, 3)) == {'open': 1}
+    with pytest.raises(BenchmarkError, match='nothing to count'): unused_counts(files, 4)
+
+def test_lacking_files_and_damaged_rows(tmp_path):
+    from selfalign.benchmarks.without_looking import annotated_texts, answer_blind, by_length, unused_counts
+    _checklist(tmp_path, [['a.jpg', dict(POS=['ab'], NEG=['a'])], None, ['b.jpg'], ['c.jpg', dict(POS=[], NEG=['x'])], ['d.jpg', dict(POS=[3], NEG=['x'])], ['e.jpg', dict(POS=['y'], NEG=['z'])]])
+    _checklist(tmp_path, [], name='gone'); (tmp_path/'data/gone.json').unlink()
+    files, problems = annotated_texts(tmp_path); assert list(files) == ['Object/Size/large/vg'] and 'gone.json is not there' in problems[0]['what']
+    assert list(answer_blind(files, by_length, 9).correct) == [1, .5] and dict(unused_counts(files, 1)) == {'y': 1}
+    (tmp_path/'data/vg.json').unlink()
+    with pytest.raises(BenchmarkError, match='none of the annotation files'): annotated_texts(tmp_path)
