@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from selfalign.data.captions import describe, is_true, kinds, web_caption
 from selfalign.data.claims import find_terms, lexicon, read_claims, whole_words
+from selfalign.data.microworld import Microworld
 from selfalign.data.scenes import make_scene
-from selfalign.self_align.augment import ENGLISH, MICROWORLD, WORD_LISTS, Writer, exchange, find_words, hard_negative, holds, long_caption, positive, rewrite, start_of
+from selfalign.self_align.augment import ENGLISH, MICROWORLD, WORD_LISTS, Writer, as_text, exchange, find_words, hard_negative, holds, long_caption, positive, rewrite, start_of
 from selfalign.study.settings import StudyError
 
 CAPTIONS = [web_caption('study', i)[0].text for i in range(300)]
@@ -35,8 +36,20 @@ def test_what_cannot_be_checked_is_not_guessed(text): assert read_claims(text) i
 @settings(max_examples=200, deadline=None)
 @given(st.text(max_size=80))
 def test_any_text_is_survived(text):
-    read_claims(text); positive(text, 'k'); hard_negative(text, 'k', lists=ENGLISH); long_caption(text, {'a': text}); holds(text, '')
+    read_claims(text); positive(text, 'k'); hard_negative(text, 'k', lists=ENGLISH); long_caption(text, [text]); holds(text, '')
     for *_, start, end in find_terms(text): assert text[start:end].lower() in lexicon()
+
+@pytest.mark.parametrize('text', ['ſmall cat', 'tıny cat', 'a fıſh', 'a bİrd', 'İ a RED Cat'])
+def test_letters_that_lower_and_ignorecase_see_differently(text):
+    read_claims(text); hard_negative(text, 'k'); assert [w for *_, w, _, _ in find_words('İ a RED Cat', MICROWORLD)] == ['RED']
+
+def test_long_captions_can_be_checked():
+    world = Microworld('study', noise=.3); known = []
+    for i in range(60):
+        p = world[i]; found = long_caption(p['caption'], list(p['captions'].values()))
+        if found: known.append(holds(found, p['truth'])); assert as_text(found).startswith(p['caption'].rstrip('.'))
+    assert len(known) > 50 and None not in known and {True, False} == set(known)
+    assert long_caption('a cat', ['a cat', '', None, 3]) is None
 
 @pytest.mark.parametrize('text', ['a bored cat', 'a hundred cats', 'a credit card', 'an older man', 'a reopened shop', 'a small-scale model'])
 def test_no_part_of_a_word_is_exchanged(text): assert hard_negative(text, 'k', lists=ENGLISH) is None

@@ -373,18 +373,21 @@ def test_the_rule_is_the_written_one(tmp_path):
     from selfalign.benchmarks.without_looking import annotated_texts, answer_blind, by_frequency, unused_counts
     rng = np.random.default_rng(0); word = lambda: "the dog's a man lamp Yak 3 tree".split()[min(rng.geometric(.3) - 1, 7)]; text = lambda: ' '.join(word() for _ in range(rng.integers(1, 5)))
     rows = [[f'{i//2}.jpg', dict(POS=[text() for _ in range(rng.integers(1, 3))], NEG=[text()])] for i in range(300)]; rows[0][1]['NEG'] = rows[0][1]['POS'][:1]; _checklist(tmp_path, rows)
-    files, problems = annotated_texts(tmp_path); counts = unused_counts(files, 100); found = answer_blind(files, by_frequency(counts), 100)
+    files, problems = annotated_texts(tmp_path); counts = unused_counts(files, 100); (found, wrong) = answer_blind(files, by_frequency(counts), 100)
     tokens = lambda t: re.findall(r"[a-z']+", t.lower()); c = Counter(w for _, d in rows[100:] for t in d['POS'] for w in tokens(t)); total, size = sum(c.values()), len(c)
     def f(ws): return np.mean([math.log((c[w] + .5)/(total + .5*size)) for w in ws.elements()]) if ws else -30
     for (_, d), got in zip(rows, found.correct):
         p, n = Counter(tokens(d['POS'][0])), Counter(tokens(d['NEG'][0])); a, b = f(p - n), f(n - p)
         assert got == (.5 if abs(a - b) < 1e-12 else float(a > b)), d
-    assert not problems and len(found) == 100 and set(found.correct) == {0, .5, 1}
+    assert not problems + wrong and len(found) == 100 and set(found.correct) == {0, .5, 1}
 
 def test_what_is_asked_is_not_counted(tmp_path):
     from selfalign.benchmarks.without_looking import annotated_texts, unused_counts
     _checklist(tmp_path, [['a.jpg', dict(POS=['secret'], NEG=['x'])]]*3 + [['b.jpg', dict(POS=['open'], NEG=['secret'])]])
     files, _ = annotated_texts(tmp_path); assert dict(unused_counts(files, 3)) == {'open': 1}
+    files['again'] = [['c.jpg', dict(POS=['x'], NEG=['y'])]]*3 + files['Object/Size/large/vg'][::-1]
+    assert dict(unused_counts(files, 3)) == {'open': 2, 'secret': 3} and dict(unused_counts(files, 3, unasked=True)) == {'open': 2}
+    with pytest.raises(BenchmarkError, match='at least one'): unused_counts(files, 0)
     with pytest.raises(BenchmarkError, match='nothing to count'): unused_counts(files, 4)
 
 def test_lacking_files_and_damaged_rows(tmp_path):
@@ -392,6 +395,6 @@ def test_lacking_files_and_damaged_rows(tmp_path):
     _checklist(tmp_path, [['a.jpg', dict(POS=['ab'], NEG=['a'])], None, ['b.jpg'], ['c.jpg', dict(POS=[], NEG=['x'])], ['d.jpg', dict(POS=[3], NEG=['x'])], ['e.jpg', dict(POS=['y'], NEG=['z'])]])
     _checklist(tmp_path, [], name='gone'); (tmp_path/'data/gone.json').unlink()
     files, problems = annotated_texts(tmp_path); assert list(files) == ['Object/Size/large/vg'] and 'gone.json is not there' in problems[0]['what']
-    assert list(answer_blind(files, by_length, 9).correct) == [1, .5] and dict(unused_counts(files, 1)) == {'y': 1}
+    found, wrong = answer_blind(files, by_length, 9); assert list(found.correct) == [1, .5] and [p['row'] for p in wrong] == list('1234') and dict(unused_counts(files, 1)) == {'y': 1}
     (tmp_path/'data/vg.json').unlink()
     with pytest.raises(BenchmarkError, match='none of the annotation files'): annotated_texts(tmp_path)

@@ -191,6 +191,9 @@ def test_the_paper_starts_beside_the_model_and_only_there(fresh):
 def test_the_papers_adapter_refuses_what_it_is_not_made_for(fresh, tmp_path):
     for family in ('siglip', 'hf_clip'):
         with pytest.raises(ModelError, match='no fused attention'): add_paper_lora(fresh(family))
+    import open_clip
+    with torch.device('meta'): mixed = open_clip.create_model('RN50', device='meta')
+    with pytest.raises(ModelError, match='in its image tower'): paper_layers(mixed)
     e = fresh(); adapted = add_paper_lora(e); save_adapter(adapted, tmp_path)
     for again in (add_lora, add_paper_lora):
         with pytest.raises(ModelError, match='has adapters already'): again(e)

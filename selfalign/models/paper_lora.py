@@ -34,7 +34,7 @@ class LowRank(nn.Module):
 
     def forward(self, weight): return weight + self.scale*(self.lora_B @ self.lora_A).view(weight.shape)
 
-# %% ../../nbs/2_models/2d_paper_lora.ipynb #1b11be79
+# %% ../../nbs/2_models/2d_paper_lora.ipynb #102e8841
 def paper_layers(model:nn.Module,   # an open_clip model
                  conv:bool=True,    # the patch embedding, too
                  )->list:           # (module's name, module, weight's name)
@@ -46,7 +46,8 @@ def paper_layers(model:nn.Module,   # an open_clip model
             found.append((name, module, 'in_proj_weight')); fused += (f'{name}.out_proj',)
         elif name in fused or name.endswith(('.mlp.c_fc', '.mlp.c_proj')): found.append((name, module, 'weight'))
         elif conv and name == 'visual.conv1': found.append((name, module, 'weight'))
-    if not fused: raise ModelError(f'{type(model).__name__} has no fused attention (nn.MultiheadAttention), for which alone the paper\'s adapter is defined; take an open_clip ViT, or add_lora')
+    for tower, starts in TOWERS.items():
+        if not any(f.startswith(starts) for f in fused): raise ModelError(f'{type(model).__name__} has no fused attention (nn.MultiheadAttention) in its {tower} tower, for which alone the paper\'s adapter is defined; take an open_clip ViT, or add_lora')
     return found
 
 # %% ../../nbs/2_models/2d_paper_lora.ipynb #793cb6b8

@@ -4,40 +4,42 @@
 
 # %% auto #0
 __all__ = ['MICROWORLD', 'ENGLISH', 'WORD_LISTS', 'OPENINGS', 'find_words', 'exchange', 'hard_negative', 'positive',
-           'long_caption', 'start_of', 'Writer', 'rewrite', 'holds']
+           'long_caption', 'as_text', 'start_of', 'Writer', 'rewrite', 'holds']
 
-# %% ../../nbs/4_self_align/47_augment.ipynb #a2f946fc
+# %% ../../nbs/4_self_align/47_augment.ipynb #700b8cfe
 import json, random, re
 import pandas as pd
 import torch
 from ..data.captions import _words, is_true
-from ..data.claims import TERMS, read_claims, whole_words
+from ..data.claims import TERMS, read_claims, small, whole_words
 from ..data.pairs import clean_caption
+from ..data.redraw import asks_for_held_out
 from ..data.scenes import scene_from_json
 from ..models.load import check_folder, device, parse_reference
 from ..study.settings import StudyError, nearest
 
-# %% ../../nbs/4_self_align/47_augment.ipynb #514d6065
+# %% ../../nbs/4_self_align/47_augment.ipynb #267cf5c6
 def _groups(kinds): return {k: tuple(_words.get(t, (t,)) for t in TERMS[k]) for k in kinds}
-MICROWORLD = _groups(('colour', 'size', 'pattern', 'action', 'position', 'relation'))
+_relations = _groups(('relation',))['relation']   # where the two are, and what one does with the other: a carried thing is also above
+MICROWORLD = _groups(('colour', 'size', 'pattern', 'action', 'position')) | dict(relation=_relations[:4], deed=_relations[4:])
 
-# %% ../../nbs/4_self_align/47_augment.ipynb #cae512ee
+# %% ../../nbs/4_self_align/47_augment.ipynb #36ca0edb
 ENGLISH = dict(
     colour=(('red', 'crimson', 'scarlet'), ('orange',), ('yellow', 'golden'), ('green',), ('blue', 'navy'), ('purple', 'violet'), ('pink',), ('brown',), ('white',), ('black',), ('gray', 'grey')),
     size=(('small', 'little', 'tiny'), ('large', 'big', 'huge')),
-    material=(('wooden', 'wood'), ('metal', 'metallic'), ('plastic',), ('glass',), ('stone',), ('leather',), ('paper',), ('brick',)),
-    action=(('sitting', 'seated'), ('standing',), ('walking',), ('running',), ('jumping',), ('lying', 'laying'), ('sleeping',), ('eating',), ('flying',), ('swimming',)),
+    material=(('wooden',), ('metal', 'metallic'), ('plastic',), ('glass',), ('stone',), ('leather',), ('paper',), ('brick',)),
+    action=(('sitting', 'seated'), ('standing',), ('walking',), ('running',), ('jumping',), ('lying',), ('sleeping',), ('eating',), ('flying',), ('swimming',)),
     state=(('open',), ('closed', 'shut'), ('wet',), ('dry',), ('empty',), ('full',), ('old',), ('new',), ('young',), ('clean',), ('dirty',), ('broken',)),
-    relation=(('left of', 'to the left of'), ('right of', 'to the right of'), ('above',), ('below', 'under', 'beneath'), ('in front of',), ('behind',), ('inside',)))
+    relation=(('to the left of',), ('to the right of',), ('above',), ('below', 'under', 'beneath'), ('in front of',), ('behind',), ('inside',)))
 WORD_LISTS = dict(microworld=MICROWORLD, english=ENGLISH)
 
-# %% ../../nbs/4_self_align/47_augment.ipynb #4eb6cda2
+# %% ../../nbs/4_self_align/47_augment.ipynb #57619b97
 def find_words(text:str,      # a caption
                lists:dict,    # kind to groups of words, e.g. `MICROWORLD`
                )->list:       # (kind, number of the group, word, start, end)
     "The words of a caption that stand in the lists."
-    where = {w.lower(): (k, i) for k, groups in lists.items() for i, group in enumerate(groups) for w in group}
-    return [(*where[m.group().lower()], m.group(), m.start(), m.end()) for m in whole_words(where).finditer(text)]
+    where = {w: (k, i) for k, groups in lists.items() for i, group in enumerate(groups) for w in group}
+    return [(*where[m.group()], text[m.start():m.end()], m.start(), m.end()) for m in whole_words(where).finditer(small(text))]
 
 # %% ../../nbs/4_self_align/47_augment.ipynb #1edc336a
 def exchange(text:str,   # a caption
@@ -96,14 +98,19 @@ def positive(text:str,         # a caption
     name = rng.choice(list(ways))
     return ways[name], name
 
-# %% ../../nbs/4_self_align/47_augment.ipynb #37a1a0fc
+# %% ../../nbs/4_self_align/47_augment.ipynb #b0b0a190
 def long_caption(caption:str,       # of the pair
-                 others:dict,       # kind to caption of the same picture; may be empty
-                 )->str|None:       # all there is to say; None if nothing is added
-    "What all captions of a picture say together."
-    known = [t for t in others.values() if t and t != caption]
-    if not known: return None
-    return '. '.join(t.strip().rstrip('.') for t in dict.fromkeys([caption, max(known, key=len)])) + '.'
+                 others:list,       # captions of the same picture; may be empty
+                 )->tuple|None:     # the sentences, the pair's own first; None if nothing is added
+    "The caption, and the longest other one."
+    known = [t for t in others if isinstance(t, str) and t and t != caption]
+    return (caption, max(known, key=len)) if known else None
+
+# %% ../../nbs/4_self_align/47_augment.ipynb #aba97757
+def as_text(sentences  # captions
+           )->str:     # one after the other
+    "Sentences to a text."
+    return '. '.join(t.strip().rstrip('.') for t in sentences) + '.'
 
 # %% ../../nbs/4_self_align/47_augment.ipynb #a336b842
 def start_of(text:str  # a caption
@@ -112,7 +119,7 @@ def start_of(text:str  # a caption
     words = text.split()
     return ' '.join(words[:max(1, (len(words) + 1)//2)])
 
-# %% ../../nbs/4_self_align/47_augment.ipynb #0189f649
+# %% ../../nbs/4_self_align/47_augment.ipynb #d2e382a5
 class Writer:
     "A causal language model that writes captions."
     def __init__(self,
@@ -127,12 +134,14 @@ class Writer:
         self.tokenizer = AutoTokenizer.from_pretrained(where)
         self.model = AutoModelForCausalLM.from_pretrained(where, use_safetensors=True, dtype=torch.float32).eval().to(device())
         self.prompt, self.tokens, self.end = prompt, tokens, self.tokenizer.eos_token_id
+        if self.end is None: raise StudyError(f'{reference}: its tokenizer has no end-of-text token; take another writer')
+        self.room = getattr(self.model.config, 'max_position_embeddings', None) or 10**6
 
     def _ids(self, text):
         ids = self.tokenizer(text).input_ids
         return ids[:-1] if ids and ids[-1] == self.end else ids
 
-# %% ../../nbs/4_self_align/47_augment.ipynb #ea26ed35
+# %% ../../nbs/4_self_align/47_augment.ipynb #69b4b969
 @torch.inference_mode()
 def rewrite(writer:Writer,  # reads and writes
             texts:list,     # captions
@@ -146,15 +155,16 @@ def rewrite(writer:Writer,  # reads and writes
         most = max(map(len, ids)); pad = [most - len(x) for x in ids]
         given = torch.tensor([[writer.end]*p + x for p, x in zip(pad, ids)]).to(writer.model.device)
         mask = torch.tensor([[0]*p + [1]*(most - p) for p in pad]).to(given.device)
-        new = writer.model.generate(given, attention_mask=mask, max_new_tokens=writer.tokens, do_sample=False, pad_token_id=writer.end)[:, most:]
+        room = max(1, min(writer.tokens, writer.room - most))
+        new = writer.model.generate(given, attention_mask=mask, max_new_tokens=room, do_sample=False, pad_token_id=writer.end)[:, most:]
         said = writer.tokenizer.batch_decode(new, skip_special_tokens=True)
         out += [clean_caption((f'{s} ' if keep else '') + t.strip().split('\n')[0])[0] for s, t in zip(starts, said)]
     return out
 
-# %% ../../nbs/4_self_align/47_augment.ipynb #109154ed
-def holds(text:str,    # any
+# %% ../../nbs/4_self_align/47_augment.ipynb #f48fd93b
+def holds(sentences,   # one text, or several that must all be true
           truth:str,   # JSON of the scene; may be empty
           )->bool|None:  # None: not known
-    "Whether a text is true of a scene."
-    claims = read_claims(text) if truth else None
-    return None if claims is None else is_true(claims, scene_from_json(truth))
+    "Whether texts are true of a scene."
+    claims = [read_claims(t) for t in ([sentences] if isinstance(sentences, str) else sentences)] if truth else [None]
+    return None if None in claims else all(is_true(c, scene_from_json(truth)) for c in claims)
