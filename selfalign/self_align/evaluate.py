@@ -141,7 +141,7 @@ def question_clusters(items,        # with image, category, positive, negative
     if looking: return items.image.to_numpy()
     return np.array([f'{c}: ' + ' / '.join(sorted(t)) for c, *t in zip(items.category, items.positive, items.negative)])
 
-# %% ../../nbs/4_self_align/46_evaluate.ipynb #03128fd6
+# %% ../../nbs/4_self_align/46_evaluate.ipynb #8dd29ea0
 def scored_arms(predictions,     # questions, with a column `arm/seed/mode` for each model
                 variant:str='',  # balanced or biased; empty: all questions
                 )->dict:         # (arm, metric) to `Scored`
@@ -150,8 +150,9 @@ def scored_arms(predictions,     # questions, with a column `arm/seed/mode` for 
     items = part[[c for c in part if '/' not in c]]
     for arm in dict.fromkeys(c.split('/')[0] for c in part if '/' in c):
         for metric, (section, mode) in METRICS.items():
-            if not (found := answer_columns(part, arm, mode)): continue
-            clusters = question_clusters(items[items.category.str.startswith(f'{section}/')], mode == 'looking' and arm != 'word-frequency')
+            inside = items[items.category.str.startswith(f'{section}/')]
+            if not len(inside) or not (found := answer_columns(part, arm, mode)): continue
+            clusters = question_clusters(inside, mode == 'looking' and arm != 'word-frequency')
             tables[arm, metric] = Scored(section_table(items, list(found.values()), section), clusters, () if arm in UNTRAINED else tuple(found))
         if (arm, 'object-blind') in tables:
             seen = tables[arm, 'object']; tables[arm, 'object-seen'] = seen._replace(table=seen.table - tables[arm, 'object-blind'].table)
