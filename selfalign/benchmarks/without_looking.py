@@ -15,7 +15,7 @@ from .items import BenchmarkError
 from .vl_checklist import _annotations, _below, _corpus, _corpus_files
 from ..data.readers import problem
 
-# %% ../../nbs/3_benchmarks/34_without_looking.ipynb #e2df9237
+# %% ../../nbs/3_benchmarks/34_without_looking.ipynb #62d38a2c
 def annotated_texts(folder,           # holds corpus/ and data/
                     version:str='v1', # folder below corpus/
                     )->tuple:         # (dict of file to rows, problems)
@@ -24,7 +24,7 @@ def annotated_texts(folder,           # holds corpus/ and data/
     for file, path in _corpus_files(folder, version, []).items():
         where = _below(folder, _corpus(path)['ANNO_PATH'], path)
         if where.is_file(): found[file] = _annotations(where)
-        else: problems.append(problem(path, '', f'{where.relative_to(folder).as_posix()} is not there', 'fetch it from the benchmark\'s repository; averages are over the files that are there'))
+        else: problems.append(problem(path.relative_to(folder).as_posix(), '', f'{where.relative_to(folder).as_posix()} is not there', 'fetch it from the benchmark\'s repository; averages are over the files that are there'))
     if not found: raise BenchmarkError(f'{folder}: none of the annotation files is there; fetch data/ beside corpus/')
     return found, problems
 
