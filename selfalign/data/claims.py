@@ -21,8 +21,9 @@ def lexicon()->dict:  # wording to (kind, term)
     "All words and phrases of the microworld."
     return {wording: (kind, term) for kind, terms in TERMS.items() for term in terms for wording in _words.get(term, (term,))}
 
-# %% ../../nbs/1_data/17_claims.ipynb #54642987
-def whole_words(wordings)->re.Pattern:  # compiled; for small letters
+# %% ../../nbs/1_data/17_claims.ipynb #d06556f9
+def whole_words(wordings          # any number of words and phrases
+               )->re.Pattern:  # compiled; for small letters
     "A pattern for any of some wordings as whole words, the longest first."
     return re.compile(r'(?<![\w-])(?:' + '|'.join(re.escape(w) for w in sorted(wordings, key=lambda w: (-len(w), w))) + r')(?![\w-])')
 

@@ -50,7 +50,7 @@ def paper_layers(model:nn.Module,   # an open_clip model
         if not any(f.startswith(starts) for f in fused): raise ModelError(f'{type(model).__name__} has no fused attention (nn.MultiheadAttention) in its {tower} tower, for which alone the paper\'s adapter is defined; take an open_clip ViT, or add_lora')
     return found
 
-# %% ../../nbs/2_models/2d_paper_lora.ipynb #793cb6b8
+# %% ../../nbs/2_models/2d_paper_lora.ipynb #0c91e215
 class PaperLoRA:
     "The paper's corrections in a model, with the methods of a `PeftModel` that this study uses."
     def __init__(self,
@@ -59,9 +59,17 @@ class PaperLoRA:
                  config:dict,      # how it was made
                  ): self.model, self.layers, self.config = model, layers, config
 
-    def named_parameters(self): return self.model.named_parameters()
-    def modules(self): return self.model.modules()
-    def eval(self): self.model.eval(); return self
+    def named_parameters(self):
+        "Those of the model, the corrections among them."
+        return self.model.named_parameters()
+
+    def modules(self):
+        "Those of the model."
+        return self.model.modules()
+
+    def eval(self):
+        "Put the model to use."
+        self.model.eval(); return self
 
     def weights(self)->dict:  # name to tensor
         "The corrections alone."
