@@ -100,7 +100,14 @@ def _corpus_files(folder, version, datasets):
         if d not in names: raise BenchmarkError(f'{folder}: no corpus file is named {d}; {nearest(d, names)}')
     return {f: p for f, p in there.items() if not datasets or _names(f) & set(datasets)}
 
-# %% ../../nbs/3_benchmarks/31_vl_checklist.ipynb #12779fc8
+# %% ../../nbs/3_benchmarks/31_vl_checklist.ipynb #efe6e969
+def _annotation_files(folder, version, datasets=()):
+    "Name, corpus file, its entries and its annotation file, in the order of the categories."
+    for file, path in _corpus_files(folder, version, datasets).items():
+        entries = _corpus(path)
+        yield file, path, entries, _below(folder, entries['ANNO_PATH'], path)
+
+# %% ../../nbs/3_benchmarks/31_vl_checklist.ipynb #907f27bb
 def read_checklist(folder:str|Path,         # holds corpus/ and data/
                    images:str|Path='',      # holds vg/, swig/, hake/; empty: the same folder
                    datasets:tuple=(),       # corpus files to read, e.g. ('vg_obj',) or ('vg',); empty: all
@@ -109,9 +116,8 @@ def read_checklist(folder:str|Path,         # holds corpus/ and data/
                   )->Benchmark:
     "Read VL-CheckList, or anything laid out like it."
     home, items, pictures, expected, problems = Path(images or folder), [], {}, {}, []
-    for file, path in _corpus_files(folder, version, [datasets] if isinstance(datasets, str) else datasets).items():
-        entries = _corpus(path)
-        annotations, root = _below(folder, entries['ANNO_PATH'], path), _below(home, entries['IMG_ROOT'], path)
+    for file, path, entries, annotations in _annotation_files(folder, version, [datasets] if isinstance(datasets, str) else datasets):
+        root = _below(home, entries['IMG_ROOT'], path)
         if not annotations.is_file():
             problems.append(problem(path, '', f'{entries["ANNO_PATH"]} is not there', 'fetch it from the benchmark\'s repository')); expected[file] = 0; continue
         mine, shown, wrong, rows = _items_of(file, annotations, root, home)

@@ -84,6 +84,12 @@ def _is_adapted(model):
     "Whether there are adapters in it already."
     return any('lora_' in name for name, _ in model.named_parameters())
 
+# %% ../../nbs/2_models/2c_adapters.ipynb #8c7d165e
+def _may_adapt(encoder, rank=1):
+    "Refuse what cannot be adapted, or not again."
+    if rank < 1: raise ModelError(f'a correction of rank {rank} corrects nothing; it must be 1 or more')
+    if _is_adapted(encoder.model): raise ModelError(f'{encoder.reference} has adapters already; merge them first, or load the model again')
+
 # %% ../../nbs/2_models/2c_adapters.ipynb #ed993744
 def _now_adapted(encoder, adapted):
     "Tell the encoder, and its fingerprint, that it is another model now."
@@ -92,7 +98,7 @@ def _now_adapted(encoder, adapted):
     encoder.__dict__.pop('hash', None)
     return adapted
 
-# %% ../../nbs/2_models/2c_adapters.ipynb #cc74cae7
+# %% ../../nbs/2_models/2c_adapters.ipynb #122a26a1
 def add_lora(encoder,                       # a `DualEncoder`; it is adapted in place
              rank:int=4,                    # of the corrections
              alpha:float=0.,                # scale is alpha/rank; 0: as the rank, so that the scale is 1
@@ -104,8 +110,7 @@ def add_lora(encoder,                       # a `DualEncoder`; it is adapted in 
              ):                             # `peft.PeftModel` around the encoder's model
     "Put trainable corrections of low rank beside the weights; all else is frozen."
     from peft import LoraConfig, get_peft_model
-    if rank < 1: raise ModelError(f'a correction of rank {rank} corrects nothing; it must be 1 or more')
-    if _is_adapted(encoder.model): raise ModelError(f'{encoder.reference} has adapters already; merge them first, or load the model again')
+    _may_adapt(encoder, rank)
     layers, base = find_layers(encoder.model, targets, towers), str(encoder.reference)
     if dropout and 'MultiheadAttention' in set(layers.kind): raise ModelError(f'dropout {dropout}: peft cannot apply it in a fused attention and would silently not; take dropout=0 or targets="mlp"')
     config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=layer_pattern(layers.name), use_rslora=rslora, lora_dropout=dropout, bias='none')
@@ -135,19 +140,19 @@ def save_adapter(adapted,       # from `add_lora`
     "Write the corrections in peft's format."
     adapted.save_pretrained(folder, save_embedding_layers=False)
 
-# %% ../../nbs/2_models/2c_adapters.ipynb #714c3b51
+# %% ../../nbs/2_models/2c_adapters.ipynb #32f1d32b
 def load_adapter(encoder,       # the `DualEncoder` it was made for; adapted in place
                  folder:Path,   # from `save_adapter`
                  ):             # `peft.PeftModel`
     "Put saved corrections into a fresh encoder."
-    from peft import LoraConfig, PeftModel
+    from peft import PeftModel
     if not (Path(folder)/'adapter_model.safetensors').is_file(): raise ModelError(f'{folder} holds no adapter_model.safetensors; save one with `save_adapter`')
-    if read_json(Path(folder)/'adapter_config.json', {}).get('kind') == 'paper':
-        from selfalign.models.paper_lora import load_paper_lora
-        return load_paper_lora(encoder, folder)
-    if _is_adapted(encoder.model): raise ModelError(f'{encoder.reference} has adapters already; merge them first, or load the model again')
-    base = LoraConfig.from_pretrained(folder).base_model_name_or_path
+    if (config := read_json(Path(folder)/'adapter_config.json')) is None: raise ModelError(f'{folder} holds no adapter_config.json; save the adapter again with `save_adapter`')
+    _may_adapt(encoder); base = config.get('base_model_name_or_path')
     if base != str(encoder.reference): raise ModelError(f'{folder} was trained on {base}, not on {encoder.reference}; load that model')
+    if config.get('kind') == 'paper':
+        from selfalign.models.paper_lora import load_paper_lora
+        return load_paper_lora(encoder, folder, config)
     return _now_adapted(encoder, PeftModel.from_pretrained(encoder.model, folder))
 
 # %% ../../nbs/2_models/2c_adapters.ipynb #c5a0158e

@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['LowRank', 'paper_layers', 'PaperLoRA', 'add_paper_lora', 'load_paper_lora', 'counted', 'papers_size']
 
-# %% ../../nbs/2_models/2d_paper_lora.ipynb #ac0506e8
-import json
+# %% ../../nbs/2_models/2d_paper_lora.ipynb #8d030c6c
 from pathlib import Path
 import pandas as pd
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
-from .adapters import TOWERS, _is_adapted, _now_adapted
+from .adapters import TOWERS, _may_adapt, _now_adapted
 from .load import ModelError
 from ..study.files import atomic_write, write_json
 
@@ -90,7 +89,7 @@ class PaperLoRA:
         for _, module, weight in self.layers: parametrize.remove_parametrizations(module, weight, leave_parametrized=True)
         return self.model
 
-# %% ../../nbs/2_models/2d_paper_lora.ipynb #761bdd10
+# %% ../../nbs/2_models/2d_paper_lora.ipynb #a9df2919
 def add_paper_lora(encoder,            # a `DualEncoder` of open_clip; it is adapted in place
                    rank:int=4,         # of the corrections
                    alpha:float=1.,     # their scale is alpha/rank
@@ -99,8 +98,7 @@ def add_paper_lora(encoder,            # a `DualEncoder` of open_clip; it is ada
                    seed:int=0,         # of the matrices
                    )->PaperLoRA:       # with the methods of a `PeftModel`
     "Self-Align's adapter (its code: `open_clip/model.py`, `loralib/layers.py`); the defaults are the paper's."
-    if rank < 1: raise ModelError(f'a correction of rank {rank} corrects nothing; it must be 1 or more')
-    if _is_adapted(encoder.model): raise ModelError(f'{encoder.reference} has adapters already; merge them first, or load the model again')
+    _may_adapt(encoder, rank)
     layers = paper_layers(encoder.model, conv)
     config = dict(kind='paper', base_model_name_or_path=str(encoder.reference), rank=rank, alpha=alpha, xavier=xavier, conv=conv)
     with torch.random.fork_rng():
@@ -110,14 +108,13 @@ def add_paper_lora(encoder,            # a `DualEncoder` of open_clip; it is ada
             parametrize.register_parametrization(module, weight, LowRank(stored, rank, alpha, xavier and weight == 'in_proj_weight'))
     return _now_adapted(encoder, PaperLoRA(encoder.model, layers, config))
 
-# %% ../../nbs/2_models/2d_paper_lora.ipynb #a322f06c
+# %% ../../nbs/2_models/2d_paper_lora.ipynb #1ec2b912
 def load_paper_lora(encoder,       # the `DualEncoder` it was made for; adapted in place
                     folder:Path,   # from `save_adapter`
+                    config:dict,   # its `adapter_config.json`, which `load_adapter` has read and checked
                     )->PaperLoRA:
-    "Put saved corrections of the paper's kind into a fresh encoder."
+    "Put saved corrections of the paper's kind into a fresh encoder; called by `load_adapter`."
     from safetensors.torch import load_file
-    config = json.loads((Path(folder)/'adapter_config.json').read_text(encoding='utf-8'))
-    if config['base_model_name_or_path'] != str(encoder.reference): raise ModelError(f'{folder} was trained on {config["base_model_name_or_path"]}, not on {encoder.reference}; load that model')
     adapted = add_paper_lora(encoder, **{k: config[k] for k in ('rank', 'alpha', 'xavier', 'conv')})
     saved = load_file(Path(folder)/'adapter_model.safetensors'); own = dict(adapted.named_parameters())
     other = sorted(saved.keys() ^ adapted.weights().keys())

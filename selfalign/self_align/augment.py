@@ -6,12 +6,12 @@
 __all__ = ['MICROWORLD', 'ENGLISH', 'WORD_LISTS', 'OPENINGS', 'find_words', 'exchange', 'hard_negative', 'positive',
            'long_caption', 'as_text', 'start_of', 'Writer', 'rewrite', 'holds']
 
-# %% ../../nbs/4_self_align/47_augment.ipynb #700b8cfe
+# %% ../../nbs/4_self_align/47_augment.ipynb #5fbacb3a
 import json, random, re
 import pandas as pd
 import torch
 from ..data.captions import _words, is_true
-from ..data.claims import TERMS, read_claims, small, whole_words
+from ..data.claims import TERMS, find_meanings, read_claims
 from ..data.pairs import clean_caption
 from ..data.redraw import asks_for_held_out
 from ..data.scenes import scene_from_json
@@ -33,13 +33,13 @@ ENGLISH = dict(
     relation=(('to the left of',), ('to the right of',), ('above',), ('below', 'under', 'beneath'), ('in front of',), ('behind',), ('inside',)))
 WORD_LISTS = dict(microworld=MICROWORLD, english=ENGLISH)
 
-# %% ../../nbs/4_self_align/47_augment.ipynb #57619b97
+# %% ../../nbs/4_self_align/47_augment.ipynb #a1af7cd8
 def find_words(text:str,      # a caption
                lists:dict,    # kind to groups of words, e.g. `MICROWORLD`
                )->list:       # (kind, number of the group, word, start, end)
     "The words of a caption that stand in the lists."
     where = {w: (k, i) for k, groups in lists.items() for i, group in enumerate(groups) for w in group}
-    return [(*where[m.group()], text[m.start():m.end()], m.start(), m.end()) for m in whole_words(where).finditer(small(text))]
+    return [(*meaning, text[start:end], start, end) for meaning, start, end in find_meanings(text, where)]
 
 # %% ../../nbs/4_self_align/47_augment.ipynb #1edc336a
 def exchange(text:str,   # a caption

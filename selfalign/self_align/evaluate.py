@@ -7,7 +7,7 @@ __all__ = ['HYPOTHESES', 'NUMBERS', 'MODES', 'UNTRAINED', 'METRICS', 'Hypothesis
            'section_table', 'summarise', 'Scored', 'contrast', 'compare_arms', 'answer_columns', 'question_clusters',
            'scored_arms', 'scored_retention', 'judged']
 
-# %% ../../nbs/4_self_align/46_evaluate.ipynb #e50a9409
+# %% ../../nbs/4_self_align/46_evaluate.ipynb #9cd33362
 import json
 from typing import NamedTuple
 import numpy as np
@@ -17,6 +17,7 @@ from ..benchmarks.items import encode, predict
 from ..benchmarks.vl_checklist import item_values
 from .lora import retrieval_hits
 from ..study.settings import StudyError
+from ..study.stage import VERDICTS
 from ..study.statistics import Interval, bootstrap, holm, items_and_seeds, paired_seeds
 
 # %% ../../nbs/4_self_align/46_evaluate.ipynb #675f93eb
@@ -38,8 +39,8 @@ HYPOTHESES = (
     Hypothesis('gain-needs-the-picture', 'lora-generated', 'zero-shot', 'object-seen', 'biased'),
     Hypothesis('nothing-forgotten', 'lora-generated', 'zero-shot', 'retrieval-r1', harmless=True))
 
-# %% ../../nbs/4_self_align/46_evaluate.ipynb #375e71e6
-NUMBERS = {'supported': 1, 'undecided': 0, 'not supported': -1}   # how a verdict is written in results.csv
+# %% ../../nbs/4_self_align/46_evaluate.ipynb #ecc3bc45
+NUMBERS = {word: number for number, word in VERDICTS.items()}   # how a verdict is written in results.csv
 def verdict_of(difference:Interval,    # of two arms
                p:float,                # corrected
                harmless:bool=False,    # the claim is that nothing is lost
