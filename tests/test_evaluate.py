@@ -28,7 +28,8 @@ def tables(tmp_path):
     generated = pairs.assign(parent=pairs.key, key=pairs.key + '-g', image=[f'g{i}.png' for i in range(4)])
     kept = dict(selected=(0, 1), oracle=(2,)) | {'random-drop': (1, 3)}
     selection = pd.concat([pd.DataFrame(dict(key=generated.key, selection=s, kept=[i in k for i in range(4)])) for s, k in kept.items()])
-    return pairs, generated, selection
+    conditioned = generated.assign(image=[f'o{3 - i}.png' for i in range(4)])
+    return pairs, generated, selection, conditioned, {pairs.key[i]: f'longer {i}' for i in (0, 2)}
 
 def first_pixels(pictures): return [np.asarray(p)[0, 0].tolist() for p in pictures]
 
@@ -42,6 +43,8 @@ def test_each_arm_sees_what_its_name_says(tables):
     assert found['lora-generated'][1] == found['lora-originals'][1] == found['lora-perfect-generator'][1] == list(tables[0].caption)
     assert first_pixels(found['lora-mixed'][0]) == [[0, 0, 0], [2, 0, 0], [1, 9, 0], [3, 9, 0]] and first_pixels(found['lora-grey'][0]) == [[128]*3]*4
     assert first_pixels(found['lora-shuffled'][0]) == [[2, 9, 0], [3, 9, 0], [0, 9, 0], [1, 9, 0]] and found['lora-shuffled'][1] == list(tables[0].caption)
+    assert first_pixels(found['lora-image-conditioned'][0]) == [[3 - i, 0, 0] for i in range(4)] and found['lora-image-conditioned'][1] == list(tables[0].caption)
+    assert first_pixels(found['lora-augmented'][0]) == [[0, 9, 0], [2, 9, 0]] and found['lora-augmented'][1] == ['longer 0', 'longer 2']
     for arm in ('lora-text-tower', 'lora-image-tower', *PAPER): assert first_pixels(found[arm][0]) == first_pixels(found['lora-generated'][0])
     for pictures, captions in found.values(): assert len(pictures) == len(captions)
 
@@ -52,9 +55,9 @@ def test_some_arms_are_trained_otherwise():
     for arm, undone in PAPER.items(): assert arm_options(arm, lora) == faithful | undone
 
 def test_arms_that_need_the_truth_are_left_out_without_it(tables):
-    pairs, generated, selection = tables
+    pairs, generated, selection, *_ = tables
     real = pairs.assign(truth=None), generated, selection[selection.selection != 'oracle']
-    assert [arm for arm in ARMS if arm_rows(arm, *real) is None] == ['lora-clean-originals', 'lora-perfect-generator', 'lora-oracle-selected']
+    assert [arm for arm in ARMS if arm_rows(arm, *real) is None] == ['lora-clean-originals', 'lora-perfect-generator', 'lora-oracle-selected', 'lora-image-conditioned', 'lora-augmented']
     with pytest.raises(StudyError, match="did you mean 'lora-selected'"): arm_rows('lora-slected', *tables)
 
 def test_clean_captions_are_true_and_equal_where_nothing_was_done():

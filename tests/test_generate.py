@@ -3,7 +3,7 @@ import os, shutil, signal, time
 import numpy as np, pandas as pd, pytest, torch
 from selfalign.data.pairs import pairs_table
 from selfalign.models.load import load_generator
-from selfalign.self_align.generate import Painter, agreement, is_blank, out_of_memory, picture_orders, picture_seed, set_scheduler, too_long
+from selfalign.self_align.generate import Painter, agreement, image_to_image, is_blank, out_of_memory, picture_orders, picture_seed, set_scheduler, too_long
 from selfalign.study.settings import StudyError
 
 PROMPTS = [f'a {c} {o}' for c in ('red', 'blue') for o in ('cat', 'boat', 'star')]
@@ -58,6 +58,12 @@ def test_full_memory_halves_the_batch(pipe, painted, error):
     assert agreement(painted, list(painter(PROMPTS, SEEDS))) >= .999
     assert narrow.tried == [6, 3, 1, 1, 1, 1, 1, 1] and painter.batch == 1
 
+def test_each_picture_begins_with_its_own_original(pipe, painted):
+    begin = lambda batch, strength: list(Painter(image_to_image(pipe), batch, **OPTIONS | dict(num_inference_steps=10), strength=strength)(PROMPTS, SEEDS, painted))
+    near, far = begin(6, .1), begin(6, .9); away = lambda pictures: np.abs(np.stack(pictures).astype(float) - np.stack(painted)).mean((1, 2, 3))
+    assert (away(near) < away(far)).mean() > .8 and agreement(near, begin(2, .1)) >= .999
+    assert away(near).mean() < away(near[1:] + near[:1]).mean()
+
 def test_not_even_one_picture_fits(pipe):
     with pytest.raises(StudyError, match='not even one picture'): list(Painter(Narrow(pipe, 0, MemoryError()), 4)(PROMPTS, SEEDS))
 
@@ -76,6 +82,26 @@ def test_captions_cut_short_are_known(pipe):
     letters = ['z '*n for n in (1, room//2, 200)]
     ids = [len(pipe.tokenizer(t).input_ids) > pipe.tokenizer.model_max_length for t in letters]
     assert too_long(pipe, letters) == ids == [False, ids[1], True]
+
+def test_diversity_is_the_mean_distance_of_two_pictures_of_a_caption():
+    from itertools import combinations
+    from selfalign.self_align.sweep import diversity
+    x = np.random.default_rng(0).normal(size=(9, 5)); x /= np.linalg.norm(x, axis=1, keepdims=True); of = list('ababcabda')
+    found = diversity(x, of); assert list(found.index) == ['a', 'b']          # c and d have one picture each
+    for name in found.index: assert found[name] == pytest.approx(np.mean([1 - x[i] @ x[j] for i, j in combinations([i for i, o in enumerate(of) if o == name], 2)]))
+
+@pytest.mark.parametrize('k', [1, 2, 3])
+def test_the_best_of_the_first_k(k):
+    from selfalign.self_align.sweep import best_of
+    table = pd.DataFrame(dict(parent=np.repeat(list('abcd'), 3), k=[0, 1, 2]*4, score=np.random.default_rng(1).permutation(12)))
+    kept = best_of(table, k, 'score'); assert list(kept.parent) == list('abcd') and (kept.k < k).all()
+    assert list(kept.score) == [table[(table.parent == p) & (table.k < k)].score.max() for p in 'abcd']
+
+def test_each_dial_is_turned_alone():
+    from selfalign.self_align.sweep import dial_settings
+    found = dial_settings(dict(guidance=3., steps=10, strength=0.), guidance=[1., 2.], strength=[.5]).to_dict('records')
+    assert [(r['dial'], r['notch'], r['guidance'], r['steps'], r['strength']) for r in found] == [('guidance', 1., 1., 10, 0.), ('guidance', 2., 2., 10, 0.), ('strength', .5, 3., 10, .5)]
+    with pytest.raises(StudyError, match='unknown dial'): dial_settings(dict(guidance=3.), heat=[1])
 
 def test_unknown_scheduler(pipe):
     with pytest.raises(StudyError, match="did you mean 'euler'"): set_scheduler(pipe, 'eular')

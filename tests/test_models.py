@@ -43,15 +43,29 @@ def test_generator_is_a_stable_diffusion_pipeline_and_runs_image_to_image():
     assert np.abs(near - original).mean() < np.abs(far - original).mean()
 
 
-def test_generator_reads_captions_with_the_text_tower_of_the_clip():
-    import open_clip
-    from transformers import CLIPTextModel, CLIPTokenizer
-    ids = CLIPTokenizer.from_pretrained(MICRO/'generator'/'tokenizer')(['two red cups'], padding='max_length', max_length=32, return_tensors='pt').input_ids
-    clip = open_clip.create_model_from_pretrained(f'local-dir:{MICRO/"clip"}', return_transform=False).float().eval()
-    with torch.no_grad():
-        theirs = clip.ln_final(clip.transformer(clip.token_embedding(ids) + clip.positional_embedding, attn_mask=clip.attn_mask))
-        ours = CLIPTextModel.from_pretrained(MICRO/'generator'/'text_encoder', dtype=torch.float32)(input_ids=ids).last_hidden_state
-    assert torch.allclose(ours, theirs, atol=2e-2)      # rounded to half precision, each on its own
+@pytest.mark.parametrize('other', ['a large red cat on the right', 'a large red cat at the top', 'a large red apple on the left',
+                                   'a large blue cat on the left', 'a small red cat on the left'])
+def test_generator_reads_every_word(other):
+    from transformers import CLIPTextModel
+    from selfalign.models.generator import loudness
+    text = CLIPTextModel.from_pretrained(MICRO/'generator'/'text_encoder', dtype=torch.float32).eval()
+    assert loudness(text, 'a large red cat on the left', other) > .3
+
+
+def test_words_so_far_and_the_last_words_are_asked_at_each_token():
+    from selfalign.models.generator import WordKeeper
+    from selfalign.models.vocabulary import tokenize, vocabulary
+    words = vocabulary(); torch.manual_seed(0); keeper = WordKeeper(len(words), last=2); ids = tokenize(['a red cat', 'two cups'], words)
+    h, end = keeper.text(input_ids=ids).last_hidden_state, len(words) - 2; bag, order = [], [[], []]
+    for row, hidden in zip(ids, h):
+        for i in range(len(row)):
+            said = torch.zeros(len(words)); said[[t for t in row[:i + 1].tolist() if t < end]] = 1
+            bag.append(torch.nn.functional.binary_cross_entropy_with_logits(keeper.bag(hidden[i]), said, reduction='sum'))
+            for k in range(2):
+                if i >= k and row[i] < end: order[k].append(-keeper.last[k](hidden[i]).log_softmax(-1)[row[i - k]])
+    found = keeper(ids)
+    assert torch.allclose(found['bag'], torch.stack(bag).mean(), rtol=1e-4)
+    assert torch.allclose(found['order'], torch.stack([torch.stack(o).mean() for o in order]).mean(), rtol=1e-4)
 
 
 def test_clip_loads_through_open_clip_and_tells_captions_apart():

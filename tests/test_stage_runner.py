@@ -189,6 +189,21 @@ def test_variants_of_stages_in_one_run(study, fake):
     run('smoke', ['numbers-many.n=3'], quiet=True)
     assert fake[4:] == ['numbers', 'total'] and read_json(folder/'total-many/stage.json')['inputs'].keys() == {'numbers-many'}
 
+def test_an_optional_input_counts_where_the_run_has_it(study, fake):
+    ini, plain = study/'settings.ini', s.EXAMPLE_SETTINGS.replace(': numbers\n', ': numbers more?\nmore    = nbs/more.ipynb\n')
+    notebook(study, 'more', 'run: str = ""  # run folder\nx: int = 1  # a number', *s.EXAMPLE_STAGES['numbers'][1:2], 'stage.finish()')
+    ini.write_text(plain.replace('[smoke]\n', '[smoke]\nstages = total\n').replace('[micro]\n', '[micro]\nstages = total more\n'))
+    assert s.resolve('smoke').stages == ['numbers', 'total'] and set(s.resolve('micro').stages[:2]) == {'numbers', 'more'}
+    assert s.resolve('micro', only=['total']).stages[-1] == 'total' and len(s.resolve('micro', only=['total']).stages) == 3
+    without, with_, other = keys_of(s.resolve('smoke'))['total'], keys_of(s.resolve('micro', ['numbers.n=4']))['total'], keys_of(s.resolve('micro', ['numbers.n=4', 'more.x=2']))['total']
+    assert len({without, with_, other}) == 3
+    assert runner._with_dependents(['more'], s.resolve('micro')) == {'more', 'total'}
+    run('smoke', quiet=True); assert read_json(study/'data/runs/smoke/total/stage.json')['inputs'].keys() == {'numbers'} and 'more' not in fake
+    stage = Stage.__new__(Stage); stage.by_hand, stage._inputs, stage.manifest = False, {'more': 'more'}, dict(inputs={'numbers': ''})
+    assert not stage.has('more'); stage.manifest['inputs']['more'] = ''; assert stage.has('more')
+    ini.write_text(plain.replace('more?', 'mor?'))
+    with pytest.raises(s.SettingsError, match="unknown input 'mor'; did you mean 'more'"): s.stages()
+
 def test_settings_are_checked_before_anything_runs(study, fake):
     for overrides in (['numbers.n=x'], ['total.y=1'], ['nothing.n=1']):
         with pytest.raises(s.SettingsError): run('smoke', overrides, quiet=True)

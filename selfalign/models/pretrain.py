@@ -22,7 +22,7 @@ class Recipe:
     what: str           # what it is, for the card
     needs: tuple = ()   # models that must be trained before
 
-# %% ../../nbs/2_models/2a_pretrain.ipynb #58e48442
+# %% ../../nbs/2_models/2a_pretrain.ipynb #550c0432
 recipes = {
     'vocabulary': Recipe(0, 'captions of the pool `text`', 'byte-pair vocabulary'),
     'reader': Recipe(1600, 'clean renders of the pool `reader` with their truth; used to measure, never to train or select',
@@ -30,8 +30,9 @@ recipes = {
     'clip': Recipe(1200, 'web pairs of the pool `clip`, with their noise', 'open_clip dual encoder, InfoNCE', ('vocabulary',)),
     'judge': Recipe(700, 'web pairs of the pool `judge`, with their noise', 'SigLIP dual encoder, sigmoid loss', ('vocabulary',)),
     'autoencoder': Recipe(2400, 'pictures of the pool `generator`', "the generator's autoencoder"),
-    'generator': Recipe(4200, 'web pairs of the pool `generator`, the four fifths that `clip` scores highest; captions through '
-                        'the text tower of `clip`', 'Stable Diffusion pipeline', ('vocabulary', 'autoencoder', 'clip')),
+    'caption-encoder': Recipe(800, 'captions of the pool `generator`, with their noise', "the generator's text encoder", ('vocabulary',)),
+    'generator': Recipe(5000, 'web pairs of the pool `generator`, the seven tenths that `clip` scores highest', 'Stable Diffusion pipeline',
+                        ('vocabulary', 'autoencoder', 'caption-encoder', 'clip')),
     'vision-small': Recipe(300, 'pictures of the pool `vision`', 'self-supervised image encoder, 64 wide'),
     'vision': Recipe(300, 'pictures of the pool `vision`', 'self-supervised image encoder, 128 wide'),
     'vision-large': Recipe(300, 'pictures of the pool `vision`', 'self-supervised image encoder, 160 wide'),
@@ -50,7 +51,7 @@ def training_order(names:list   # models wanted; empty: all
     for name in names or recipes: add(name)
     return out
 
-# %% ../../nbs/2_models/2a_pretrain.ipynb #a71d4711
+# %% ../../nbs/2_models/2a_pretrain.ipynb #621f8bdb
 def _train(name, folder, steps):
     "Call the training of one model."
     here = folder.parent; done = lambda model: here/model/'model'
@@ -63,8 +64,11 @@ def _train(name, folder, steps):
         from selfalign.models.contrastive import train_contrastive; train_contrastive(name, folder, steps)
     elif name == 'autoencoder':
         from selfalign.models.autoencoder import train_autoencoder; train_autoencoder(folder, steps)
+    elif name == 'caption-encoder':
+        from selfalign.models.generator import train_caption_encoder; train_caption_encoder(folder, steps)
     elif name == 'generator':
-        from selfalign.models.generator import train_generator; train_generator(folder, done('autoencoder'), done('clip'), steps)
+        from selfalign.models.generator import train_generator
+        train_generator(folder, done('autoencoder'), done('caption-encoder'), done('clip'), steps)
     else:
         from selfalign.models import encoders
         if name.startswith('vision'): encoders.train_vision(name, folder, steps)
@@ -119,7 +123,7 @@ def publish_model(name:str,      # one of `recipes`
     shutil.rmtree(target, ignore_errors=True); os.replace(beside, target)
     return target
 
-# %% ../../nbs/2_models/2a_pretrain.ipynb #9711ce67
+# %% ../../nbs/2_models/2a_pretrain.ipynb #40a90168
 def pretrain(names:list=(),         # models to train, with what they need; empty: all
              out:Path|None=None,    # where they are published; default `data/micro`
              resume:bool=True,      # go on where a training stopped, and keep finished ones
@@ -135,7 +139,7 @@ def pretrain(names:list=(),         # models to train, with what they need; empt
             folder.mkdir(parents=True, exist_ok=True); _train(name, folder, steps)
             if name == 'vocabulary': shutil.copytree(folder/'model', out/'text', dirs_exist_ok=True)
             write_json(finished, dict(steps=steps))
-        if name not in ('vocabulary', 'autoencoder'): published.append(publish_model(name, folder, out))
+        if name not in ('vocabulary', 'autoencoder', 'caption-encoder'): published.append(publish_model(name, folder, out))
     return published
 
 # %% ../../nbs/2_models/2a_pretrain.ipynb #c1b77123

@@ -111,13 +111,13 @@ def report(
     if folder.parent.name == 'reports': fail(f'{name} is a report whose run folder is gone; run it again with: selfalign run {name}')
     print(f'Report: {_shown(render(folder))}')
 
-# %% ../../nbs/8_report/83_cli.ipynb #aa00dcc8
+# %% ../../nbs/8_report/83_cli.ipynb #7d980de4
 @command()
 def stages():
     "List the stages and the presets."
     from selfalign.study.settings import presets, resolve, stages
     show_table(['stage', 'reads', 'notebook'],
-               [(s.name, ' '.join(s.inputs), s.notebook.relative_to(find_root())) for s in stages().values()], 'Stages')
+               [(s.name, ' '.join((*s.inputs, *(f'{o}?' for o in s.optional))), s.notebook.relative_to(find_root())) for s in stages().values()], 'Stages')
     print()
     found = {p: resolve(p, []) for p in presets()}
     show_table(['preset', 'scale', 'stages', 'title'], [(p, r.scale, ' '.join(r.stages), r.title) for p, r in found.items()], 'Presets')

@@ -12,12 +12,12 @@ import pandas as pd
 from ..data.readers import read_picture
 from ..study.settings import StudyError, nearest
 
-# %% ../../nbs/4_self_align/45_finetune.ipynb #9850eec1
+# %% ../../nbs/4_self_align/45_finetune.ipynb #9e0f87b7
 PAPER = {'faithful': {}, 'faithful-zero-start': dict(xavier=False), 'faithful-blocks-only': dict(conv=False), 'faithful-warm-up-ends': dict(warmup=.05),
          'faithful-scale-1': dict(alpha=4.)}
 RATE_OF = {'lora-shuffled': 'lora-generated', 'lora-grey': 'lora-generated'} | {arm: 'faithful' for arm in PAPER if arm != 'faithful'}
 ARMS = ('lora-originals', 'lora-generated', 'lora-selected', 'lora-random-drop', 'lora-clean-originals', 'lora-perfect-generator', 'lora-oracle-selected',
-        'lora-mixed', 'lora-shuffled', 'lora-grey', 'lora-text-tower', 'lora-image-tower', *PAPER)
+        'lora-image-conditioned', 'lora-augmented', 'lora-mixed', 'lora-shuffled', 'lora-grey', 'lora-text-tower', 'lora-image-tower', *PAPER)
 SELECTIONS = {'lora-selected': 'selected', 'lora-random-drop': 'random-drop', 'lora-oracle-selected': 'oracle'}
 
 # %% ../../nbs/4_self_align/45_finetune.ipynb #fb73b00a
@@ -38,11 +38,13 @@ def redrawn(pair,      # a row of the pairs table, with `key`, `claims` and `wid
     from selfalign.data.scenes import render
     return render(redraw(json.loads(pair.claims), pair.key, seed=seed), int(pair.width))
 
-# %% ../../nbs/4_self_align/45_finetune.ipynb #b9a08c00
+# %% ../../nbs/4_self_align/45_finetune.ipynb #515cda46
 def arm_rows(arm,         # one of `ARMS`
              pairs,       # originals of this seed's training set: key, image, caption, folder, claims, truth
              generated,   # generated pictures of the same captions, with `parent`
              selection,   # key, selection, kept
+             conditioned=None,  # pictures that began with the originals, as `generated`
+             longer=None,       # key of the original to its long caption
              ):           # rows of one of the two tables, or None where the truth would be needed and is not known
     "Which pairs an arm is made of."
     if arm not in ARMS: raise StudyError(f'unknown arm {arm!r}; {nearest(arm, ARMS)}')
@@ -50,6 +52,8 @@ def arm_rows(arm,         # one of `ARMS`
     if arm in ('lora-clean-originals', 'lora-perfect-generator') and not known: return None
     if arm in ('lora-originals', 'lora-clean-originals', 'lora-perfect-generator'): return pairs
     if arm == 'lora-mixed': return pd.concat([pairs.iloc[::2], generated[generated.parent.isin(pairs.iloc[1::2].key)].drop_duplicates('parent')], ignore_index=True)
+    if arm == 'lora-image-conditioned': return conditioned
+    if arm == 'lora-augmented': return None if longer is None else generated[generated.parent.isin(longer)].assign(caption=generated.parent.map(longer))
     if arm not in SELECTIONS: return generated
     if SELECTIONS[arm] not in set(selection.selection): return None
     return generated[generated.key.isin(selection[(selection.selection == SELECTIONS[arm]) & selection.kept].key)]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['inherited', 'schedulers', 'picture_seed', 'picture_orders', 'set_scheduler', 'out_of_memory', 'Painter', 'agreement',
-           'too_long', 'keep_picture', 'is_blank']
+           'image_to_image', 'too_long', 'keep_picture', 'is_blank']
 
 # %% ../../nbs/4_self_align/41_generate.ipynb #35c2e832
 import gc, hashlib
@@ -52,7 +52,7 @@ def out_of_memory(error:BaseException  # what was raised
     signs = ('out of memory', "can't allocate memory", 'cannot allocate memory')
     return isinstance(error, kinds) or isinstance(error, RuntimeError) and any(t in str(error).lower() for t in signs)
 
-# %% ../../nbs/4_self_align/41_generate.ipynb #aadbce48
+# %% ../../nbs/4_self_align/41_generate.ipynb #260d2c9b
 class Painter:
     "A pipeline that paints any number of pictures in batches that fit."
     def __init__(self,
@@ -62,30 +62,32 @@ class Painter:
                  ):
         if batch < 1: raise StudyError(f'a batch of {batch} pictures; it must be 1 or more')
         self.pipe, self.batch, self.options = pipe, batch, options
-    def _paint(self, prompts, seeds):
+    def _paint(self, prompts, seeds, images):
         "One batch, or None if it did not fit."
         noise = [torch.Generator('cpu').manual_seed(s) for s in seeds]
         extra = {k: [v]*len(prompts) if k == 'negative_prompt' else v for k, v in self.options.items()}
+        if images is not None: extra['image'] = images
         try: return self.pipe(prompts, generator=noise, **extra).images
         except Exception as e:
             if not out_of_memory(e): raise
             if len(prompts) == 1: raise StudyError(f'not even one picture fits into memory ({e}); make it smaller, use precision float16, or take a machine with more') from None
 
-# %% ../../nbs/4_self_align/41_generate.ipynb #bd62eec7
+# %% ../../nbs/4_self_align/41_generate.ipynb #e25f0e34
 @patch
 def __call__(self:Painter,
              prompts:list,  # texts
              seeds:list,    # as many seeds
+             images:list|None=None,  # as many pictures to begin with, for a pipeline that wants them
              ):             # gives PIL pictures, in order
     "Paint, halving the batch when memory runs out."
     done = 0
     while done < len(prompts):
-        images = self._paint(prompts[done:done + self.batch], seeds[done:done + self.batch])
-        if images is None:
+        part = slice(done, done + self.batch); painted = self._paint(prompts[part], seeds[part], images and images[part])
+        if painted is None:
             self.batch = max(1, min(self.batch, len(prompts) - done)//2); gc.collect()
             if torch.cuda.is_available(): torch.cuda.empty_cache()
             continue
-        yield from images; done += len(images)
+        yield from painted; done += len(painted)
 
 # %% ../../nbs/4_self_align/41_generate.ipynb #93bea9d3
 def agreement(a:list,        # pictures
@@ -94,6 +96,14 @@ def agreement(a:list,        # pictures
     "How far two sets of pictures are the same."
     import numpy as np
     return float(np.mean([np.abs(np.asarray(x, np.int16) - np.asarray(y, np.int16)) <= 1 for x, y in zip(a, b, strict=True)]))
+
+# %% ../../nbs/4_self_align/41_generate.ipynb #013f1b5e
+def image_to_image(pipe,   # text-to-image pipeline of diffusers
+                   ):      # an image-to-image pipeline with the same parts
+    "The same generator, beginning with a picture."
+    from diffusers import AutoPipelineForImage2Image
+    other = AutoPipelineForImage2Image.from_pipe(pipe); other.set_progress_bar_config(disable=True)
+    return other
 
 # %% ../../nbs/4_self_align/41_generate.ipynb #fa1e20bc
 def too_long(pipe,            # pipeline with a tokenizer

@@ -191,7 +191,7 @@ def _clock(
         bar.add_task(name, total=None)
         yield
 
-# %% ../../nbs/0_study/02_runner.ipynb #6fd5de27
+# %% ../../nbs/0_study/02_runner.ipynb #c5281358
 def _with_dependents(
     names,  # stages, or "all"
     settings: Settings,  # resolved
@@ -200,7 +200,7 @@ def _with_dependents(
     if "all" in names: return set(settings.stages)
     for name in names:
         if name not in settings.stages: raise RunError(f"cannot force {name!r}, it is not part of this run; {nearest(name, settings.stages)}")
-    return {s for s in settings.stages if set(inputs_of([s])) & set(names)}
+    return {s for s in settings.stages if set(inputs_of([s], settings.stages)) & set(names)}
 
 # %% ../../nbs/0_study/02_runner.ipynb #6e202ea6
 def _run_stages(

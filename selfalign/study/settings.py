@@ -95,7 +95,7 @@ def example_study(
     (Path(root)/"settings.ini").write_text(EXAMPLE_SETTINGS, encoding="utf-8")
     return Path(root)
 
-# %% ../../nbs/0_study/00_settings.ipynb #43c04954
+# %% ../../nbs/0_study/00_settings.ipynb #26eaa5c0
 @dataclass(frozen=True)
 class StageSpec:
     "One line of the registry"
@@ -103,6 +103,7 @@ class StageSpec:
     notebook: Path  # the notebook that is the stage
     inputs: tuple[str, ...] = ()  # stages it reads from
     base: str = ""  # the first stage with this notebook, most often itself
+    optional: tuple[str, ...] = ()  # stages it reads from in runs that have them
 
 # %% ../../nbs/0_study/00_settings.ipynb #3319f76e
 def _read_settings() -> configparser.ConfigParser:
@@ -113,7 +114,7 @@ def _read_settings() -> configparser.ConfigParser:
     except (configparser.Error, UnicodeDecodeError) as e: raise SettingsError(f"{path} cannot be read: {e}") from None
     return parser
 
-# %% ../../nbs/0_study/00_settings.ipynb #f4ed4bed
+# %% ../../nbs/0_study/00_settings.ipynb #d13da4a4
 def stages() -> dict[str, StageSpec]:  # stage name → its line, inputs before the stages that read them
     "Read the registry of stages, in the order in which they can run"
     root, specs, first = find_root(), {}, {}
@@ -121,11 +122,12 @@ def stages() -> dict[str, StageSpec]:  # stage name → its line, inputs before 
         notebook, _, inputs = line.partition(":")
         base = first.setdefault(notebook.strip(), name)
         if base != name and not name.startswith(f"{base}-"): raise SettingsError(f"settings.ini [stages]: {name!r} is the notebook of {base!r} once more; call this variant {base}-something")
-        specs[name] = StageSpec(name, root/notebook.strip(), tuple(inputs.split()), base)
+        needed, perhaps = (tuple(i.rstrip("?") for i in inputs.split() if i.endswith("?") == o) for o in (False, True))
+        specs[name] = StageSpec(name, root/notebook.strip(), needed, base, perhaps)
     for spec in specs.values():
-        for name in spec.inputs:
+        for name in (*spec.inputs, *spec.optional):
             if name not in specs: raise SettingsError(f"settings.ini [stages] {spec.name}: unknown input {name!r}; {nearest(name, specs)}")
-    try: order = list(TopologicalSorter({s.name: s.inputs for s in specs.values()}).static_order())
+    try: order = list(TopologicalSorter({s.name: (*s.inputs, *s.optional) for s in specs.values()}).static_order())
     except CycleError as e: raise SettingsError(f"settings.ini [stages]: stages read each other in a circle: {' → '.join(e.args[1])}") from None
     return {name: specs[name] for name in order}
 
@@ -246,16 +248,17 @@ def _entries(
     base = _entries(own["extends"], (*seen, preset)) if "extends" in own else {}
     return base | own
 
-# %% ../../nbs/0_study/00_settings.ipynb #afba5563
+# %% ../../nbs/0_study/00_settings.ipynb #f7b6d3ce
 def inputs_of(
     names,  # stages that are wanted
+    among=(),  # stages of the run, from which optional inputs are taken
 ) -> list[str]:  # these and all they stand on, in the order in which they can run
     "Add to `names` every stage they read from, directly or not"
     known, wanted = stages(), set()
     def add(name):
         if name not in known: raise SettingsError(f"unknown stage {name!r}; {nearest(name, known)}")
         wanted.add(name)
-        for other in known[name].inputs: add(other)
+        for other in (*known[name].inputs, *(o for o in known[name].optional if o in among)): add(other)
     for name in names: add(name)
     return [name for name in known if name in wanted]
 
@@ -292,7 +295,7 @@ def _spread(
              for key, what in said.items() if key.partition(".")[0] == known[name].base}
     return taken | said
 
-# %% ../../nbs/0_study/00_settings.ipynb #1fc4978d
+# %% ../../nbs/0_study/00_settings.ipynb #52efc629
 def resolve(
     preset: str,  # a section of settings.ini
     overrides=(),  # texts such as "sample.size=500", as after -p
@@ -300,7 +303,8 @@ def resolve(
 ) -> Settings:
     "Turn a preset and overrides into complete, checked values; refuse anything unknown"
     entries = _entries(preset)
-    names = inputs_of(only or entries.get("stages", " ".join(stages())).replace(",", " ").split())
+    names = inputs_of(entries.get("stages", " ".join(stages())).replace(",", " ").split())
+    if only: names = inputs_of(only, names)
     if (scale := entries.get("scale", "micro")) not in SCALES: raise SettingsError(f"settings.ini [{preset}]: unknown scale {scale!r}; {nearest(scale, SCALES)}")
     values = {name: {p.name: p.default for p in parameters(name).values()} for name in names}
     said = {key: (text, f"settings.ini [{preset}]", False) for key, text in entries.items() if key not in RESERVED}

@@ -18,7 +18,7 @@ def runs_folder() -> Path:  # <root>/data/runs
     "Where all runs live"
     return find_root()/"data"/"runs"
 
-# %% ../../nbs/0_study/01_stage.ipynb #58e3d3d0
+# %% ../../nbs/0_study/01_stage.ipynb #eb63165e
 class Stage:
     "One stage's work: its folder, what it reads, what it leaves"
     def __init__(self,
@@ -28,7 +28,8 @@ class Stage:
         known, (run, _, variant) = stages(), run.partition(":")
         if (name := variant or name) not in known: raise StageError(f"unknown stage {name!r}; {nearest(name, known)}")
         self.name, self.spec, self.by_hand = name, known[name], not run
-        self.variant, self._inputs = name.removeprefix(known[name].base), {known[i].base: i for i in known[name].inputs}
+        self.variant = name.removeprefix(known[name].base)
+        self._inputs = {known[i].base: i for i in reversed((*known[name].inputs, *known[name].optional))}
         self.chapter = re.sub(r"^\d+_", "", self.spec.notebook.parent.name).replace("_", "-")
         self.run = runs_folder()/"_hand" if self.by_hand else find_root()/run
         self._results, self._figures, self._problems, self._place, self._started = {}, {}, [], None, time.time()
@@ -48,11 +49,11 @@ def _hold(self:Stage,
     try: return bool(self._lock.acquire(timeout=seconds))
     except Timeout: return False
 
-# %% ../../nbs/0_study/01_stage.ipynb #fbb23ab7
+# %% ../../nbs/0_study/01_stage.ipynb #facf690c
 @patch
 def _prepare_by_hand(self:Stage):
     "Make the inputs with the preset `smoke`, and a fresh scratch folder"
-    if self.spec.inputs: make_inputs(self.spec.inputs)
+    if names := (*self.spec.inputs, *self.spec.optional): make_inputs(names)
     self._place = self.name
     if not self._hold(0): self._place = f"{self.name}-{os.getpid()}"
     self.final, self.folder = self.run/self._place, self.run/f"{self._place}.partial"
@@ -83,14 +84,21 @@ def make_inputs(
     done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, encoding="utf-8", env=os.environ | {"SELFALIGN_ROOT": str(find_root())})
     if done.returncode: raise StageError(f"the inputs {', '.join(names)} could not be made:\n{(done.stderr or done.stdout)[-3000:]}")
 
-# %% ../../nbs/0_study/01_stage.ipynb #e5241703
+# %% ../../nbs/0_study/01_stage.ipynb #f4ef9dc0
+@patch
+def has(self:Stage,
+    name: str,  # an optional input
+) -> bool:  # by hand, all of them are there
+    "Whether this run has an optional input"
+    return self.by_hand or self._inputs.get(name, name) in self.manifest["inputs"]
+
 @patch
 def input(self:Stage,
     name: str,  # an earlier stage
 ) -> Path:  # its finished folder
     "The folder of an input stage"
     name = self._inputs.get(name, name)
-    if name not in self.spec.inputs: raise StageError(f"{self.name} does not list {name!r} among its inputs in settings.ini [stages]; {nearest(name, self.spec.inputs)}")
+    if name not in (known := (*self.spec.inputs, *self.spec.optional)): raise StageError(f"{self.name} does not list {name!r} among its inputs in settings.ini [stages]; {nearest(name, known)}")
     if not (self.inputs/name/"stage.json").is_file(): raise StageError(f"{self.inputs/name} is not finished; run the stage {name!r} first")
     return self.inputs/name
 
