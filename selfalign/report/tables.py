@@ -10,7 +10,7 @@ from pathlib import Path
 from .offline import plain
 from ..study.stage import VERDICTS
 
-# %% ../../nbs/8_report/86_tables.ipynb #2e68212f
+# %% ../../nbs/8_report/86_tables.ipynb #2001defd
 def thousands(
     value  # a number
 ) -> str:  # with its digits in groups of three
@@ -27,6 +27,7 @@ def amount(
     if value is None or value != value: return '–'
     if unit == 'seconds' and abs(value) >= 120 and not bare: text = f'{value//60:.0f} min {value%60:.0f} s'
     elif unit == 'count' and value == round(value): text = thousands(value)
+    elif unit == 'ratio' and 0 < abs(value) < .01: text = f'{value:.2g}'
     else:
         digits, scale, sign = dict(fraction=(1, 100, ' %'), seconds=(1, 1, ' s'), gb=(2, 1, ' GB'), ratio=(3, 1, '')).get(unit, (2, 1, ''))
         text = f'{value*scale:.{digits}f}' + ('' if bare else sign)
@@ -106,8 +107,8 @@ def _table(name, df, i):
     return dict(title=_title(name), id=f'table-{i}', metrics=list(metrics.values()), rows=rows, chance=place,
                 has_n=any(r['n'] for r in rows), has_seeds=any(r['seeds'] for r in rows))
 
-# %% ../../nbs/8_report/86_tables.ipynb #abb3ba65
-_titles = dict(models='The micro models', self_align='Self-Align', sail='SAIL', gmail='GMAIL', vlm='Vision-language models', clip='CLIP')
+# %% ../../nbs/8_report/86_tables.ipynb #8171950b
+_titles = dict(table1='Table 1', models='The micro models', self_align='Self-Align', sail='SAIL', gmail='GMAIL', vlm='Vision-language models', clip='CLIP')
 
 def _title(name):
     name = plain(name)
