@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['vision_sizes', 'MaskedPictures', 'train_vision', 'MaskedTexts', 'train_text', 'train_lm', 'continue_caption']
 
-# %% ../../nbs/2_models/29_encoders.ipynb #6011084a
+# %% ../../nbs/2_models/29_encoders.ipynb #32fb4579
 from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from .train import fit, pictures, step_generator, to_tensor
-from .vocabulary import caption_texts, context_length, tokenize, vocabulary
+from .vocabulary import caption_texts, text_config, tokenize, vocabulary
 
 # %% ../../nbs/2_models/29_encoders.ipynb #d2f6e10a
 vision_sizes = {'vision-small': dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=2),
@@ -66,17 +66,12 @@ def train_vision(name:str,          # one of `vision_sizes`
     processor.save_pretrained(Path(folder)/'model')
     return model.encoder
 
-# %% ../../nbs/2_models/29_encoders.ipynb #838c6097
-def _text_config(tokens, **more):
-    return dict(vocab_size=tokens, hidden_size=128, intermediate_size=512, num_attention_heads=4, max_position_embeddings=context_length,
-                pad_token_id=tokens - 1, bos_token_id=tokens - 2, eos_token_id=tokens - 1, **more)
-
 # %% ../../nbs/2_models/29_encoders.ipynb #e7c816d5
 def _padding(ids, end):
     "True after the first end token."
     return (ids == end).cumsum(1) > 1
 
-# %% ../../nbs/2_models/29_encoders.ipynb #e1602445
+# %% ../../nbs/2_models/29_encoders.ipynb #b6157645
 class MaskedTexts(nn.Module):
     "A `BertForMaskedLM` whose first token also predicts the bag of words."
     def __init__(self,
@@ -84,7 +79,7 @@ class MaskedTexts(nn.Module):
                  ):
         super().__init__()
         from transformers import BertConfig, BertForMaskedLM
-        self.bert = BertForMaskedLM(BertConfig(num_hidden_layers=3, type_vocab_size=1, **_text_config(tokens))); self.tokens = tokens
+        self.bert = BertForMaskedLM(BertConfig(num_hidden_layers=3, type_vocab_size=1, **text_config(tokens))); self.tokens = tokens
         self.bag = nn.Linear(128, tokens)
 
     def forward(self,
@@ -119,7 +114,7 @@ def train_text(folder:Path,      # checkpoints, curve and model
     model.bert.save_pretrained(Path(folder)/'model'); tokenizer.save_pretrained(Path(folder)/'model')
     return model.bert
 
-# %% ../../nbs/2_models/29_encoders.ipynb #d4974008
+# %% ../../nbs/2_models/29_encoders.ipynb #2368a759
 def train_lm(folder:Path,      # checkpoints, curve and model
              steps:int=400,    # steps in all
              n:int=16_000,     # captions of the pool `text`
@@ -132,7 +127,7 @@ def train_lm(folder:Path,      # checkpoints, curve and model
     tokenizer = vocabulary(); ids, end = tokenize(caption_texts('text', n), tokenizer), len(tokenizer) - 1
     torch.manual_seed(seed)
     shape = dict(num_hidden_layers=4, num_key_value_heads=4, tie_word_embeddings=True)
-    model = LlamaForCausalLM(LlamaConfig(**shape, **_text_config(len(tokenizer))))
+    model = LlamaForCausalLM(LlamaConfig(**shape, **text_config(len(tokenizer))))
     def loss(step):
         g, device = step_generator(seed, step), next(model.parameters()).device
         x = ids[torch.randint(n, (batch,), generator=g)]; pad = _padding(x, end)

@@ -6,16 +6,16 @@
 __all__ = ['WordKeeper', 'train_caption_encoder', 'loudness', 'new_unet', 'new_scheduler', 'encode_latents', 'clip_filter',
            'encode_captions', 'velocity_loss', 'train_generator', 'pipeline', 'quick_faithfulness']
 
-# %% ../../nbs/2_models/28_generator.ipynb #24bf977a
+# %% ../../nbs/2_models/28_generator.ipynb #5526faa1
 from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 from .train import fit, pictures, step_generator, to_tensor
-from .vocabulary import caption_texts, context_length, tokenize, vocabulary
+from .vocabulary import caption_texts, text_config, tokenize, vocabulary
 
-# %% ../../nbs/2_models/28_generator.ipynb #43906e11
+# %% ../../nbs/2_models/28_generator.ipynb #09b5fa20
 class WordKeeper(torch.nn.Module):
     "A `CLIPTextModel` with the heads that teach it to keep every word."
     def __init__(self,
@@ -24,9 +24,7 @@ class WordKeeper(torch.nn.Module):
                  ):
         super().__init__()
         from transformers import CLIPTextConfig, CLIPTextModel
-        self.tokens, special = tokens, dict(bos_token_id=tokens - 2, eos_token_id=tokens - 1, pad_token_id=tokens - 1)
-        self.text = CLIPTextModel(CLIPTextConfig(vocab_size=tokens, hidden_size=128, intermediate_size=512, num_hidden_layers=3,
-            num_attention_heads=4, max_position_embeddings=context_length, hidden_act='gelu', projection_dim=128, **special))
+        self.tokens = tokens; self.text = CLIPTextModel(CLIPTextConfig(num_hidden_layers=3, hidden_act='gelu', projection_dim=128, **text_config(tokens)))
         self.bag = torch.nn.Linear(128, tokens); self.last = torch.nn.ModuleList(torch.nn.Linear(128, tokens) for _ in range(last))
 
     def forward(self,
@@ -43,7 +41,7 @@ class WordKeeper(torch.nn.Module):
         order = torch.stack(order).mean()
         return dict(loss=bag + order, bag=bag, order=order)
 
-# %% ../../nbs/2_models/28_generator.ipynb #c07d2b39
+# %% ../../nbs/2_models/28_generator.ipynb #8d6d0a42
 def train_caption_encoder(folder:Path,      # checkpoints, curve and model
                           steps:int=800,    # steps in all
                           n:int=40_000,     # web captions of the pool `generator`
@@ -53,7 +51,8 @@ def train_caption_encoder(folder:Path,      # checkpoints, curve and model
                           seed:int=0,       # of the weights and the batches
                           ):                # `transformers.CLIPTextModel`
     "Train the generator's text encoder on captions alone and save it."
-    ids = tokenize(caption_texts('generator', n, noise), vocabulary()); torch.manual_seed(seed); keeper = WordKeeper(len(vocabulary()))
+    tokenizer = vocabulary(); ids = tokenize(caption_texts('generator', n, noise), tokenizer)
+    torch.manual_seed(seed); keeper = WordKeeper(len(tokenizer))
     def loss(step):
         pick = torch.randint(n, (batch,), generator=step_generator(seed, step))
         return keeper(ids[pick].to(next(keeper.parameters()).device))

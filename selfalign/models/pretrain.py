@@ -13,7 +13,7 @@ import pandas as pd
 from ..study.files import hardware, tree_hash, write_json
 from ..study.settings import StudyError, find_root, nearest
 
-# %% ../../nbs/2_models/2a_pretrain.ipynb #65726072
+# %% ../../nbs/2_models/2a_pretrain.ipynb #ef04fb36
 @dataclass(frozen=True)
 class Recipe:
     "How one model is trained."
@@ -21,16 +21,17 @@ class Recipe:
     sees: str           # what it may see, for the card
     what: str           # what it is, for the card
     needs: tuple = ()   # models that must be trained before
+    part: bool = False  # not published by itself, but within another model's folder
 
-# %% ../../nbs/2_models/2a_pretrain.ipynb #550c0432
+# %% ../../nbs/2_models/2a_pretrain.ipynb #eee00392
 recipes = {
-    'vocabulary': Recipe(0, 'captions of the pool `text`', 'byte-pair vocabulary'),
+    'vocabulary': Recipe(0, 'captions of the pool `text`', 'byte-pair vocabulary', part=True),
     'reader': Recipe(1600, 'clean renders of the pool `reader` with their truth; used to measure, never to train or select',
                      'attribute classifier'),
     'clip': Recipe(1200, 'web pairs of the pool `clip`, with their noise', 'open_clip dual encoder, InfoNCE', ('vocabulary',)),
     'judge': Recipe(700, 'web pairs of the pool `judge`, with their noise', 'SigLIP dual encoder, sigmoid loss', ('vocabulary',)),
-    'autoencoder': Recipe(2400, 'pictures of the pool `generator`', "the generator's autoencoder"),
-    'caption-encoder': Recipe(800, 'captions of the pool `generator`, with their noise', "the generator's text encoder", ('vocabulary',)),
+    'autoencoder': Recipe(2400, 'pictures of the pool `generator`', "the generator's autoencoder", part=True),
+    'caption-encoder': Recipe(800, 'captions of the pool `generator`, with their noise', "the generator's text encoder", ('vocabulary',), part=True),
     'generator': Recipe(5000, 'web pairs of the pool `generator`, the seven tenths that `clip` scores highest', 'Stable Diffusion pipeline',
                         ('vocabulary', 'autoencoder', 'caption-encoder', 'clip')),
     'vision-small': Recipe(300, 'pictures of the pool `vision`', 'self-supervised image encoder, 64 wide'),
@@ -123,7 +124,7 @@ def publish_model(name:str,      # one of `recipes`
     shutil.rmtree(target, ignore_errors=True); os.replace(beside, target)
     return target
 
-# %% ../../nbs/2_models/2a_pretrain.ipynb #40a90168
+# %% ../../nbs/2_models/2a_pretrain.ipynb #b030fb44
 def pretrain(names:list=(),         # models to train, with what they need; empty: all
              out:Path|None=None,    # where they are published; default `data/micro`
              resume:bool=True,      # go on where a training stopped, and keep finished ones
@@ -139,7 +140,7 @@ def pretrain(names:list=(),         # models to train, with what they need; empt
             folder.mkdir(parents=True, exist_ok=True); _train(name, folder, steps)
             if name == 'vocabulary': shutil.copytree(folder/'model', out/'text', dirs_exist_ok=True)
             write_json(finished, dict(steps=steps))
-        if name not in ('vocabulary', 'autoencoder', 'caption-encoder'): published.append(publish_model(name, folder, out))
+        if not recipes[name].part: published.append(publish_model(name, folder, out))
     return published
 
 # %% ../../nbs/2_models/2a_pretrain.ipynb #c1b77123

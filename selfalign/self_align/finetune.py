@@ -38,14 +38,14 @@ def redrawn(pair,      # a row of the pairs table, with `key`, `claims` and `wid
     from selfalign.data.scenes import render
     return render(redraw(json.loads(pair.claims), pair.key, seed=seed), int(pair.width))
 
-# %% ../../nbs/4_self_align/45_finetune.ipynb #515cda46
+# %% ../../nbs/4_self_align/45_finetune.ipynb #2d78db16
 def arm_rows(arm,         # one of `ARMS`
              pairs,       # originals of this seed's training set: key, image, caption, folder, claims, truth
              generated,   # generated pictures of the same captions, with `parent`
              selection,   # key, selection, kept
              conditioned=None,  # pictures that began with the originals, as `generated`
              longer=None,       # key of the original to its long caption
-             ):           # rows of one of the two tables, or None where the truth would be needed and is not known
+             ):           # rows of one of the two tables, or None where it would need a truth, a selection or a stage that is not there
     "Which pairs an arm is made of."
     if arm not in ARMS: raise StudyError(f'unknown arm {arm!r}; {nearest(arm, ARMS)}')
     known = len(pairs) and bool((pairs.truth.fillna('') != '').all())

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['inherited', 'schedulers', 'picture_seed', 'picture_orders', 'set_scheduler', 'out_of_memory', 'Painter', 'agreement',
-           'image_to_image', 'too_long', 'keep_picture', 'is_blank']
+           'image_to_image', 'begin_with', 'too_long', 'keep_picture', 'is_blank']
 
-# %% ../../nbs/4_self_align/41_generate.ipynb #35c2e832
+# %% ../../nbs/4_self_align/41_generate.ipynb #c5cdfa12
 import gc, hashlib
 import torch
 from fastcore.basics import patch
-from ..data.images import file_name, pixel_hash, save_png
+from ..data.images import file_name, fit_square, pixel_hash, save_png
 from ..study.settings import StudyError, nearest
 
 # %% ../../nbs/4_self_align/41_generate.ipynb #7744d42d
@@ -97,13 +97,20 @@ def agreement(a:list,        # pictures
     import numpy as np
     return float(np.mean([np.abs(np.asarray(x, np.int16) - np.asarray(y, np.int16)) <= 1 for x, y in zip(a, b, strict=True)]))
 
-# %% ../../nbs/4_self_align/41_generate.ipynb #013f1b5e
+# %% ../../nbs/4_self_align/41_generate.ipynb #c4d2fc09
 def image_to_image(pipe,   # text-to-image pipeline of diffusers
                    ):      # an image-to-image pipeline with the same parts
     "The same generator, beginning with a picture."
     from diffusers import AutoPipelineForImage2Image
     other = AutoPipelineForImage2Image.from_pipe(pipe); other.set_progress_bar_config(disable=True)
     return other
+
+def begin_with(pipe,        # pipeline of diffusers
+               picture,     # PIL picture
+               size:int=0,  # side in pixels; 0: the model's own
+               ):           # PIL picture
+    "A picture as the generator begins with it: a square of its size."
+    return fit_square(picture, size or pipe.unet.config.sample_size*pipe.vae_scale_factor, 'crop')
 
 # %% ../../nbs/4_self_align/41_generate.ipynb #fa1e20bc
 def too_long(pipe,            # pipeline with a tokenizer

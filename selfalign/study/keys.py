@@ -111,7 +111,7 @@ def files_of(
     texts = [t for value in values.values() for t in (value if isinstance(value, list) else [value]) if isinstance(t, str)]
     return {path: tree_hash(find_root()/path) for path in sorted({_path_in(t) for t in texts} - {""})}
 
-# %% ../../nbs/0_study/06_keys.ipynb #fc736f7b
+# %% ../../nbs/0_study/06_keys.ipynb #ea2074bd
 def stage_manifest(
     name: str,  # a stage
     settings: Settings,  # resolved
@@ -119,7 +119,7 @@ def stage_manifest(
 ) -> dict:  # the beginning of its stage.json
     "All that a stage's result depends on, and the key made of it"
     spec, values = stages()[name], settings.values[name]
-    parts = dict(parameters=values, scale=settings.scale, inputs={i: keys[i] for i in (*spec.inputs, *spec.optional) if i in keys or i in spec.inputs}, code=code_hash(spec.notebook), files=files_of(values))
+    parts = dict(parameters=values, scale=settings.scale, inputs={i: keys[i] for i in spec.reads(keys)}, code=code_hash(spec.notebook), files=files_of(values))
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return dict(name=name, preset=settings.preset, key=key, notebook=spec.notebook.relative_to(find_root()).as_posix()) | parts
 

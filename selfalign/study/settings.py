@@ -95,7 +95,7 @@ def example_study(
     (Path(root)/"settings.ini").write_text(EXAMPLE_SETTINGS, encoding="utf-8")
     return Path(root)
 
-# %% ../../nbs/0_study/00_settings.ipynb #26eaa5c0
+# %% ../../nbs/0_study/00_settings.ipynb #61c23eb0
 @dataclass(frozen=True)
 class StageSpec:
     "One line of the registry"
@@ -104,6 +104,12 @@ class StageSpec:
     inputs: tuple[str, ...] = ()  # stages it reads from
     base: str = ""  # the first stage with this notebook, most often itself
     optional: tuple[str, ...] = ()  # stages it reads from in runs that have them
+
+    def reads(self,
+        run=None,  # the stages of a run; without them, all optional inputs count
+    ) -> tuple[str, ...]:  # inputs, and the optional ones that the run has
+        "What it reads from"
+        return (*self.inputs, *(o for o in self.optional if run is None or o in run))
 
 # %% ../../nbs/0_study/00_settings.ipynb #3319f76e
 def _read_settings() -> configparser.ConfigParser:
@@ -114,7 +120,7 @@ def _read_settings() -> configparser.ConfigParser:
     except (configparser.Error, UnicodeDecodeError) as e: raise SettingsError(f"{path} cannot be read: {e}") from None
     return parser
 
-# %% ../../nbs/0_study/00_settings.ipynb #d13da4a4
+# %% ../../nbs/0_study/00_settings.ipynb #0978b5d3
 def stages() -> dict[str, StageSpec]:  # stage name → its line, inputs before the stages that read them
     "Read the registry of stages, in the order in which they can run"
     root, specs, first = find_root(), {}, {}
@@ -125,9 +131,9 @@ def stages() -> dict[str, StageSpec]:  # stage name → its line, inputs before 
         needed, perhaps = (tuple(i.rstrip("?") for i in inputs.split() if i.endswith("?") == o) for o in (False, True))
         specs[name] = StageSpec(name, root/notebook.strip(), needed, base, perhaps)
     for spec in specs.values():
-        for name in (*spec.inputs, *spec.optional):
+        for name in spec.reads():
             if name not in specs: raise SettingsError(f"settings.ini [stages] {spec.name}: unknown input {name!r}; {nearest(name, specs)}")
-    try: order = list(TopologicalSorter({s.name: (*s.inputs, *s.optional) for s in specs.values()}).static_order())
+    try: order = list(TopologicalSorter({s.name: s.reads() for s in specs.values()}).static_order())
     except CycleError as e: raise SettingsError(f"settings.ini [stages]: stages read each other in a circle: {' → '.join(e.args[1])}") from None
     return {name: specs[name] for name in order}
 
@@ -248,7 +254,7 @@ def _entries(
     base = _entries(own["extends"], (*seen, preset)) if "extends" in own else {}
     return base | own
 
-# %% ../../nbs/0_study/00_settings.ipynb #f7b6d3ce
+# %% ../../nbs/0_study/00_settings.ipynb #697451aa
 def inputs_of(
     names,  # stages that are wanted
     among=(),  # stages of the run, from which optional inputs are taken
@@ -258,7 +264,7 @@ def inputs_of(
     def add(name):
         if name not in known: raise SettingsError(f"unknown stage {name!r}; {nearest(name, known)}")
         wanted.add(name)
-        for other in (*known[name].inputs, *(o for o in known[name].optional if o in among)): add(other)
+        for other in known[name].reads(among): add(other)
     for name in names: add(name)
     return [name for name in known if name in wanted]
 

@@ -18,7 +18,7 @@ def runs_folder() -> Path:  # <root>/data/runs
     "Where all runs live"
     return find_root()/"data"/"runs"
 
-# %% ../../nbs/0_study/01_stage.ipynb #eb63165e
+# %% ../../nbs/0_study/01_stage.ipynb #6eceded6
 class Stage:
     "One stage's work: its folder, what it reads, what it leaves"
     def __init__(self,
@@ -29,7 +29,7 @@ class Stage:
         if (name := variant or name) not in known: raise StageError(f"unknown stage {name!r}; {nearest(name, known)}")
         self.name, self.spec, self.by_hand = name, known[name], not run
         self.variant = name.removeprefix(known[name].base)
-        self._inputs = {known[i].base: i for i in reversed((*known[name].inputs, *known[name].optional))}
+        self._inputs = {known[i].base: i for i in reversed(known[name].reads())}
         self.chapter = re.sub(r"^\d+_", "", self.spec.notebook.parent.name).replace("_", "-")
         self.run = runs_folder()/"_hand" if self.by_hand else find_root()/run
         self._results, self._figures, self._problems, self._place, self._started = {}, {}, [], None, time.time()
@@ -49,11 +49,11 @@ def _hold(self:Stage,
     try: return bool(self._lock.acquire(timeout=seconds))
     except Timeout: return False
 
-# %% ../../nbs/0_study/01_stage.ipynb #facf690c
+# %% ../../nbs/0_study/01_stage.ipynb #d94bb780
 @patch
 def _prepare_by_hand(self:Stage):
     "Make the inputs with the preset `smoke`, and a fresh scratch folder"
-    if names := (*self.spec.inputs, *self.spec.optional): make_inputs(names)
+    if names := self.spec.reads(): make_inputs(names)
     self._place = self.name
     if not self._hold(0): self._place = f"{self.name}-{os.getpid()}"
     self.final, self.folder = self.run/self._place, self.run/f"{self._place}.partial"
@@ -84,7 +84,7 @@ def make_inputs(
     done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, encoding="utf-8", env=os.environ | {"SELFALIGN_ROOT": str(find_root())})
     if done.returncode: raise StageError(f"the inputs {', '.join(names)} could not be made:\n{(done.stderr or done.stdout)[-3000:]}")
 
-# %% ../../nbs/0_study/01_stage.ipynb #f4ef9dc0
+# %% ../../nbs/0_study/01_stage.ipynb #3255662b
 @patch
 def has(self:Stage,
     name: str,  # an optional input
@@ -98,7 +98,7 @@ def input(self:Stage,
 ) -> Path:  # its finished folder
     "The folder of an input stage"
     name = self._inputs.get(name, name)
-    if name not in (known := (*self.spec.inputs, *self.spec.optional)): raise StageError(f"{self.name} does not list {name!r} among its inputs in settings.ini [stages]; {nearest(name, known)}")
+    if name not in (known := self.spec.reads()): raise StageError(f"{self.name} does not list {name!r} among its inputs in settings.ini [stages]; {nearest(name, known)}")
     if not (self.inputs/name/"stage.json").is_file(): raise StageError(f"{self.inputs/name} is not finished; run the stage {name!r} first")
     return self.inputs/name
 
