@@ -8,7 +8,8 @@ from selfalign.data.captions import is_true, web_caption
 from selfalign.data.redraw import asks_for_held_out, redraw
 from selfalign.data.scenes import groups, held_out
 from selfalign.self_align.evaluate import HYPOTHESES, NUMBERS, Scored, compare_arms, contrast, judged, named_right, retrieval_hits, scored_arms, scored_retention, section_table, summarise, verdict_of
-from selfalign.self_align.finetune import ARMS, PAPER, arm_options, arm_pairs, arm_rows, best_rate, clean_caption_of, trainings
+from selfalign.models.objective import Objective
+from selfalign.self_align.finetune import ARMS, OPTIONS, PAPER, arm_options, arm_pairs, arm_rows, arm_texts, best_rate, clean_caption_of, trainings
 from selfalign.study.settings import StudyError, resolve
 from selfalign.study.statistics import Interval
 
@@ -29,7 +30,8 @@ def tables(tmp_path):
     kept = dict(selected=(0, 1), oracle=(2,)) | {'random-drop': (1, 3)}
     selection = pd.concat([pd.DataFrame(dict(key=generated.key, selection=s, kept=[i in k for i in range(4)])) for s, k in kept.items()])
     conditioned = generated.assign(image=[f'o{3 - i}.png' for i in range(4)])
-    return pairs, generated, selection, conditioned, {pairs.key[i]: f'longer {i}' for i in (0, 2)}
+    texts = dict(long={pairs.key[i]: f'longer {i}' for i in (0, 2)}, positive={pairs.key[1]: 'the same'}, negative={pairs.key[3]: 'something else'})
+    return pairs, generated, selection, conditioned, texts
 
 def first_pixels(pictures): return [np.asarray(p)[0, 0].tolist() for p in pictures]
 
@@ -45,19 +47,28 @@ def test_each_arm_sees_what_its_name_says(tables):
     assert first_pixels(found['lora-shuffled'][0]) == [[2, 9, 0], [3, 9, 0], [0, 9, 0], [1, 9, 0]] and found['lora-shuffled'][1] == list(tables[0].caption)
     assert first_pixels(found['lora-image-conditioned'][0]) == [[3 - i, 0, 0] for i in range(4)] and found['lora-image-conditioned'][1] == list(tables[0].caption)
     assert first_pixels(found['lora-augmented'][0]) == [[0, 9, 0], [2, 9, 0]] and found['lora-augmented'][1] == ['longer 0', 'longer 2']
-    for arm in ('lora-text-tower', 'lora-image-tower', *PAPER): assert first_pixels(found[arm][0]) == first_pixels(found['lora-generated'][0])
+    assert [p[1] for p in first_pixels(found['lora-two-pictures'][0])] == [9, 0]*4 and found['lora-two-pictures'][1] == [c for c in tables[0].caption for _ in 'ab']
+    for arm in ('lora-text-tower', 'lora-image-tower', *PAPER, *OPTIONS): assert arm == 'lora-two-pictures' or first_pixels(found[arm][0]) == first_pixels(found['lora-generated'][0])
     for pictures, captions in found.values(): assert len(pictures) == len(captions)
 
 def test_some_arms_are_trained_otherwise():
-    lora = dict(rank=2, alpha=2., towers=('image', 'text'))
-    assert {arm for arm in ARMS if arm_options(arm, lora) != lora} == {'lora-text-tower', 'lora-image-tower', *PAPER}
+    lora = dict(rank=3, alpha=3., towers=('image', 'text'))
+    assert {arm for arm in ARMS if arm_options(arm, lora) != lora} == {'lora-text-tower', 'lora-image-tower', *PAPER, *OPTIONS}
     faithful = arm_options('faithful', lora); assert faithful['adapt'].__name__ == 'add_paper_lora' and faithful['warmup'] == pytest.approx(1/.7) and faithful['alpha'] == 1
+    assert faithful['objective'] == Objective(positives=1.) and faithful['crops'] == .9 and faithful['clip'] == float('inf') and faithful['eps'] == 1e-6
     for arm, undone in PAPER.items(): assert arm_options(arm, lora) == faithful | undone
+    for arm, change in OPTIONS.items(): assert arm_options(arm, lora) == lora | change
+
+def test_texts_beside_captions(tables):
+    rows = arm_rows('lora-positives', *tables); texts = tables[-1]
+    assert arm_texts('lora-positives', rows, texts)['positives'] == [rows.caption[0], 'the same', *rows.caption[2:]]
+    assert arm_texts('lora-negatives', rows, texts) == dict(negatives=['', '', '', 'something else']) and arm_texts('lora-generated', rows, texts) == {}
 
 def test_arms_that_need_the_truth_are_left_out_without_it(tables):
     pairs, generated, selection, *_ = tables
     real = pairs.assign(truth=None), generated, selection[selection.selection != 'oracle']
-    assert [arm for arm in ARMS if arm_rows(arm, *real) is None] == ['lora-clean-originals', 'lora-perfect-generator', 'lora-oracle-selected', 'lora-image-conditioned', 'lora-augmented']
+    assert [arm for arm in ARMS if arm_rows(arm, *real) is None] == ['lora-clean-originals', 'lora-perfect-generator', 'lora-oracle-selected', 'lora-image-conditioned', 'lora-augmented',
+                                                                                'lora-two-pictures', 'lora-positives', 'lora-negatives']
     with pytest.raises(StudyError, match="did you mean 'lora-selected'"): arm_rows('lora-slected', *tables)
 
 def test_clean_captions_are_true_and_equal_where_nothing_was_done():

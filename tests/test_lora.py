@@ -5,9 +5,10 @@ import numpy as np, pandas as pd, pytest, torch, tiny
 from PIL import Image
 from selfalign.models.adapters import add_lora, find_layers, layer_pattern, load_adapter, merge, save_adapter, trainable, wise_ft
 from selfalign.models.load import ModelError, load_dual_encoder
+from selfalign.models.objective import Objective
 from selfalign.models.paper_lora import add_paper_lora, counted, paper_layers, papers_size
 from selfalign.self_align import lora
-from selfalign.self_align.lora import (AdapterWeights, batch_rows, examine, keep_recipe, normalise, pair_loss, pair_vectors, remember, retrieval_r1,
+from selfalign.self_align.lora import (AdapterWeights, Pairs, batch_rows, examine, keep_recipe, normalise, pair_loss, pair_vectors, random_crops, remember, retrieval_r1,
                                            squares, steps_for, train_lora)
 from selfalign.study.settings import StudyError
 
@@ -148,7 +149,7 @@ def test_each_text_is_read_once(fresh):
 def test_loss_is_open_clips(fresh):
     from open_clip.loss import ClipLoss
     e = fresh(); add_lora(e); square = squares(e, pictures())
-    ours = pair_loss(e, square, TEXTS); theirs = ClipLoss()(*pair_vectors(e, square, TEXTS), torch.tensor(e.logit_scale))
+    ours = pair_loss(e, Pairs(square, TEXTS)); theirs = ClipLoss()(*pair_vectors(e, square, TEXTS), torch.tensor(e.logit_scale))
     torch.testing.assert_close(ours, theirs)
     weights = list(AdapterWeights(e.model).parameters())
     for g, h in zip(torch.autograd.grad(ours, weights), torch.autograd.grad(theirs, weights)): torch.testing.assert_close(g, h)
@@ -247,19 +248,19 @@ import os, signal, sys
 sys.path.insert(0, {tests!r})
 import test_lora as t
 from selfalign.self_align import lora
-loss, calls = lora.info_nce, []
+loss, calls = lora.pair_loss, []
 def counted(*a):
     calls.append(1)
     if len(calls) == {calls}: os.kill(os.getpid(), signal.SIGKILL)
     return loss(*a)
-lora.info_nce = counted
+lora.pair_loss = counted
 t.arm({reference!r}, {folder!r})
 '''
 
 def test_killed_and_resumed(whole, tiny_clip, tmp_path):
-    "In step 5: the examinations of steps 0 and 3 call the loss, too."
+    "In the fifth step, after the checkpoint of the fourth."
     reference, folder = f'open_clip:{tiny_clip}', tmp_path/'killed'
-    code = KILLED.format(tests=str(ROOT/'tests'), calls=7, reference=reference, folder=str(folder))
+    code = KILLED.format(tests=str(ROOT/'tests'), calls=5, reference=reference, folder=str(folder))
     env = os.environ | {'OMP_NUM_THREADS': str(torch.get_num_threads()), 'PYTHONPATH': str(ROOT)}
     done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
@@ -288,7 +289,35 @@ def test_other_recipe_refused(whole, tiny_clip):
     for change, what in ((dict(lr=.1), 'lr'), (dict(images=pixels(12, 9)), 'pairs'), (dict(rank=3), 'lora'), (dict(steps=10), 'steps')):
         with pytest.raises(StudyError, match=f'holds a training with {what} = '): arm(f'open_clip:{tiny_clip}', whole[0], **change)
 
-@pytest.mark.parametrize('change, message', [(dict(batch=13), 'a batch of 13 from 12'), (dict(batch=1), 'a batch of 1'), (dict(steps=0), '0 steps'), (dict(captions=['a']), 'do not make pairs')])
+WORDS = [f'{TEXTS[i % 5]} {i} again' for i in range(12)]
+OBJECTIVES = dict(sigmoid=dict(objective=Objective('sigmoid')), multi=dict(objective=Objective('multi-positive'), captions=[TEXTS[i//2 % 5] for i in range(12)], together=2),
+                  self_positives=dict(objective=Objective(positives=1.)), positives=dict(objective=Objective(positives=1.), positives=WORDS),
+                  negatives=dict(objective=Objective(negatives=1.), negatives=[w*(i % 3 > 0) for i, w in enumerate(WORDS)]), distilled=dict(objective=Objective(distill=1.)),
+                  crops=dict(crops=.9), unclipped=dict(clip=float('inf'), eps=1e-6))
+
+def test_objectives(whole, tiny_clip, tmp_path):
+    "Each makes another model than the others, the same one again, and its folder knows which it was."
+    found = {name: (arm(f'open_clip:{tiny_clip}', tmp_path/name, **change), weights_of(tmp_path/name))[1] for name, change in OBJECTIVES.items()} | dict(plain=weights_of(whole[0]))
+    names = list(found); assert not [(a, b) for i, a in enumerate(names) for b in names[:i] if equal(found[a], found[b])]
+    arm(f'open_clip:{tiny_clip}', tmp_path/'again', **OBJECTIVES['crops']); assert equal(weights_of(tmp_path/'again'), found['crops'])
+    for what, change in (('objective', dict(objective=Objective(positives=2.))), ('pairs', OBJECTIVES['positives'])):
+        with pytest.raises(StudyError, match=f'with {what} = '): arm(f'open_clip:{tiny_clip}', tmp_path/'self_positives', **change)
+
+def test_a_model_kept_where_it_was_moves_less(whole, tiny_clip, tmp_path):
+    reference = f'open_clip:{tiny_clip}'; arm(reference, tmp_path/'x', objective=Objective(distill=30.))
+    e = load_dual_encoder(reference); before = vectors(e)
+    moved = {}
+    for name, folder in dict(plain=whole[0], kept=tmp_path/'x').items():
+        tuned = load_dual_encoder(reference); merge(load_adapter(tuned, folder/'adapter')); moved[name] = float((vectors(tuned) @ vectors(tuned).T - before @ before.T).abs().mean())
+    assert moved['kept'] < moved['plain']
+
+def test_crops():
+    square = torch.as_tensor(pixels(6)); torch.manual_seed(3); expected = torch.rand(1); torch.manual_seed(3)
+    one, two, other = random_crops(square, .9, 1), random_crops(square, .9, 1), random_crops(square, .9, 2)
+    assert torch.equal(torch.rand(1), expected) and one.shape == square.shape and one.dtype == torch.uint8
+    assert torch.equal(one, two) and not torch.equal(one, other)
+
+@pytest.mark.parametrize('change, message', [(dict(objective=Objective(negatives=1.)), '12 captions need as many texts, there are 0'), (dict(together=5), 'whole groups'), (dict(batch=13), 'a batch of 13 from 12'), (dict(batch=1), 'a batch of 1'), (dict(steps=0), '0 steps'), (dict(captions=['a']), 'do not make pairs')])
 def test_cannot_be_trained(tiny_clip, tmp_path, change, message):
     with pytest.raises(StudyError, match=message): arm(f'open_clip:{tiny_clip}', tmp_path/'x', **change)
     assert not (tmp_path/'x').exists()

@@ -98,7 +98,7 @@ def _now_adapted(encoder, adapted):
     encoder.__dict__.pop('hash', None)
     return adapted
 
-# %% ../../nbs/2_models/2c_adapters.ipynb #122a26a1
+# %% ../../nbs/2_models/2c_adapters.ipynb #414d1b07
 def add_lora(encoder,                       # a `DualEncoder`; it is adapted in place
              rank:int=4,                    # of the corrections
              alpha:float=0.,                # scale is alpha/rank; 0: as the rank, so that the scale is 1
@@ -106,6 +106,7 @@ def add_lora(encoder,                       # a `DualEncoder`; it is adapted in 
              towers=('image', 'text'),      # in which towers
              rslora:bool=False,             # scale is alpha/sqrt(rank)
              dropout:float=0.,              # of what goes into the corrections, in training
+             dora:bool=False,               # DoRA: a length of its own for each row of the corrected weight
              seed:int=0,                    # of the matrices A
              ):                             # `peft.PeftModel` around the encoder's model
     "Put trainable corrections of low rank beside the weights; all else is frozen."
@@ -113,7 +114,8 @@ def add_lora(encoder,                       # a `DualEncoder`; it is adapted in 
     _may_adapt(encoder, rank)
     layers, base = find_layers(encoder.model, targets, towers), str(encoder.reference)
     if dropout and 'MultiheadAttention' in set(layers.kind): raise ModelError(f'dropout {dropout}: peft cannot apply it in a fused attention and would silently not; take dropout=0 or targets="mlp"')
-    config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=layer_pattern(layers.name), use_rslora=rslora, lora_dropout=dropout, bias='none')
+    if dora and 'MultiheadAttention' in set(layers.kind): raise ModelError('DoRA: peft has none for a fused attention; take targets="mlp", or a model of transformers, whose projections are separate')
+    config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=layer_pattern(layers.name), use_rslora=rslora, use_dora=dora, lora_dropout=dropout, bias='none')
     with torch.random.fork_rng():
         torch.manual_seed(seed); adapted = get_peft_model(encoder.model, config)
     adapted.peft_config['default'].base_model_name_or_path = base

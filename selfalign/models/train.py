@@ -69,13 +69,13 @@ class Averages:
         "Put the averages into a module."
         module.load_state_dict({k: self.values[k].to(v.dtype) for k, v in module.state_dict().items()})
 
-# %% ../../nbs/2_models/22_train.ipynb #8ff8b166
-def _optimiser(module, name, lr, weight_decay, betas):
+# %% ../../nbs/2_models/22_train.ipynb #6067433d
+def _optimiser(module, name, lr, weight_decay, betas, eps):
     "AdamW, or timm's Muon, in two groups: matrices, and whatever should not decay."
     trained = [p for p in module.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in trained if p.ndim > 1], weight_decay=weight_decay),
               dict(params=[p for p in trained if p.ndim <= 1], weight_decay=0.)]
-    if name == 'adamw': return torch.optim.AdamW(groups, lr=lr, betas=betas)
+    if name == 'adamw': return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps)
     if name != 'muon': raise ValueError(f'unknown optimiser {name!r}; there are adamw and muon')
     from timm.optim import Muon
     return Muon(groups, lr=lr, betas=betas, nesterov=True)
@@ -93,7 +93,7 @@ def _resume(path, module, optimiser, averages, device):
     module.load_state_dict(state['module']); optimiser.load_state_dict(state['optimiser']); averages.values = state['averages']
     return state['step'], state['curve'], state['spent']
 
-# %% ../../nbs/2_models/22_train.ipynb #cfdb0cbc
+# %% ../../nbs/2_models/22_train.ipynb #4e94953b
 def fit(module:torch.nn.Module,   # weights to train, float32
         loss,                     # function of the step's number: the loss, or a dict with 'loss' and more to log
         steps:int,                # steps in all
@@ -103,6 +103,7 @@ def fit(module:torch.nn.Module,   # weights to train, float32
         weight_decay:float=0.01,  # of matrices only
         betas:tuple=(.9, .99),    # how long AdamW remembers gradients and their squares
         clip:float=1.,            # largest gradient norm
+        eps:float=1e-8,           # AdamW's smallest divisor
         decay:float=.999,         # of the averaged weights
         warmup:float=.05,         # share of the steps spent warming up
         every:float=60.,          # seconds between checkpoints
@@ -116,7 +117,7 @@ def fit(module:torch.nn.Module,   # weights to train, float32
     keep_memory(); AcceleratorState._reset_state()   # an earlier training in this process may have had another precision
     accelerator = Accelerator(mixed_precision=precision or fast_precision('cuda' if torch.cuda.is_available() else 'cpu'))
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True); path = folder/'checkpoint.pt'
-    optimiser = _optimiser(module, optimiser, lr, weight_decay, betas); weights = [p for g in optimiser.param_groups for p in g['params']]
+    optimiser = _optimiser(module, optimiser, lr, weight_decay, betas, eps); weights = [p for g in optimiser.param_groups for p in g['params']]
     module.to(accelerator.device); averages = Averages(module, decay)
     start, curve, spent = _resume(path, module, optimiser, averages, accelerator.device); sitting = curve[-1].get('sitting', 0) + 1 if curve else 0
     optimiser = accelerator.prepare(optimiser); begun = saved = time.time(); running = {}

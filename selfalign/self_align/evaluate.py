@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['HYPOTHESES', 'NUMBERS', 'MODES', 'UNTRAINED', 'METRICS', 'Hypothesis', 'verdict_of', 'answers', 'named_right',
-           'section_table', 'summarise', 'Scored', 'contrast', 'compare_arms', 'answer_columns', 'question_clusters',
-           'scored_arms', 'scored_retention', 'judged']
+           'Retention', 'section_table', 'summarise', 'Scored', 'contrast', 'compare_arms', 'answer_columns',
+           'question_clusters', 'scored_arms', 'scored_retention', 'judged']
 
-# %% ../../nbs/4_self_align/46_evaluate.ipynb #9cd33362
+# %% ../../nbs/4_self_align/46_evaluate.ipynb #7a9f6d58
 import json
 from typing import NamedTuple
 import numpy as np
@@ -15,7 +15,10 @@ import pandas as pd
 from ..benchmarks.audits import blind, shuffled, word_frequency
 from ..benchmarks.items import encode, predict
 from ..benchmarks.vl_checklist import item_values
+from ..data.captions import _article
+from ..data.readers import open_pairs
 from .lora import retrieval_hits
+from .sample import with_noise
 from ..study.settings import StudyError
 from ..study.stage import VERDICTS
 from ..study.statistics import Interval, bootstrap, holm, items_and_seeds, paired_seeds
@@ -74,6 +77,30 @@ def named_right(x,        # (n, d) unit vectors of pictures
                 )->np.ndarray:  # (n,) 0 or 1
     "Zero-shot classification."
     return ((np.asarray(x) @ np.asarray(prompts).T).argmax(1) == np.asarray(truth)).astype(float)
+
+# %% ../../nbs/4_self_align/46_evaluate.ipynb #e77c1c08
+class Retention:
+    "Pairs that no arm has seen, and what a model finds among them."
+    def __init__(self,
+                 source:str,   # as for `open_pairs`; the microworld's captions come without noise
+                 pairs:int,    # how many
+                 ):
+        found = open_pairs(with_noise(source, 0.))
+        self.kept = [r for r in (found[i] for i in range(min(pairs, len(found)))) if not r['problem']]
+        things = {i: json.loads(r['truth'])['things'] for i, r in enumerate(self.kept) if r['truth']}
+        self.truth = {i: t[0]['object'] for i, t in things.items() if len(t) == 1}
+        self.names = sorted({thing['object'] for t in things.values() for thing in t})
+
+    def __call__(self, encoder):
+        "Metric to one number a pair: `retrieval-r1`, and `zero-shot-accuracy` where the truth is known."
+        captions = [r['caption'] for r in self.kept]
+        x, y = encoder.encode_image([r['image'] for r in self.kept]).numpy(), encoder.encode_text(captions).numpy()
+        found = {'retrieval-r1': retrieval_hits(x, y, captions)}
+        if not self.truth: return found
+        prompts = encoder.encode_text([f'a photo of {_article(n)}' for n in self.names]).numpy()
+        return found | {'zero-shot-accuracy': named_right(x[list(self.truth)], prompts, [self.names.index(n) for n in self.truth.values()])}
+
+    def __repr__(self): return f'Retention({len(self.kept)} pairs, {len(self.truth)} of them with one thing of {len(self.names)} kinds)'
 
 # %% ../../nbs/4_self_align/46_evaluate.ipynb #b64cbe40
 def section_table(items,            # with category, dataset, file, key
