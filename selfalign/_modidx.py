@@ -177,6 +177,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'selfalign/benchmarks/power.py'),
                                             'selfalign.benchmarks.power.independent': ( '3_benchmarks/power.html#independent',
                                                                                         'selfalign/benchmarks/power.py'),
+                                            'selfalign.benchmarks.power.measured': ( '3_benchmarks/power.html#measured',
+                                                                                     'selfalign/benchmarks/power.py'),
                                             'selfalign.benchmarks.power.power_table': ( '3_benchmarks/power.html#power_table',
                                                                                         'selfalign/benchmarks/power.py'),
                                             'selfalign.benchmarks.power.simulated_power': ( '3_benchmarks/power.html#simulated_power',

@@ -63,22 +63,24 @@ def _pictures_below(folder):
     if not found: problems.append(problem(folder, '', 'a class without pictures', 'it can be answered, but it is never right'))
     return found, problems
 
-# %% ../../nbs/3_benchmarks/38_classification.ipynb #e5c6bdc8
+# %% ../../nbs/3_benchmarks/38_classification.ipynb #cca31e59
 def _class_folders(folder):
-    "The folders of the classes, sorted as ImageFolder sorts them."
+    "The folders of the classes, sorted as ImageFolder sorts them; hidden ones are none."
     if not Path(folder).is_dir(): raise BenchmarkError(f'{folder} is no folder; give one that holds a folder of pictures for each class')
-    found = sorted(p for p in Path(folder).iterdir() if p.is_dir() and not p.is_symlink() and not p.name.startswith('.'))
+    found = sorted(p for p in Path(folder).iterdir() if p.is_dir() and not p.name.startswith('.'))
+    links = [p for p in found if p.is_symlink()]
+    if links: raise BenchmarkError(f'{links[0]} is a link, which is not followed; copy the folder')
     if not found: raise BenchmarkError(f'{folder} holds no class folders; put the pictures of each class into a folder of its own')
     return found
 
-# %% ../../nbs/3_benchmarks/38_classification.ipynb #0c49c387
+# %% ../../nbs/3_benchmarks/38_classification.ipynb #9ce36d2b
 def _plain(name): return name.replace('_', ' ').casefold()
 
 def _assign(folders, names, where):
     "The number of the class that each folder holds."
-    number = {_plain(n): i for i, n in reversed(list(enumerate(names)))}
+    number, exact = ({form(n): i for i, n in reversed(list(enumerate(names)))} for form in (_plain, str))
     known = [_plain(f.name) in number for f in folders]
-    if all(known): return [number[_plain(f.name)] for f in folders]
+    if all(known): return [exact.get(f.name.replace('_', ' '), number[_plain(f.name)]) for f in folders]
     if any(known):
         odd = folders[known.index(False)]
         raise BenchmarkError(f'{odd} bears no name of the classes, though {sum(known)} other folders do; {nearest(odd.name, names)}')

@@ -69,14 +69,15 @@ class RatedQuestions(Benchmark):
     "Pictures and captions that people judged."
     prompt: str = 'A photo depicts {}'    # what the caption is put into
 
-# %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #5867eb24
+# %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #e0606866
 def _judged(part, path, captions, home, own):
-    "Items, pictures, problems and number of rows of one file."
-    items, pictures, problems, seen, i = [], {}, [], set(), 0
+    "Items, pictures and problems of one file."
+    items, pictures, problems, seen = [], {}, [], set()
     texts = pd.Series(captions).groupby(lambda key: key.rpartition('#')[0]).agg(set)
     for i, (image, caption, *judgement) in _rows(path, 5, problems):
         try:
             place = _below(home, image, f'row {i}')
+            if place.is_symlink(): raise ValueError(f'{image} is a link, which is not followed')
             if caption not in captions: raise ValueError(f'unknown caption id {caption!r}')
             if (image, caption) in seen: raise ValueError(f'{image} and {caption} come twice')
             found = (_marks if part == 'expert' else _votes)(judgement)
@@ -84,9 +85,9 @@ def _judged(part, path, captions, home, own):
         seen.add((image, caption)); pictures[image] = place
         items.append(dict(key=f'{part}:{i}', category=part, file=path.name, image=image, caption_id=caption, caption=captions[caption], own=captions[caption] in texts.get(image, ()), **found))
     if part in own_captions[own]: items = [item for item in items if not item['own']]
-    return items, pictures, problems, i
+    return items, pictures, problems
 
-# %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #e44707bb
+# %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #6c3fa3c2
 def read_human_agreement(data:str|Path,        # folder with the three files
                          images:str|Path='',   # folder with the pictures; empty: Flicker8k_Dataset in `data`
                          own:str='published',  # captions beside their own picture: published, kept, left out
@@ -101,7 +102,7 @@ def read_human_agreement(data:str|Path,        # folder with the three files
     items, pictures, expected = [], {}, {files[p]: 0 for p in files if p not in there}
     problems += [problem(data/name, '', 'not there', 'fetch it, or report the other set alone') for name in expected]
     for part, path in there.items():
-        mine, shown, wrong, rows = _judged(part, path, captions, home, own)
+        mine, shown, wrong = _judged(part, path, captions, home, own)
         items += mine; pictures |= shown; problems += wrong; expected[path.name] = len(mine) + len(wrong)
     if not items: raise BenchmarkError(f'{data}: no row of {" and ".join(p.name for p in there.values())} can be used; the first problem: {problems[0]["what"]}' if problems else f'{data}: the files are empty')
     return RatedQuestions(pd.DataFrame(items), pictures, expected, problems, prompt)

@@ -6,7 +6,7 @@
 __all__ = ['disguises', 'perceptual_hash', 'near_hashes', 'near_vectors', 'Fingerprints', 'fingerprints', 'suspected',
            'plain_caption', 'caption_overlap', 'leakage_summary', 'nearest_pairs', 'sensitivity']
 
-# %% ../../nbs/3_benchmarks/3a_leakage.ipynb #b545dadc
+# %% ../../nbs/3_benchmarks/3a_leakage.ipynb #981c3a55
 import io, unicodedata
 from dataclasses import dataclass
 import numpy as np
@@ -17,7 +17,7 @@ from .items import BenchmarkError, _open
 from ..data.images import ImageProblem
 from ..data.pairs import clean_caption
 from ..data.readers import problem
-from ..study.statistics import bootstrap
+from ..study.statistics import bootstrap, proportion
 
 # %% ../../nbs/3_benchmarks/3a_leakage.ipynb #7d190786
 def perceptual_hash(image   # PIL picture
@@ -120,15 +120,16 @@ def caption_overlap(test:dict,           # name → caption
     held.pop('', None); same = {name: p for name, text in test.items() if (p := plain_caption(text)) in held}
     return pd.DataFrame([dict(check='caption', test=name, train=held[p][0], value=float(len(held[p])), words=len(p.split())) for name, p in same.items()], columns=['check', 'test', 'train', 'value', 'words'])
 
-# %% ../../nbs/3_benchmarks/3a_leakage.ipynb #df306865
+# %% ../../nbs/3_benchmarks/3a_leakage.ipynb #3575910a
 def leakage_summary(suspects:pd.DataFrame,  # rows of `suspected` and `caption_overlap`
                     names,                  # all test pictures (or captions) that were checked
+                    checks=('hash', 'mirrored hash', 'embedding'),   # that were made, also those that found nothing
                     **kwargs,               # repeats, seed, level of `bootstrap`
                    )->pd.DataFrame:         # check, pairs, items, share, low, high, n
     "Counts by check."
-    names = list(names)
+    names, rows = list(names), []
     if not names: raise BenchmarkError('no test pictures were checked; a share of nothing is no number')
-    checks, rows = dict.fromkeys(suspects.check), []
+    checks = dict.fromkeys([*checks, *suspects.check])
     for check, part in [*((c, suspects[suspects.check == c]) for c in checks), ('any', suspects)]:
         hit = set(part.test); share = bootstrap([n in hit for n in names], **kwargs)
         rows.append(dict(check=check, pairs=len(part), items=sum(n in hit for n in names), share=share.value, low=share.low, high=share.high, n=len(names)))
@@ -160,18 +161,20 @@ def nearest_pairs(test:Fingerprints,    # some pictures
     if test.vectors.size: found['embedding'] = np.array([(train.vectors @ v).max() for v in test.vectors])
     return found
 
-# %% ../../nbs/3_benchmarks/3a_leakage.ipynb #fe593a17
+# %% ../../nbs/3_benchmarks/3a_leakage.ipynb #4fd52a2c
 def sensitivity(originals:dict,    # name → picture of the training set
                 unrelated:dict,    # name → picture that is not in it
                 train:Fingerprints,  # of the whole training set
                 encoder=None,      # `encode_image`
-                most=tuple(range(0, 21, 2)),                   # thresholds of the hash, bits
+                most=tuple(range(0, 17, 2)),                   # thresholds of the hash, bits
                 least=(.999, .995, .99, .98, .97, .95, .9),    # thresholds of the embedding
-               )->pd.DataFrame:    # check, threshold, disguise, found
+               )->pd.DataFrame:    # check, threshold, disguise, found, low, high, n
     "What each threshold finds; `disguise` 'false alarm' is what it finds without a copy."
     rows = []
     def add(check, near, disguise):
-        for t in least if check == 'embedding' else most: rows.append(dict(check=check, threshold=t, disguise=disguise, found=float((near >= t if check == 'embedding' else near <= t).mean())))
+        for t in least if check == 'embedding' else most:
+            share = proportion(near >= t if check == 'embedding' else near <= t)
+            rows.append(dict(check=check, threshold=t, disguise=disguise, found=share.value, low=share.low, high=share.high, n=share.n))
     own = fingerprints(originals, encoder)
     for name, disguise in disguises.items():
         copy = fingerprints({n: disguise(_open(p)) for n, p in originals.items()}, encoder)
