@@ -84,7 +84,7 @@ def broken_negative(positive:str,   # e.g. bicycle ON sidewalk
     p, n = positive.split(), negative.split()
     return len(p) > 2 and not set(p[1:-1]) & set(n[1:-1])
 
-# %% ../../nbs/3_benchmarks/3b_catalogue.ipynb #03897e7d
+# %% ../../nbs/3_benchmarks/3b_catalogue.ipynb #0eb7a75c
 def _official(part):
     "The usual average of file accuracies that were rounded to four digits."
     files = part.groupby(['category', 'dataset', 'file']).correct.mean().round(4)
@@ -96,7 +96,7 @@ def checklist_rows(predictions:pd.DataFrame,  # answers of one mode
     "Categories and sections of VL-CheckList, averaged in five ways."
     rows = []
     for name, part in _groups(predictions):
-        broken = part.file.str.endswith('/vg_obj') & [broken_negative(p, n) for p, n in zip(part.positive, part.negative)]
+        broken = part.file.str.endswith('/vg_obj') & np.array([broken_negative(p, n) for p, n in zip(part.positive, part.negative)])
         usual, whole, distinct = item_values(part), part[~broken], part.drop_duplicates(['image', 'positive', 'negative'])
         means = {'accuracy': (usual, part), 'official': (usual - usual.mean() + _official(part), part), 'mean over items': (part.correct, part), 'distinct items': (distinct.correct, distinct)}
         if len(whole): means['without broken negatives'] = item_values(whole), whole
@@ -150,7 +150,7 @@ def _checked(task, given):
         except (TypeError, ValueError): raise BenchmarkError(f'{task.name}: {name}={value} is no {kind.__name__}') from None
     return found
 
-# %% ../../nbs/3_benchmarks/3b_catalogue.ipynb #50c4cc94
+# %% ../../nbs/3_benchmarks/3b_catalogue.ipynb #5e44d7b3
 def gains(task:Task,                 # with groups
           predictions:pd.DataFrame,  # of all modes
          )->pd.DataFrame:            # row, metric, mode, value, low, high, n
@@ -159,12 +159,12 @@ def gains(task:Task,                 # with groups
     plain = dict(task.groups(predictions[predictions['mode'] == against]))
     for row, part in task.groups(predictions[predictions['mode'] == 'looking']):
         other = plain[row].set_index('key').correct.loc[part.key].to_numpy()
-        tests.append((row, paired_difference(part.correct, other, part.image), mcnemar(part.correct, other).p))
+        tests.append((row, paired_difference(part.correct, other, part.get('cluster', part.image)), mcnemar(part.correct, other).p))
     corrected = holm([p for *_, p in tests])
     rows = [dict(row=row, metric=f'gain over {against}', mode='', **d._asdict()) for row, d, _ in tests]
     return pd.DataFrame(rows + [dict(row=row, metric='corrected p', mode='', value=float(p), n=d.n, unit='ratio', better='') for (row, d, _), p in zip(tests, corrected)]).drop(columns='seeds')
 
-# %% ../../nbs/3_benchmarks/3b_catalogue.ipynb #829f8526
+# %% ../../nbs/3_benchmarks/3b_catalogue.ipynb #8bdeb36d
 def measure(task:Task,                 # of the catalogue
             predictions:pd.DataFrame,  # of all modes
            )->pd.DataFrame:            # row, metric, mode, value, low, high, n, chance, unit, better
@@ -175,7 +175,7 @@ def measure(task:Task,                 # of the catalogue
         tables.append(table.assign(mode=mode) if 'chance' in table else table.assign(mode=mode, chance=task.chance))
     if task.groups and task.audits: tables.append(gains(task, predictions))
     found = pd.concat([t.dropna(axis=1, how='all') for t in tables], ignore_index=True).reindex(columns=['row', 'metric', 'mode', 'value', 'low', 'high', 'n', 'chance', 'unit', 'better'])
-    return found.assign(unit=found.unit.fillna('fraction'), better=found.better.fillna('up'))
+    return found.assign(unit=found.unit.astype(object).fillna('fraction'), better=found.better.astype(object).fillna('up'))
 
 # %% ../../nbs/3_benchmarks/3b_catalogue.ipynb #26b35a8a
 def at_hand(questions         # items and pictures

@@ -63,7 +63,7 @@ def whole_examples(predictions:pd.DataFrame  # of items
     "Leave out examples of which only one picture could be asked about."
     return predictions[predictions.groupby('example').example.transform('size') == 2].reset_index(drop=True)
 
-# %% ../../nbs/3_benchmarks/36_winoground.ipynb #a17a35ba
+# %% ../../nbs/3_benchmarks/36_winoground.ipynb #39910619
 def winoground_scores(predictions:pd.DataFrame  # of items
                      )->pd.DataFrame:           # one row an example: example, tag, the four scores, text, image, group
     "Text, image and group score of each example by the official definition."
@@ -71,16 +71,16 @@ def winoground_scores(predictions:pd.DataFrame  # of items
     if not len(p): raise BenchmarkError('not one example has both of its pictures; put the missing ones in place')
     zero, one = (p[p.key.str.endswith(f'/{j}')].set_index('example') for j in (0, 1))
     one = one.loc[zero.index]
-    s = pd.DataFrame(dict(tag=zero.tag, image=zero.image, c0_i0=zero.score_positive, c1_i0=zero.score_negative, c1_i1=one.score_positive, c0_i1=one.score_negative))
+    s = pd.DataFrame(dict(tag=zero.tag, c0_i0=zero.score_positive, c1_i0=zero.score_negative, c1_i1=one.score_positive, c0_i1=one.score_negative))
     text, image = (s.c0_i0 > s.c1_i0) & (s.c1_i1 > s.c0_i1), (s.c0_i0 > s.c0_i1) & (s.c1_i1 > s.c1_i0)
     return s.assign(text=text, image=image, group=text & image).reset_index()
 
-# %% ../../nbs/3_benchmarks/36_winoground.ipynb #ddc1146c
+# %% ../../nbs/3_benchmarks/36_winoground.ipynb #2185a16c
 def winoground_groups(predictions:pd.DataFrame  # of items
                      ):                         # pairs of row and its examples, with `correct`
     "Text, image and group."
     scores = winoground_scores(predictions)
-    for name in SCORES: yield name, scores.assign(correct=scores[name], key=scores.example)
+    for name in SCORES: yield name, scores.assign(correct=scores[name], key=scores.example, image=scores.example)
 
 def winoground_table(predictions:pd.DataFrame,  # of items, from a model or an audit
                      **kwargs,                  # repeats, seed, level of `bootstrap`
