@@ -319,9 +319,13 @@ def test_a_folder_with_something_else_is_not_touched(tmp_path):
 
 def test_the_bar_changes_no_vector():
     class Counts(Hand):
-        def encode_text(self, texts): self.calls = getattr(self, 'calls', []) + [len(texts)]; return super().encode_text(texts)
+        calls = ()
+        def encode_text(self, texts): self.calls += (len(texts),); return super().encode_text(texts)
+        def encode_image(self, images, aspect='crop'): return super().encode_image(images)*(1 if aspect == 'crop' else 2)
     hand, texts = Counts(), [f't{i}' for i in range(2500)]; w = ct.Watched(hand, 3)
-    assert (w.encode_text(texts) == Hand().encode_text(texts)).all() and hand.calls == [1024, 1024, 452] and w.dimension == 6
+    assert (w.encode_text(texts) == Hand().encode_text(texts)).all() and hand.calls == (1024, 1024, 452) and w.dimension == 6
+    shown = [Image.new('RGB', (2, 2), colour(i)) for i in range(700)]; w = ct.Watched(Counts(), 700)
+    assert (np.concatenate([w.encode_image(shown[:350]), w.encode_image(shown[350:], aspect='pad')/2]) == Hand().encode_image(shown)).all()
 
 @pytest.mark.parametrize('options, message', [(dict(splits='val'), "did you mean 'split'"), (dict(first='three'), 'is no int')])
 def test_options_are_checked(options, message):

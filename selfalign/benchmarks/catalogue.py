@@ -185,19 +185,20 @@ def at_hand(questions         # items and pictures
     if not gone: return questions.items, []
     return questions.items[~questions.items.image.isin(gone)], open_pictures(questions, [n for n in gone if (questions.items.image == n).any()])[1]
 
-# %% ../../nbs/3_benchmarks/3b_catalogue.ipynb #f9b29aff
+# %% ../../nbs/3_benchmarks/3b_catalogue.ipynb #d67a038f
 class Watched:
     "An encoder with a progress bar; large numbers of texts go to it in portions."
     def __init__(self, encoder, pictures): self.encoder, self.bar = encoder, tqdm(total=pictures, desc='pictures', disable=pictures < 500)
     def __getattr__(self, name): return getattr(self.encoder, name)
-    def encode_image(self, images):
+    def encode_image(self, images, **kwargs):
         "The encoder's vectors."
-        found = self.encoder.encode_image(images); self.bar.update(len(images))
+        found = self.encoder.encode_image(images, **kwargs); self.bar.update(len(images))
+        if self.bar.n >= self.bar.total: self.bar.close()
         return found
-    def encode_text(self, texts):
+    def encode_text(self, texts, **kwargs):
         "The encoder's vectors."
-        texts = list(texts); parts = range(0, len(texts), 1024); self.bar.close()
-        return np.concatenate([np.asarray(self.encoder.encode_text(texts[i:i + 1024])) for i in tqdm(parts, desc='texts', disable=len(parts) < 3)])
+        texts = list(texts); parts = range(0, max(len(texts), 1), 1024)
+        return np.concatenate([np.asarray(self.encoder.encode_text(texts[i:i + 1024], **kwargs)) for i in tqdm(parts, desc='texts', disable=len(parts) < 3)])
 
 # %% ../../nbs/3_benchmarks/3b_catalogue.ipynb #0c10fbce
 FILES = ('benchmark.json', 'coverage.csv', 'predictions.parquet', 'problems.csv', 'results.csv')
