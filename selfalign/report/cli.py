@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'command', 'fail', 'show_table', 'run', 'report', 'stages', 'params', 'compare', 'doctor',
-           'inspect', 'link', 'pretrain', 'lab', 'main']
+           'inspect', 'link', 'benchmark', 'pretrain', 'lab', 'main']
 
 # %% ../../nbs/8_report/83_cli.ipynb #284b1032
 import functools, sys
@@ -204,6 +204,43 @@ def link(
     try: target.symlink_to(folder.resolve(), target_is_directory=True)
     except OSError: shutil.copytree(folder, target) # a system without links
     print(f'data/{name} → {folder}')
+
+# %% ../../nbs/8_report/83_cli.ipynb #a97970f0
+def _list_benchmarks():
+    "Print what can be asked."
+    from selfalign.benchmarks.catalogue import TASKS, task_options
+    options = lambda t: ', '.join(f'{k}={v}' for k, v in task_options(t).items())
+    show_table(['benchmark', 'what it asks', 'audits', 'options'], [(t.name, t.title, ', '.join(t.audits), options(t)) for t in TASKS.values()])
+
+def _cells(r, audits):
+    "One printed row of a benchmark's table."
+    from selfalign.report.tables import amount
+    bare = lambda v: amount(v, r['unit'], bare=True)
+    sure = f'{bare(r["low"])} to {bare(r["high"])}' if r['low'] == r['low'] else ''
+    return r['row'], r['metric'], amount(r['value'], r['unit']), sure, f"{r['n']:,.0f}", bare(r['chance']), *(bare(r[a]) for a in audits), amount(r.get('corrected p'), 'ratio')
+
+# %% ../../nbs/8_report/83_cli.ipynb #45ab8758
+@command()
+def benchmark(
+    name:Annotated[str, Argument()]='', # which one; none: list them
+    model:str='', # the model: library:folder-or-hub-id
+    data:str='', # where the benchmark lies: a folder, a file, or a source of pairs
+    images:str='', # where its pictures lie, if elsewhere
+    least:float=.99, # share of every file that must be answered
+    out:Path=None, # folder for the results; default: data/runs/_benchmarks/NAME/MODEL
+    first:int=None, # ask only so many items (pictures, examples) of each file; 0: all; default: the benchmark's own
+    option:Annotated[list[str], Option('-o', '--option', metavar='NAME=VALUE')]=None, # something else to set, see --list; may be repeated
+    everything:Annotated[bool, Option('--list')]=False, # list the benchmarks and their options
+):
+    "Ask a model a benchmark, blindfold it, and put both side by side."
+    if everything or not name: return _list_benchmarks()
+    from selfalign.benchmarks.catalogue import results_folder, run_task, side_by_side
+    given = dict(o.partition('=')[::2] for o in option or []) | ({} if first is None else dict(first=first))
+    if not (model and data): fail(f'say which model and which data: selfalign benchmark {name} --model open_clip:data/micro/clip --data FOLDER')
+    wide = side_by_side(run_task(name, model, data, images, out, least, **given))
+    audits = [c for c in wide if c not in ('row', 'metric', 'value', 'low', 'high', 'n', 'chance', 'unit', 'corrected p') and not c.startswith('gain')]
+    show_table(['row', 'metric', 'value', '95 % interval', 'n', 'chance', *audits, 'corrected p'], [_cells(r, audits) for r in wide.to_dict('records')], f'{name}, {model}')
+    print(f'Written to {_shown(Path(out or results_folder(name, model)))}')
 
 # %% ../../nbs/8_report/83_cli.ipynb #d0cc5629
 @command()
