@@ -722,6 +722,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                              'selfalign.models.vocabulary.vocabulary': ( '2_models/vocabulary.html#vocabulary',
                                                                                          'selfalign/models/vocabulary.py')},
             'selfalign.report.cli': { 'selfalign.report.cli._explained': ('8_report/cli.html#_explained', 'selfalign/report/cli.py'),
+                                      'selfalign.report.cli._most': ('8_report/cli.html#_most', 'selfalign/report/cli.py'),
                                       'selfalign.report.cli._plain': ('8_report/cli.html#_plain', 'selfalign/report/cli.py'),
                                       'selfalign.report.cli._shown': ('8_report/cli.html#_shown', 'selfalign/report/cli.py'),
                                       'selfalign.report.cli.command': ('8_report/cli.html#command', 'selfalign/report/cli.py'),
