@@ -80,7 +80,7 @@ for reader, (name, form) in FORMS.items():
         case(reader, f'caption: {what}', name, content, said)
 
 PATHS = {'up': ('../secret.jpg', 'leaves the folder'), 'up inside': ('a/../../secret.jpg', 'leaves the folder'), 'absolute': ('/etc/passwd', 'leaves the folder'), 'backslash': ('a\\b.jpg', 'leaves the folder'),
-         'drive': ('C:/x.jpg', 'leaves the folder'), 'an address': ('https://example.org/x.jpg', 'address|leaves|plain file'), 'NUL': ('a\0.jpg', 'leaves the folder'), 'endless': ('x'*2000, 'leaves the folder|several ways'),
+         'drive': ('C:/x.jpg', 'leaves the folder'), 'an address': ('https://example.org/x.jpg', 'address|leaves|plain file'), 'NUL': ('a\0.jpg', 'leaves the folder'), 'endless': ('x'*2000, 'too long'),
          'empty': ('', 'no picture|no name'), 'not there': ('gone.jpg', 'not there'), 'a folder': ('inside', 'no plain file'), 'a link that leads out': ('link.jpg', 'leaves')}
 for reader, (name, form) in FORMS.items():
     for what, (path, said) in PATHS.items(): case(reader, f'path: {what}', name, form([GOOD[0], ('bad', path, 'a bad one'), *GOOD[1:]]), said)
@@ -109,7 +109,7 @@ for reader in JSON:
     for what, bad in {'a number': b'7', 'null': b'null', 'a list': b'[1, 2]', 'a text': b'"text"', 'true': b'true'}.items(): case(reader, f'entry: {what}', name, entries(reader, bad), 'no object')
     for what, bad in {'nothing in it': b'{}', 'NaN': b'{"id": NaN, "image": NaN, "caption": NaN}', 'wrong types': b'{"id": [1], "image": {"a": 1}, "conversations": 3, "sentences": "x"}',
                       'numbers': b'{"id": 1e999, "image": 5, "filename": 5, "file_name": 6}', 'lone surrogate': b'{"id": "\\ud800", "image": "\\udfff.jpg", "filename": "\\udfff.jpg", "file_name": "\\udfff.jpg"}'}.items():
-        case(reader, f'entry: {what}', name, entries(reader, bad), 'no (key|picture|caption)|not there|a caption without')
+        case(reader, f'entry: {what}', name, entries(reader, bad), 'no (key|picture|caption)|is empty|not there|a caption without')
     for what, bad in {'deeply nested': b'['*100_000, 'single quotes': b"{'id': 1}", 'a comment': b'// no', 'two commas': b',', 'an open text': b'"abc', 'a bad escape': b'"\\x"', 'a raw line break': b'"a\nb"', 'leading zero': b'007'}.items():
         case(reader, f'syntax: {what}', name, entries(reader, bad), 'damaged JSON', stay=reader != 'coco' and 'first')
     for what, bad in {'half': good[:len(good)//2], 'without its end': good[:-1]}.items(): case(reader, f'cut: {what}', name, bad, 'damaged JSON', stay=False if reader == 'coco' and what == 'half' else 'first')
@@ -118,7 +118,7 @@ for reader in JSON:
                       'gzip': gzip.compress(good, mtime=0), 'zip': b'PK\3\4' + good, 'a web page': b'<!DOCTYPE html><html>404</html>', 'binary': bytes(range(256))*8, 'one bracket': b'[', 'nested': b'['*200_000, 'nested objects': b'{"a":'*100_000}.items():
         case(reader, f'file: {what}', name, bad, 'empty|damaged|no pair|no usable|compressed|UTF-16|no object', stay=False)
     case(reader, 'key twice', name, form([*GOOD, (GOOD[0][0], 'bad.jpg' if reader != 'karpathy' else 'one.jpg', 'a bad one')]) if reader != 'karpathy' else good.replace(b'"raw": "a good cat"', b'"raw": ""'), 'duplicate key|listed twice|no caption', stay=reader != 'karpathy' and True or 'some')
-    case(reader, 'a folder in its place', name, 'folder', 'is a folder', stay=False)
+    case(reader, 'a folder in its place', name, 'folder', 'nothing known in it', stay=False)
 
 for reader in TABLES:
     name, form = FORMS[reader]; good = form(GOOD); sep = b'\t' if reader == 'tsv' else b','; head, *rest = good.split(b'\n'); middle = b'\n'.join([head, rest[0], b'BAD', *rest[1:]])
@@ -126,9 +126,9 @@ for reader in TABLES:
                               'quotation mark never closed': (b'"never' + sep + b'x', 'quotation mark'), 'marks that do not match': (sep.join([b'"a"b', b'x', b'y']), 'quotation marks|no row|cells'), 'binary': (bytes(range(1, 9)) + b'\xff\xfe', 'wrong number of cells'),
                               'a very long line': (b'x'*5_000_000, 'too long'), 'NULs': (b'\0\0\0', 'wrong number of cells'), 'a web page': (b'<html><body>404</body></html>', 'wrong number of cells')}.items(): case(reader, f'row: {what}', name, middle.replace(b'BAD', bad), said)
     for what, (bad, said) in {'empty': (b'', 'empty'), 'blank': (b'\n\n\n', 'empty'), 'only names': (head + b'\n', 'no pair'), 'without names': (b'\n'.join(rest), 'no column|no pair|addresses'), 'UTF-16': (good.decode().encode('utf-16'), 'UTF-16'), 'gzip': (gzip.compress(good, mtime=0), 'compressed'),
-                              'no picture column': (good.replace(b'image', b'x').replace(b'file', b'x').replace(b'Image Path', b'x'), 'image'), 'no caption column': (good.replace(b'caption', b'x'), 'caption'), 'a name twice': (head.replace(head.split(sep)[0], head.split(sep)[1], 1) + b'\n' + b'\n'.join(rest), 'comes twice'),
+                              'no picture column': (good.replace(b'image', b'x').replace(b'file', b'x').replace(b'Image Path', b'x'), 'for the image|to hold the image|Image Path'), 'no caption column': (good.replace(b'caption', b'x'), 'caption'), 'a name twice': (head.replace(head.split(sep)[0], head.split(sep)[1], 1) + b'\n' + b'\n'.join(rest), 'comes twice'),
                               'a web page': (b'<html>\n<body>404</body>\n</html>', 'column'), 'binary': (bytes(range(256))*8, 'column|no pair|cells|twice|quotation')}.items(): case(reader, f'file: {what}', name, bad, said, stay=False)
-    case(reader, 'a folder in its place', name, 'folder', 'is a folder', stay=False)
+    case(reader, 'a folder in its place', name, 'folder', 'nothing known in it', stay=False)
     case(reader, 'same picture, same caption', name, good + rest[0] + b'\n', 'duplicate|same picture with the same caption')
 for reader, head in (('csv', 'image,title,text\n'), ('csv', 'image,file_name,caption\n'), ('tsv', 'image\tcaption\ttext\n')): case(reader, f'two columns: {head.strip()}', FORMS[reader][0], (head + 'one.jpg' + ('\t' if reader == 'tsv' else ',') + 'x' + ('\t' if reader == 'tsv' else ',') + 'y\n').encode(), 'several columns', stay=False)
 case('tsv', 'addresses without names', 'Train_GCC-training.tsv', b'a bus station\thttp://lh6.example.org/1.jpg\na dog\thttp://lh6.example.org/2.jpg\n', 'img2dataset', stay=False)
@@ -136,7 +136,7 @@ case('csv', 'addresses with names', 'pairs.csv', b'url,caption\nhttp://example.o
 
 good = FORMS['jsonl'][1](GOOD); first, second, *_ = good.split(b'\n')
 for what, (bad, said) in {'a number': (b'5', 'no object'), 'a list': (b'[1]', 'no object'), 'a text': (b'"x"', 'no object'), 'null': (b'null', 'no object'), 'no JSON': (b'hello', 'damaged JSON'), 'cut off': (second[:20], 'damaged JSON'), 'deeply nested': (b'['*100_000, 'damaged JSON'), 'two in a line': (second + second, 'damaged JSON'),
-                          'nothing in it': (b'{}', 'no key|no picture'), 'NaN': (b'{"key": NaN, "file_name": NaN, "text": NaN}', 'no key'), 'a very long line': (b'"' + b'x'*5_000_000 + b'"', 'too long'), 'binary': (b'\xff\x00\x01', 'damaged JSON'), 'key twice': (plain(dict(key='k1', file_name='bad.jpg', text='x')), 'duplicate key'),
+                          'nothing in it': (b'{}', 'is empty'), 'NaN': (b'{"key": NaN, "file_name": NaN, "text": NaN}', 'no picture'), 'a very long line': (b'"' + b'x'*5_000_000 + b'"', 'too long'), 'binary': (b'\xff\x00\x01', 'damaged JSON'), 'key twice': (plain(dict(key='k1', file_name='bad.jpg', text='x')), 'duplicate key'),
                           'caption is an object': (b'{"key": "b", "file_name": "bad.jpg", "text": {"a": 1}}', 'no caption'), 'caption is a list of numbers': (b'{"key": "b", "file_name": "bad.jpg", "text": [1, 2]}', 'no caption')}.items(): case('jsonl', f'row: {what}', 'metadata.jsonl', first + b'\n' + second + b'\n' + bad + b'\n' + good[len(first) + len(second) + 2:] if what != 'key twice' else good + bad, said)
 for what, bad in {'empty': b'', 'numbers': b'1\n2\n', 'UTF-16': good.decode().encode('utf-16'), 'a list over lines': b'[\n{},\n{}\n]', 'a web page': b'<html>\n</html>'}.items(): case('jsonl', f'file: {what}', 'metadata.jsonl', bad, 'empty|no usable|UTF-16|no pair|no column', stay=False)
 

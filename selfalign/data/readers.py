@@ -82,19 +82,20 @@ def _refused(member):
     if member.issym() or member.islnk(): return 'it is a link'
     return '' if member.isreg() else 'it is no plain file'
 
-# %% ../../nbs/1_data/12_readers.ipynb #a40dc19d
+# %% ../../nbs/1_data/12_readers.ipynb #481e92ce
 @functools.lru_cache(2048)
 def _index(path, stamp):
     "Names, offsets and sizes of the readable members of an archive, and the problems met."
     import pyarrow as pa
-    members, problems = {}, []
+    members, problems, end = {}, [], 0
     try:
         with tarfile.open(path, 'r:') as archive:
             for m in archive:
                 why = '' if m.isdir() else _refused(m) or ('its name comes twice' if m.name in members else '')
                 if why: problems.append(problem(path.name, m.name, f'not read: {why}', 'repair the archive'))
                 elif not m.isdir(): members[m.name] = (m.offset_data, m.size)
-                archive.members = []
+                archive.members = []; end = m.offset_data + -(-m.size//512)*512
+        if stamp[0] < end + 512: problems.append(problem(path.name, '', 'the archive is damaged: it has no end', f'fetch it again; its {len(members)} files are used'))
     except (tarfile.TarError, EOFError, OSError, ValueError) as e:
         problems.append(problem(path.name, '', f'the archive is damaged: {e}', f'fetch it again; the {len(members)} files before the damage are used'))
     names = pa.array([n.encode('utf-8', 'replace').decode() for n in members], pa.string())

@@ -95,7 +95,7 @@ def _details(data):
     except (ValueError, RecursionError): found = None
     return (found, []) if isinstance(found, dict) else ({}, ['unreadable JSON beside the picture ignored'])
 
-# %% ../../nbs/1_data/18_shards.ipynb #884451be
+# %% ../../nbs/1_data/18_shards.ipynb #7eb4cd28
 class TarPairs:
     "Pairs in webdataset shards."
     def __init__(self,
@@ -108,7 +108,7 @@ class TarPairs:
         keys = pa.chunked_array([k for k, _ in found], pa.string())
         self._where = np.concatenate([w for _, w in found])
         self._keep(keys)
-        if not len(self) and self.problems: raise SourceError('{file}: no usable pair; the first problem, {row}: {what}; {remedy}'.format(**self.problems[0]))
+        if not len(self) and self.problems: raise SourceError('{file}: no usable pair; {row}: {what}; {remedy}'.format(**self.problems[0]))
         if not len(self): raise SourceError(f'{self.shards[0].name}: no pair of a picture and a caption in it; fetch it again, or name other archives')
     def __len__(self): return len(self.keys)
 

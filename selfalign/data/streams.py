@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['longest', 'separators', 'Damage', 'open_text', 'text_lines', 'csv_rows', 'json_items', 'find_separator', 'records']
 
-# %% ../../nbs/1_data/19_streams.ipynb #9a0d203c
+# %% ../../nbs/1_data/19_streams.ipynb #c66daf3c
 import csv, io, itertools, json, re
 from collections import deque
 from contextlib import contextmanager
 from pathlib import Path
+from fastcore.basics import patch
 from .readers import SourceError
 
 # %% ../../nbs/1_data/19_streams.ipynb #386fbb6b
@@ -56,7 +57,7 @@ def text_lines(path:str|Path,  # a text file
             while not whole: whole = (more := file.readline(longest)) == '' or more.endswith('\n'); line = None
             yield number, line if line is None else line.removesuffix('\n')
 
-# %% ../../nbs/1_data/19_streams.ipynb #f30bf199
+# %% ../../nbs/1_data/19_streams.ipynb #b528520e
 def _row(lines, separator):
     "The cells of a row that takes all these lines; None if it is not complete; a text if it is wrong."
     try: return next(csv.reader([l + '\n' for l in lines[:-1]] + lines[-1:], delimiter=separator, strict=True), [])
@@ -64,6 +65,7 @@ def _row(lines, separator):
         if 'unexpected end' in str(e): return None
         return 'the quotation marks do not match' if len(lines) > 1 or 'expected after' in str(e) else f'it is no row of a table ({e})'
 
+# %% ../../nbs/1_data/19_streams.ipynb #99f8a445
 def csv_rows(path:str|Path,     # a text file
              separator:str=',', # between the cells
              ):                 # gives (number of the line, list of cells, or a text that says what is wrong)
@@ -77,7 +79,7 @@ def csv_rows(path:str|Path,     # a text file
         if not isinstance(cells, list): cells = cells or 'a quotation mark is not closed'; waiting.extendleft(taken[:0:-1])
         if cells: yield first[0], cells
 
-# %% ../../nbs/1_data/19_streams.ipynb #89faaa1f
+# %% ../../nbs/1_data/19_streams.ipynb #745f3f66
 _decoder, _space = json.JSONDecoder(), re.compile(r'[ \t\r\n]*')
 class _Json:
     "The part of a JSON file that is in memory."
@@ -92,25 +94,30 @@ class _Json:
             self.at = _space.match(self.text, self.at).end()
             if self.at < len(self.text): return self.text[self.at]
             if not self.more(): return ''
-    def take(self, letters):
-        "One of these letters."
-        if (found := self.peek()) not in letters or not found: raise ValueError(f'{found!r} where one of {letters} should be' if found else 'the file breaks off')
-        self.at += 1
-        return found
-    def value(self):
-        "The next value."
-        self.peek()
-        while True:
-            wrong = None
-            try:
-                value, end = _decoder.raw_decode(self.text, self.at)
-                if end < len(self.text) or self.ended: self.at = end; return value
-            except RecursionError: raise ValueError('nested too deeply') from None
-            except ValueError as e: wrong = getattr(e, 'msg', str(e))
-            if wrong and len(self.text) - self.at > longest: raise ValueError(wrong)
-            if not self.more() and wrong: raise ValueError(f'the file breaks off or is damaged ({wrong})')
 
-# %% ../../nbs/1_data/19_streams.ipynb #5f2eeb8f
+# %% ../../nbs/1_data/19_streams.ipynb #8390fcf8
+@patch
+def take(self:_Json, letters):
+    "One of these letters."
+    if (found := self.peek()) not in letters or not found: raise ValueError(f'{found!r} where one of {letters} should be' if found else 'the file breaks off')
+    self.at += 1
+    return found
+
+@patch
+def value(self:_Json):
+    "The next value."
+    self.peek()
+    while True:
+        wrong = None
+        try:
+            value, end = _decoder.raw_decode(self.text, self.at)
+            if end < len(self.text) or self.ended: self.at = end; return value
+        except RecursionError: raise ValueError('nested too deeply') from None
+        except ValueError as e: wrong = getattr(e, 'msg', str(e))
+        if wrong and len(self.text) - self.at > longest: raise ValueError(wrong)
+        if not self.more() and wrong: raise ValueError(f'the file breaks off or is damaged ({wrong})')
+
+# %% ../../nbs/1_data/19_streams.ipynb #d07c5398
 def _list(t, name):
     "The entries of a list."
     t.take('['); t.number = 0
@@ -120,6 +127,7 @@ def _list(t, name):
         t.number += 1
         if t.take(',]') == ']': return
 
+# %% ../../nbs/1_data/19_streams.ipynb #2ae950bb
 def json_items(path:str|Path,  # a JSON file
                ):              # gives (name of the list, or empty, number of the entry, or None, entry)
     "The entries of a JSON list, or those of all lists in an object; raises `Damage` where it cannot go on."
@@ -139,7 +147,7 @@ def json_items(path:str|Path,  # a JSON file
             if t.peek(): raise ValueError(f'{t.peek()!r} after the end; JSON Lines are called .jsonl')
         except ValueError as e: raise Damage(Path(path).name, f'{name}[{t.number}]' if t.number is not None else name, f'damaged JSON: {e}', 'fetch the file again; what comes before is used') from None
 
-# %% ../../nbs/1_data/19_streams.ipynb #96d7b511
+# %% ../../nbs/1_data/19_streams.ipynb #74fd2222
 separators = {'.tsv': '\t', '.token': '\t'}
 def find_separator(path:str|Path,  # a table
                    )->str:         # one letter
@@ -148,6 +156,7 @@ def find_separator(path:str|Path,  # a table
     first = next((line for _, line in text_lines(path) if line), '')
     return max('\t,;|', key=first.count)
 
+# %% ../../nbs/1_data/19_streams.ipynb #d3dff121
 def records(path:str|Path,  # .csv, .tsv, .jsonl or .json
             ):              # gives (row, dictionary, or a text that says what is wrong)
     "The rows of a table as dictionaries."

@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['columns', 'as_row', 'store', 'group_captions', 'picture_folder', 'TablePairs']
 
-# %% ../../nbs/1_data/1a_tables.ipynb #5d621609
-import json, tempfile
+# %% ../../nbs/1_data/1a_tables.ipynb #6dcfe006
+import json, os, tempfile
 from itertools import islice
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from ..study.settings import at_root, find_root
-from .pairs import PairsError, below
 from .readers import Problems, SourceError, make_record, read_picture
 from .shards import Texts, as_caption, as_captions, first_rows, key_numbers
 from .streams import Damage
@@ -32,15 +31,16 @@ def as_row(row:str,       # where it stands, e.g. `line 7`
     key = str(key) if isinstance(key, (str, int)) and not isinstance(key, bool) else ''
     return row, key, image, caption, captions, scene, caption_source
 
-# %% ../../nbs/1_data/1a_tables.ipynb #a3189e5d
+# %% ../../nbs/1_data/1a_tables.ipynb #70b3107b
 def _wrong(key, image, caption):
     "What makes a row unusable, and the remedy; or None."
-    if not key.strip() or len(key) > 500: return f'no key: {len(key)} letters' if key else 'no key', 'give every pair a key of its own'
     if image is None and caption is None: return 'no picture and no caption', 'leave the row out'
     if image is not None and (not isinstance(image, str) or not image.strip()): return 'no picture', 'name its file'
     if image and image[:8].lower().startswith(('http://', 'https:/', 'ftp://')): return f'the picture is an address: {image[:100]}', 'fetch the pictures with img2dataset'
-    if image and ('\0' in image or '\\' in image or len(image) > 1000 or image.startswith('/') or image[1:2] == ':' or '..' in image.split('/')):
+    if image and ('\0' in image or '\\' in image or image.startswith('/') or image[1:2] == ':' or '..' in image.split('/')):
         return f'the path leaves the folder: {image[:100]!r}', 'write paths below the folder of the pictures'
+    if not key.strip(): return 'no key', 'give every pair a key of its own'
+    if len(key) > 500 or len(image or '') > 1000: return f'the key or the path is too long: {key[:50]!r}', 'shorten it'
     if caption is not None and not as_caption(caption).strip(): return 'no caption', 'write one or leave the pair out'
 
 # %% ../../nbs/1_data/1a_tables.ipynb #e3265f9f
@@ -104,11 +104,10 @@ def group_captions(table,            # from `store`
     for r in rows[counts == 0]: listed(r, 'no caption', 'write one or leave the picture out')
     return rows[counts > 0], order, np.concatenate([[0], np.cumsum(counts[counts > 0])])
 
-# %% ../../nbs/1_data/1a_tables.ipynb #58bd7892
+# %% ../../nbs/1_data/1a_tables.ipynb #33e1793f
 def _there(folder, name):
-    "Whether a file is below a folder."
-    try: return below(folder, name).is_file()
-    except (PairsError, OSError): return False
+    "Whether there is a file with this name; names were checked, and where a link leads is asked at opening."
+    return os.path.isfile(f'{folder}/{name}')
 
 def picture_folder(given:str,      # relative to the project; empty: look for it
                    names:list,     # the first paths of a collection
@@ -120,7 +119,7 @@ def picture_folder(given:str,      # relative to the project; empty: look for it
     found = next((p for p in places if any(_there(p, n) for n in names)), None)
     return found or places[0], found is not None
 
-# %% ../../nbs/1_data/1a_tables.ipynb #9cabfb12
+# %% ../../nbs/1_data/1a_tables.ipynb #e01f9d81
 class TablePairs:
     "Pairs of a table, with their pictures in files."
     def __init__(self,
@@ -147,10 +146,11 @@ class TablePairs:
     def _file(self, image): return image.partition('#')[0] if self.cells else image
     def _list(self, row, what, remedy): self.problems.add(self.file, self.table['row'][int(row)].as_py(), what, remedy)
     def _refuse(self):
-        if self.problems: raise SourceError('{file}: no usable pair; the first problem, {row}: {what}; {remedy}'.format(**self.problems[0]))
+        worst = max(self.problems, key=lambda p: p['what'].startswith('damaged'), default=None)
+        if worst: raise SourceError('{file}: no usable pair; {row}: {what}; {remedy}'.format(**worst))
         raise SourceError(f'{self.file}: no pair in it; fetch it again, or name another file')
 
-# %% ../../nbs/1_data/1a_tables.ipynb #09fc1e43
+# %% ../../nbs/1_data/1a_tables.ipynb #cf8f8e93
 @patch
 def reference(self:TablePairs,
               i:int,           # number of a pair
@@ -163,7 +163,7 @@ def __getitem__(self:TablePairs, i):
     "The record with this number."
     if not 0 <= i < len(self): raise IndexError(i)
     row, here = int(self._rows[i]), self._captions[self._starts[i]:self._starts[i + 1]]
-    texts = _texts(self.table, 'caption', here).to_pylist(); said = {c: self.table[c][int(here[0])].as_py() for c in ('captions', 'scene', 'caption_source')}
+    texts = [self.table['caption'][int(j)].as_py() for j in here]; said = {c: self.table[c][int(here[0])].as_py() for c in ('captions', 'scene', 'caption_source')}
     reference, key = self.reference(i), self.keys[i]
     known = dict(caption=texts[0], captions=said['captions'] or json.dumps(texts), scene=said['scene'] or key, caption_source=said['caption_source'] or self.caption_source)
     record = make_record(key, lambda: read_picture(reference, '.'), '', self.file, f'{self.table["row"][row].as_py()} ({key})', reference=reference, **known)

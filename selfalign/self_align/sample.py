@@ -51,11 +51,11 @@ def pair_row(record:dict,   # from `draw`
     kept = ('key', 'caption', 'caption_source', 'scene', 'width', 'height', 'sha256', 'truth', 'claims', 'captions', 'noise', 'aligned')
     return {k: record[k] for k in kept} | dict(image=image, image_source='original', subset=subset)
 
-# %% ../../nbs/4_self_align/40_sample.ipynb #99c52af3
+# %% ../../nbs/4_self_align/40_sample.ipynb #98129c0b
 def with_noise(source:str,    # a source
                noise:float,   # probability that something is wrong with a caption
                )->str:        # the source, with its noise if it is the microworld
     "Set the noise of a microworld source that does not name one."
-    kind, _, options = parse_source(source)
-    if kind != 'microworld' or 'noise' in options: return source
+    found = parse_source(source)
+    if found.kind != 'microworld' or 'noise' in found.options: return source
     return f'{source}{"&" if "?" in source else "?"}noise={noise}'
