@@ -25,12 +25,15 @@ def problem(file,        # where it was found
     "One row of the problems table."
     return dict(file=str(file), row=str(row), what=what, remedy=remedy)
 
-# %% ../../nbs/1_data/12_readers.ipynb #4294ef84
+# %% ../../nbs/1_data/12_readers.ipynb #02d0e2a4
 class Problems(list):
     "Rows of the problems table, a limited number of each kind; `total` counts all of them."
     limit = 1000
-    def __init__(self):
-        self.counts, self._last, self.total = {}, {}, 0
+    def __init__(self,
+                 known=(),   # rows to begin with
+                 ):
+        super().__init__(known)
+        self.counts, self._last, self.total = {}, {}, getattr(known, 'total', len(known))
     def add(self, file, row, what, remedy):
         "List a problem, or count it where enough of its kind are named."
         kind = str(file), what.partition(':')[0]
@@ -185,7 +188,7 @@ def read_file(folder:str|Path,  # where the pictures of a collection lie
     if not path.is_file(): raise ImageProblem('it is no plain file' if path.exists() else 'the picture is not there', f'put {name} in place or leave the row out')
     return read_span(path, 0, path.stat().st_size, name)
 
-# %% ../../nbs/1_data/12_readers.ipynb #5ab5dfda
+# %% ../../nbs/1_data/12_readers.ipynb #a7df1780
 def read_picture(image:str,         # from a pairs table: a path, or `place#member`
                  folder:str|Path,   # the stage folder the table belongs to
                  ):                 # PIL image, RGB
@@ -195,4 +198,4 @@ def read_picture(image:str,         # from a pairs table: a path, or `place#memb
     if not at_root(place).exists(): raise ImageProblem(f'{place} is not there', 'link or copy the data there')
     read = read_file if place.endswith('/') else read_member if place.endswith('.tar') else read_cell
     try: return open_image(read(at_root(place), member), name=member if read is not read_cell else '')
-    except ImageProblem as e: raise ImageProblem(f'{image}: {e.what}', e.remedy) from None
+    except ImageProblem as e: raise ImageProblem(f'{e.what}: {image}', e.remedy) from None

@@ -153,13 +153,12 @@ def open_pairs(source:str,  # `KIND:PLACE?option=value`, or a path below the pro
     pairs.source = found
     return pairs
 
-# %% ../../nbs/1_data/1d_sources.ipynb #31da7ee1
+# %% ../../nbs/1_data/1d_sources.ipynb #52aec40e
 def survey(pairs,          # from `open_pairs`
            first:int=200,  # how many pairs to look at
            )->dict:        # looked, usable, problems, sizes, words, captions, examples
     "What the first pairs of a collection are like."
-    problems, sizes, words, captions, examples = Problems(), Counter(), Counter(), Counter(), []
-    problems.extend(pairs.problems); problems.total = pairs.problems.total; usable = 0
+    problems, sizes, words, captions, examples, usable = Problems(pairs.problems), Counter(), Counter(), Counter(), [], 0
     for i in range(looked := min(first, len(pairs))):
         r = pairs[i]; caption, remarks = clean_caption(r['caption'])
         row = r['key'] if not r['problem'] else r['problem']['row']

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['refusal', 'draw', 'pair_row', 'with_noise']
 
-# %% ../../nbs/4_self_align/40_sample.ipynb #49cae162
+# %% ../../nbs/4_self_align/40_sample.ipynb #957bf056
 from ..data.images import file_name, pixel_hash, save_png
 from ..data.pairs import PairsError, clean_caption, seeded_positions
-from ..data.readers import problem
+from ..data.readers import Problems
 from ..data.sources import open_pairs, parse_source
 
 # %% ../../nbs/4_self_align/40_sample.ipynb #71c13588
@@ -21,23 +21,25 @@ def refusal(record:dict,   # from a source
     if not caption: return 'no caption', 'write one or leave the pair out'
     return ('the same picture was taken before', 'the first one was kept') if pixel_hash(record['image']) in seen else ()
 
-# %% ../../nbs/4_self_align/40_sample.ipynb #9c89a4db
+# %% ../../nbs/4_self_align/40_sample.ipynb #5ab67c4b
 def draw(source,             # from `open_pairs`
          wanted:int,         # pairs
          seed:int=0,         # of the order
-         report=lambda **_: None,  # called with file, row, what, remedy for each problem
+         report=lambda **_: None,  # called at the end with file, row, what, remedy for each problem
          ):
     "Give records in a seeded order, each usable, none twice."
-    seen, given = set(), 0
-    for p in source.problems: report(**p)
-    for i in seeded_positions(source.keys, seed):
-        if given == wanted: return
-        record = source[i]; key = record['key']; caption, remarks = clean_caption(record['caption'])
-        why = refusal(record, caption, seen)
-        if why: report(**problem(source.name, key, f'not taken: {why[0]}', why[1])); continue
-        for r in record['remarks'] + [f'caption: {r}' for r in remarks]: report(**problem(source.name, key, r, 'used as described'))
-        seen.add(fingerprint := pixel_hash(record['image'])); given += 1
-        yield record | dict(caption=caption, sha256=fingerprint)
+    seen, given, listed = set(), 0, Problems(source.problems)
+    try:
+        for i in seeded_positions(source.keys, seed):
+            if given == wanted: return
+            record = source[i]; key = record['key']; caption, remarks = clean_caption(record['caption'])
+            why = refusal(record, caption, seen)
+            if why: listed.add(source.name, key, f'{why[0]}, so it was not taken', why[1]); continue
+            for r in record['remarks'] + [f'caption: {r}' for r in remarks]: listed.add(source.name, key, r, 'used as described')
+            seen.add(fingerprint := pixel_hash(record['image'])); given += 1
+            yield record | dict(caption=caption, sha256=fingerprint)
+    finally:
+        for p in listed: report(**p)
     if given < wanted: raise PairsError(f'{source.name} has {given} usable pairs of {len(source)}, {wanted} are wanted; ask for fewer or smaller subsets')
 
 # %% ../../nbs/4_self_align/40_sample.ipynb #8d6a334f
