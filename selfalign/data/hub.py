@@ -14,7 +14,7 @@ from .readers import SourceError, arrow_table
 from .streams import Damage
 from .tables import TablePairs, as_row
 
-# %% ../../nbs/1_data/1c_hub.ipynb #b245abaa
+# %% ../../nbs/1_data/1c_hub.ipynb #48189b30
 def _data_files(path, split):
     "The files of a dataset, relative to its folder."
     if path.is_file(): return path.parent, [path.name]
@@ -29,19 +29,21 @@ def _data_files(path, split):
     if len(found) > 1 and not split: raise SourceError(f'{path.name}/ holds the splits {", ".join(found)}; choose with ?split={next(iter(found))}')
     return path, found[split or next(iter(found))]
 
+# %% ../../nbs/1_data/1c_hub.ipynb #9c4bdf99
 def _in_order(state):
     "The Arrow files that a `state.json` names."
     try: names = [Path(f['filename']).name for f in json.loads(state.read_text(encoding='utf-8'))['_data_files']]
     except (OSError, ValueError, KeyError, TypeError) as e: raise Damage(state.name, '', f'it does not list the files of the dataset ({e!r})', 'save the dataset again') from None
     return names
 
-# %% ../../nbs/1_data/1c_hub.ipynb #e4390632
+# %% ../../nbs/1_data/1c_hub.ipynb #b0d1d6f6
 def _schema(path):
     "The columns of a Parquet or Arrow file."
     import pyarrow as pa, pyarrow.parquet as pq
     try: return pq.read_schema(path) if path.suffix == '.parquet' else arrow_table(path).schema
     except (pa.ArrowException, OSError) as e: raise Damage(path.name, '', f'no table that can be read: {str(e)[:200]}', 'fetch the file again') from None
 
+# %% ../../nbs/1_data/1c_hub.ipynb #efb087eb
 def _values(path, names):
     "The rows of some columns, a batch at a time."
     import pyarrow.parquet as pq

@@ -127,15 +127,15 @@ def _options(kind, query, source):
         except ValueError: raise SourceError(f'{source!r}: {name}={value} is no {type(known[name]).__name__}') from None
     return options
 
-# %% ../../nbs/1_data/1d_sources.ipynb #5d1eb785
+# %% ../../nbs/1_data/1d_sources.ipynb #74025291
 def parse_source(source:str,  # e.g. `microworld:study?noise=0.3`, or a path
                  )->Source:
     "Take a source apart, look where it does not say what it is, and check its options."
     kind, colon, rest = source.partition(':')
     if not colon or kind not in readers and kind != 'auto': kind, rest = '', source
     place, _, query = rest.partition('?'); path = at_root(place)
-    if not kind and (not place or not path.exists()):
-        if colon and not re.search(r'[/\\]', source.partition(':')[0]): raise SourceError(f'unknown kind of source {source.partition(":")[0]!r} in {source!r}; {nearest(source.partition(":")[0], readers)}')
+    if kind in ('', 'auto') and (not place or not path.exists()):
+        if kind == '' and colon and not re.search(r'[/\\]', source.partition(':')[0]): raise SourceError(f'unknown kind of source {source.partition(":")[0]!r} in {source!r}; {nearest(source.partition(":")[0], readers)}')
         raise SourceError(f'{source}: there is no such file or folder; link or copy the data there, or write KIND:PLACE with one of {", ".join(readers)}')
     if kind in ('microworld', 'webdataset'): return Source(kind, place, _options(kind, query, source))
     if not path.exists(): raise SourceError(f'{place}: there is no such file or folder; link or copy the data there')

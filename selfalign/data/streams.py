@@ -95,7 +95,7 @@ class _Json:
             if self.at < len(self.text): return self.text[self.at]
             if not self.more(): return ''
 
-# %% ../../nbs/1_data/19_streams.ipynb #8390fcf8
+# %% ../../nbs/1_data/19_streams.ipynb #2e43f4e6
 @patch
 def take(self:_Json, letters):
     "One of these letters."
@@ -111,7 +111,7 @@ def value(self:_Json):
         wrong = None
         try:
             value, end = _decoder.raw_decode(self.text, self.at)
-            if end < len(self.text) or self.ended: self.at = end; return value
+            if end + 4 < len(self.text) or self.ended: self.at = end; return value
         except RecursionError: raise ValueError('nested too deeply') from None
         except ValueError as e: wrong = getattr(e, 'msg', str(e))
         if wrong and len(self.text) - self.at > longest: raise ValueError(wrong)

@@ -150,7 +150,7 @@ class TablePairs:
         if worst: raise SourceError('{file}: no usable pair; {row}: {what}; {remedy}'.format(**worst))
         raise SourceError(f'{self.file}: no pair in it; fetch it again, or name another file')
 
-# %% ../../nbs/1_data/1a_tables.ipynb #cf8f8e93
+# %% ../../nbs/1_data/1a_tables.ipynb #7579c504
 @patch
 def reference(self:TablePairs,
               i:int,           # number of a pair
@@ -163,7 +163,7 @@ def __getitem__(self:TablePairs, i):
     "The record with this number."
     if not 0 <= i < len(self): raise IndexError(i)
     row, here = int(self._rows[i]), self._captions[self._starts[i]:self._starts[i + 1]]
-    texts = [self.table['caption'][int(j)].as_py() for j in here]; said = {c: self.table[c][int(here[0])].as_py() for c in ('captions', 'scene', 'caption_source')}
+    texts = [self.table['caption'][int(j)].as_py() for j in here]; said = {c: self.table[c][row].as_py() or self.table[c][int(here[0])].as_py() for c in ('captions', 'scene', 'caption_source')}
     reference, key = self.reference(i), self.keys[i]
     known = dict(caption=texts[0], captions=said['captions'] or json.dumps(texts), scene=said['scene'] or key, caption_source=said['caption_source'] or self.caption_source)
     record = make_record(key, lambda: read_picture(reference, '.'), '', self.file, f'{self.table["row"][row].as_py()} ({key})', reference=reference, **known)
