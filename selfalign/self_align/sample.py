@@ -21,7 +21,7 @@ def refusal(record:dict,   # from a source
     if not caption: return 'no caption', 'write one or leave the pair out'
     return ('the same picture was taken before', 'the first one was kept') if pixel_hash(record['image']) in seen else ()
 
-# %% ../../nbs/4_self_align/40_sample.ipynb #5ab67c4b
+# %% ../../nbs/4_self_align/40_sample.ipynb #ac0b1f28
 def draw(source,             # from `open_pairs`
          wanted:int,         # pairs
          seed:int=0,         # of the order
@@ -30,7 +30,7 @@ def draw(source,             # from `open_pairs`
     "Give records in a seeded order, each usable, none twice."
     seen, given, listed = set(), 0, Problems(source.problems)
     try:
-        for i in seeded_positions(source.keys, seed):
+        for i in map(int, seeded_positions(source.keys, seed)):
             if given == wanted: return
             record = source[i]; key = record['key']; caption, remarks = clean_caption(record['caption'])
             why = refusal(record, caption, seen)
