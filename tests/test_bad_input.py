@@ -195,7 +195,9 @@ def collection(folder, reader, name, content):
 def outcome(source):
     "What is said, and the captions of the pairs that can be used."
     try: pairs = open_pairs(source); seen = survey(pairs, 50)
-    except StudyError as e: return str(e), None
+    except StudyError as e:
+        assert ';' in str(e), f'no remedy: {e}'
+        return str(e), None
     for p in seen['problems']: assert p['file'] and p['what'] and p['remedy'] and set(p) == {'file', 'row', 'what', 'remedy'}
     return ' | '.join(f'{p["file"]} {p["row"]}: {p["what"]}; {p["remedy"]}' for p in seen['problems']), {r['caption'] for r in (pairs[i] for i in range(len(pairs))) if r['image']}
 
@@ -208,6 +210,7 @@ def test_bad_file(tmp_path, reader, what, name, content, said, stay):
     elif stay == 'first': assert usable and 'a good cat' in usable, f'the pairs before the damage are lost: {message}'
     if usable is None: assert Path(source.split(':', 1)[1]).name in message or name in message, f'the file is not named: {message}'
     if said: assert re.search(said, message), f'{what}: {message[:500]}'
+    if said and usable is not None and not what.startswith('file: '): assert any(re.search(said, p) and re.match(r'\S+ .+?: ', p) for p in message.split(' | ')), f'no row: {message[:500]}'
     elif stay is False: assert message and (usable is None or not usable)
     assert 'Traceback' not in message
 
