@@ -166,6 +166,22 @@ def test_inspect_names_what_is_wrong(study):
     problems = result.output.split('problems')[-1]
     assert ' b ' in problems and ' c ' in problems and ' a ' not in problems
 
+def test_inspect_by_looking(study):
+    "A folder with a table: what it was taken for, which rows are wrong, and how many pictures are there."
+    (study/'pairs').mkdir(); (study/'pairs/a.png').write_bytes(png()); (study/'pairs/b.png').write_bytes(png()[:40])
+    (study/'pairs/list.csv').write_text('image,title,text\na.png,A,a cat\na.png,A,another cat\nb.png,B,a dog\nc.png,C,a cow\nd.png\n')
+    assert '?caption_column=title' in refused('data', 'inspect', 'pairs')
+    result = sh('data', 'inspect', 'pairs?caption_column=text', '--coverage'); said = ' '.join(result.output.split())
+    assert result.exit_code == 0, result.output
+    for expected in ('table:pairs/list.csv', 'recognised by a table with the columns image, title, text', 'pairs 3', 'usable of these 1', '2 of 3; not there: c.png', '1 (2), 2 (1)',
+                     'list.csv line 6 wrong number of cells', 'line 4 (b.png)', 'line 5 (c.png)', 'a cat'): assert expected in said, (expected, said)
+
+def test_inspect_asks_where_two_things_are_possible(study):
+    (study/'pairs').mkdir()
+    for name in ('a.csv', 'b.csv'): (study/'pairs'/name).write_text('image,caption\na.png,a cat\n')
+    error = refused('data', 'inspect', 'pairs')
+    assert 'table:pairs/a.csv' in error and 'table:pairs/b.csv' in error
+
 def test_captions_cannot_play_tricks(study):
     (study/'pairs').mkdir()
     shard(study/'pairs/00000.tar', **{'\x1b[2Jkey__png': png(), '\x1b[2Jkey__txt': b'[bold]a\x1b[31m red\x07 <b>dog</b>[/bold]'})

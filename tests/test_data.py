@@ -5,8 +5,9 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from selfalign.data.images import ImageProblem, file_name, fit_square, open_image, pixel_hash, save_png
 from selfalign.data.pairs import (PAIR_COLUMNS, PairsError, check_pairs, clean_caption, disjoint_subsets, image_path, pairs_table,
-                                  seeded_order, split_by_scene, tar_member)
-from selfalign.data.readers import SourceError, open_pairs, read_picture, tar_index
+                                  seeded_order, seeded_positions, split_by_scene, image_place)
+from selfalign.data.readers import SourceError, read_picture
+from selfalign.data.sources import open_pairs
 from selfalign.self_align.sample import draw, pair_row, with_noise
 
 def picture(size=(40, 24), mode='RGB', seed=0):
@@ -150,6 +151,13 @@ def test_another_seed_is_another_sample():
     assert len(set(seeded_order(keys, 0)[:100]) & set(seeded_order(keys, 1)[:100])) < 30
     assert seeded_order(keys, 0)[:3] == seeded_order(keys, 0)[:3] != seeded_order(keys, 1)[:3]
 
+@given(st.sets(st.text(max_size=8), max_size=60), st.integers(0, 5))
+def test_order_is_that_of_the_hashes(keys, seed):
+    "Positions from packed digests are the order of the digests themselves."
+    import hashlib
+    keys = list(keys); by_hash = sorted(keys, key=lambda k: hashlib.sha256(f'{seed}/{k}'.encode('utf-8', 'surrogatepass')).digest())
+    assert seeded_order(keys, seed) == by_hash and [keys[i] for i in seeded_positions(iter(keys), seed)] == by_hash
+
 def test_splits_follow_scenes():
     df = pairs_table([dict(key=f'{s}-{i}', image='x', caption='c', scene=f's{s}') for s in range(50) for i in range(s % 4 + 1)])
     split = split_by_scene(df, dict(train=.8, validation=.1, test=.1), 3)
@@ -193,7 +201,7 @@ def test_records_of_an_archive(hostile):
     assert any('UTF-8' in r for r in records['0003']['remarks']) and any('JSON' in r for r in records['0007']['remarks'])
     six = records['0006']
     assert (six['caption'], six['scene'], json.loads(six['captions']), six['aligned']) == ('from json', 's', ['p', 'q'], None) and six['remarks'] == ['named .jpg but holds PNG']
-    assert read_picture(six['reference'], '.').tobytes() == six['image'].tobytes() and tar_member(six['reference'])[1] == '0006.jpg'
+    assert read_picture(six['reference'], '.').tobytes() == six['image'].tobytes() and image_place(six['reference'])[1] == '0006.jpg'
 
 def test_draw_lists_what_it_leaves_out(hostile, tmp_path):
     listed = []
@@ -214,8 +222,7 @@ def test_truncated_archive_keeps_what_came_before(tmp_path):
 @pytest.mark.parametrize('content', [b'', b'no tar at all'*100])
 def test_what_is_no_archive(tmp_path, content):
     (tmp_path/'x.tar').write_bytes(content)
-    source = open_pairs(f'webdataset:{tmp_path}/x.tar')
-    assert len(source) == 0
+    with pytest.raises(SourceError, match='x.tar: no'): open_pairs(f'webdataset:{tmp_path}/x.tar')
 
 def test_patterns_name_shards(tmp_path):
     for i in range(3): shard(tmp_path/f'{i:05d}.tar', sample(i))

@@ -169,24 +169,32 @@ def doctor(
     if missing: fail(f'{missing} MISSING for preset {preset}; the lines above say what to do', 1)
     print(f'Ready for: selfalign run {preset}')
 
-# %% ../../nbs/8_report/83_cli.ipynb #80255efa
+# %% ../../nbs/8_report/83_cli.ipynb #7c6de4a1
+def _most(counts, show, n=4):
+    "The most frequent values."
+    rest = len(counts) - n
+    return ', '.join(f'{show(v)} ({k:,})' for v, k in sorted(counts.items(), key=lambda x: -x[1])[:n]) + (f' and {rest} others' if rest > 0 else '')
+
+# %% ../../nbs/8_report/83_cli.ipynb #51f897da
 @command(data_app)
 def inspect(
-    source:str, # a source such as microworld:study, or a folder or pattern of webdataset tars
+    source:str, # a file or folder of pairs, or a source such as microworld:study or karpathy:FILE?split=test
     first:int=200, # how many pairs to look at
+    coverage:Annotated[bool, Option('--coverage')]=False, # look whether the picture of every pair is there
 ):
-    "Say what a source of pairs holds: sizes, captions, damaged files, examples."
-    from selfalign.data.pairs import clean_caption
-    from selfalign.data.readers import open_pairs
-    source = f'webdataset:{Path(source).resolve()}' if Path(source).exists() else source
-    pairs = open_pairs(source)
-    looked = [pairs[i] for i in range(min(first, len(pairs)))]
-    problems = pairs.problems + [p['problem'] for p in looked if p['problem']]
-    sizes, words = {(p['width'], p['height']) for p in looked if p['image']}, sorted(len(p['caption'].split()) for p in looked)
-    show_table(['', ''], [('source', source), ('pairs', len(pairs)), ('looked at', len(looked)), ('problems', len(problems)),
-                          ('sizes', ', '.join(f'{w}×{h}' for w, h in sorted(sizes)[:5])), ('words a caption', f'median {words[len(words)//2]}' if words else '')])
-    show_table(['key', 'caption'], [(p['key'], clean_caption(p['caption'])[0][:100]) for p in looked[:5]], 'Examples')
-    if problems: show_table(['file', 'row', 'what', 'remedy'], [p.values() for p in problems[:10]], f'{min(10, len(problems))} of {len(problems)} problems')
+    "Say what a source of pairs holds: format, sizes, captions, what is wrong with which row, examples."
+    from selfalign.data.sources import open_pairs, survey
+    path, _, query = source.partition('?')
+    pairs = open_pairs(f'{Path(path).resolve()}{"?" if query else ""}{query}' if Path(path).exists() else source)
+    seen = survey(pairs, first); problems, words = seen['problems'], sorted(seen['words'].elements())
+    rows = [('source', pairs.source), ('recognised by', pairs.source.why or 'its name'), ('pairs', f'{len(pairs):,}'), ('looked at', seen['looked']), ('usable of these', seen['usable']),
+            ('problems', f'{problems.total:,}'), ('sizes', _most(seen['sizes'], lambda s: f'{s[0]}×{s[1]}')), ('captions a picture', _most(seen['captions'], str)),
+            ('words a caption', f'median {words[len(words)//2]}, {words[0]} to {words[-1]}' if words else '')]
+    if coverage and (found := pairs.coverage() if hasattr(pairs, 'coverage') else dict(there=len(pairs), missing=[])):
+        rows.append(('pictures there', f'{found["there"]:,} of {len(pairs):,}' + (f'; not there: {", ".join(found["missing"])} ...' if found['missing'] else '')))
+    show_table(['', ''], rows)
+    show_table(['key', 'caption'], seen['examples'], 'Examples')
+    if problems: show_table(['file', 'row', 'what', 'remedy'], [p.values() for p in problems[:10]], f'{min(10, len(problems))} of {problems.total:,} problems')
 
 # %% ../../nbs/8_report/83_cli.ipynb #acbc58c9
 @command(data_app)

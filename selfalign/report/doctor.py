@@ -109,7 +109,7 @@ def need(
     if library in model_libraries and place:
         if _cached(place): return Check(name, 'OK', f'{value}: in the hub cache')
         return Check(name, 'NOTE', value, 'a hub id, fetched at first use: needs a network')
-    return _local(name, root/value, value) if value.startswith('data/') else None
+    return _local(name, root/value.partition('?')[0], value) if value.startswith('data/') else None
 
 # %% ../../nbs/8_report/85_doctor.ipynb #c9486c96
 def needs(

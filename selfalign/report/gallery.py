@@ -49,7 +49,7 @@ def sprite(
 # %% ../../nbs/8_report/81_gallery.ipynb #f46d9813
 def open_picture(
     folder,      # the stage's folder
-    image: str,  # a path below it, or `shard.tar#member`
+    image: str,  # a path below it, or `place#member`
 ):               # a PIL picture, or None
     "The picture of a pair, or None if it is not there or damaged"
     from selfalign.data.readers import read_picture

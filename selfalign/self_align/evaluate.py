@@ -7,7 +7,7 @@ __all__ = ['HYPOTHESES', 'NUMBERS', 'MODES', 'UNTRAINED', 'METRICS', 'Hypothesis
            'Retention', 'section_table', 'summarise', 'Scored', 'contrast', 'compare_arms', 'answer_columns',
            'question_clusters', 'scored_arms', 'scored_retention', 'judged']
 
-# %% ../../nbs/4_self_align/46_evaluate.ipynb #7a9f6d58
+# %% ../../nbs/4_self_align/46_evaluate.ipynb #b42f4187
 import json
 from typing import NamedTuple
 import numpy as np
@@ -16,7 +16,7 @@ from ..benchmarks.audits import blind, shuffled, word_frequency
 from ..benchmarks.items import encode, predict
 from ..benchmarks.vl_checklist import item_values
 from ..data.captions import _article
-from ..data.readers import open_pairs
+from ..data.sources import open_pairs
 from .lora import retrieval_hits
 from .sample import with_noise
 from ..study.settings import StudyError

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['refusal', 'draw', 'pair_row', 'with_noise']
 
-# %% ../../nbs/4_self_align/40_sample.ipynb #4757a29e
+# %% ../../nbs/4_self_align/40_sample.ipynb #957bf056
 from ..data.images import file_name, pixel_hash, save_png
-from ..data.pairs import PairsError, clean_caption, seeded_order
-from ..data.readers import open_pairs, parse_source, problem
+from ..data.pairs import PairsError, clean_caption, seeded_positions
+from ..data.readers import Problems
+from ..data.sources import open_pairs, parse_source
 
 # %% ../../nbs/4_self_align/40_sample.ipynb #71c13588
 def refusal(record:dict,   # from a source
@@ -20,41 +21,43 @@ def refusal(record:dict,   # from a source
     if not caption: return 'no caption', 'write one or leave the pair out'
     return ('the same picture was taken before', 'the first one was kept') if pixel_hash(record['image']) in seen else ()
 
-# %% ../../nbs/4_self_align/40_sample.ipynb #38869bb1
+# %% ../../nbs/4_self_align/40_sample.ipynb #ac0b1f28
 def draw(source,             # from `open_pairs`
          wanted:int,         # pairs
          seed:int=0,         # of the order
-         report=lambda **_: None,  # called with file, row, what, remedy for each problem
+         report=lambda **_: None,  # called at the end with file, row, what, remedy for each problem
          ):
     "Give records in a seeded order, each usable, none twice."
-    number, seen, given = {key: i for i, key in enumerate(source.keys)}, set(), 0
-    for p in source.problems: report(**p)
-    for key in seeded_order(source.keys, seed):
-        if given == wanted: return
-        record = source[number[key]]; caption, remarks = clean_caption(record['caption'])
-        why = refusal(record, caption, seen)
-        if why: report(**problem(source.name, key, f'not taken: {why[0]}', why[1])); continue
-        for r in record['remarks'] + [f'caption: {r}' for r in remarks]: report(**problem(source.name, key, r, 'used as described'))
-        seen.add(fingerprint := pixel_hash(record['image'])); given += 1
-        yield record | dict(caption=caption, sha256=fingerprint)
+    seen, given, listed = set(), 0, Problems(source.problems)
+    try:
+        for i in map(int, seeded_positions(source.keys, seed)):
+            if given == wanted: return
+            record = source[i]; key = record['key']; caption, remarks = clean_caption(record['caption'])
+            why = refusal(record, caption, seen)
+            if why: listed.add(source.name, key, f'{why[0]}, so it was not taken', why[1]); continue
+            for r in record['remarks'] + [f'caption: {r}' for r in remarks]: listed.add(source.name, key, r, 'used as described')
+            seen.add(fingerprint := pixel_hash(record['image'])); given += 1
+            yield record | dict(caption=caption, sha256=fingerprint)
+    finally:
+        for p in listed: report(**p)
     if given < wanted: raise PairsError(f'{source.name} has {given} usable pairs of {len(source)}, {wanted} are wanted; ask for fewer or smaller subsets')
 
-# %% ../../nbs/4_self_align/40_sample.ipynb #2c44791a
+# %% ../../nbs/4_self_align/40_sample.ipynb #8d6a334f
 def pair_row(record:dict,   # from `draw`
              subset:int,    # number of its subset
              folder,        # of the stage
              )->dict:       # a row of the pairs table
-    "Keep a pair: write its picture unless it lies in an archive."
+    "Keep a pair: write its picture unless it lies somewhere already."
     image = record['reference'] or f'images/{subset}/{file_name(record["key"])}'
     if not record['reference']: save_png(record['image'], folder/image)
     kept = ('key', 'caption', 'caption_source', 'scene', 'width', 'height', 'sha256', 'truth', 'claims', 'captions', 'noise', 'aligned')
     return {k: record[k] for k in kept} | dict(image=image, image_source='original', subset=subset)
 
-# %% ../../nbs/4_self_align/40_sample.ipynb #99c52af3
+# %% ../../nbs/4_self_align/40_sample.ipynb #98129c0b
 def with_noise(source:str,    # a source
                noise:float,   # probability that something is wrong with a caption
                )->str:        # the source, with its noise if it is the microworld
     "Set the noise of a microworld source that does not name one."
-    kind, _, options = parse_source(source)
-    if kind != 'microworld' or 'noise' in options: return source
+    found = parse_source(source)
+    if found.kind != 'microworld' or 'noise' in found.options: return source
     return f'{source}{"&" if "?" in source else "?"}noise={noise}'
