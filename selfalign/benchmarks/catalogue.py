@@ -22,7 +22,7 @@ from .sugarcrepe import read_sugarcrepe, sugarcrepe_groups, sugarcrepe_table
 from .vl_checklist import _groups, item_values, read_checklist
 from .winoground import read_winoground, stored, whole_examples, winoground_groups, winoground_table
 from ..data.images import file_name
-from ..data.readers import readers
+from ..data.sources import readers
 from ..models.load import load_dual_encoder
 from ..study.files import git_state, now, publish, versions, write_json
 from ..study.settings import at_root, nearest
@@ -130,7 +130,7 @@ register(Task('winoground', 'Winoground: two pictures and two captions of the sa
 # %% ../../nbs/3_benchmarks/3b_catalogue.ipynb #916e9a71
 def _read_retrieval(data, images='', first=0, split='test', captions=5):
     if str(data).endswith('.json'): return read_karpathy(data, images, split, first, captions)
-    return read_source(str(data) if str(data).partition(':')[0] in readers else f'webdataset:{data}', first, captions)
+    return read_source(str(data), first, captions)
 
 register(Task('retrieval', 'Retrieval: find a caption\'s picture and a picture\'s caption in a pool', _read_retrieval, ask_retrieval, retrieval_table, ('shuffled',), None, retrieval_groups));
 

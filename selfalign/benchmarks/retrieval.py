@@ -18,7 +18,8 @@ from .sugarcrepe import load_json
 from .vl_checklist import _below
 from ..data.images import ImageProblem
 from ..data.pairs import clean_caption
-from ..data.sources import open_pairs, problem
+from ..data.readers import problem
+from ..data.sources import open_pairs
 from ..study.settings import nearest
 from ..study.statistics import bootstrap
 
