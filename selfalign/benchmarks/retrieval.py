@@ -8,6 +8,7 @@ __all__ = ['COLUMNS', 'DIRECTIONS', 'ranks', 'queries', 'read_karpathy', 'Source
 
 # %% ../../nbs/3_benchmarks/37_retrieval.ipynb #eb9b0163
 import json
+from itertools import islice
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -111,7 +112,7 @@ def read_source(source:str,      # of `open_pairs`
                 captions:int=5,  # a picture; 0: all
                )->Benchmark:
     "Make any source of pairs a collection to search in."
-    pairs = open_pairs(source); keys = pairs.keys[:first or None]; problems = list(pairs.problems)
+    pairs = open_pairs(source); keys = list(islice(pairs.keys, first or None)); problems = list(pairs.problems)
     texts = {k: _captions(pairs[i]) for i, k in enumerate(tqdm(keys, desc='captions', disable=len(keys) < 500))}
     items, wanted = queries(source, texts, problems, captions)
     return Benchmark(items, SourcePictures(pairs, {k: i for i, k in enumerate(keys)}), {source: wanted}, problems)
