@@ -341,7 +341,7 @@ def numbers(n=6): return Hand({colour(i): [np.cos(i/4), np.sin(i/4)] for i in ra
 def test_agreement_by_hand(tmp_path):
     "The score is the order of the crowd, but for its ties; the others are not."
     from scipy.stats import kendalltau
-    table = ct.run_task('human-agreement', numbers(), judged(tmp_path/'f'), out=tmp_path/'out', prompt='{}'); t = table.set_index(['row', 'metric', 'mode'])
+    table = ct.run_task('human-agreement', numbers(), judged(tmp_path/'f'), out=tmp_path/'out', prompt='{}'); t = table.set_index(['row', 'metric', 'mode']).sort_index()
     far = [(abs(i - j), min(3, abs(i - j))) for i in range(6) for j in range(6)]; p = pd.read_parquet(tmp_path/'out/predictions.parquet'); looking = p[(p.category == 'crowd') & (p['mode'] == 'looking')]
     assert kendalltau(looking.score.round(5), looking.yes).statistic == pytest.approx(kendalltau(*zip(*far)).statistic)
     assert set(p['mode']) == set(table['mode']) == {'looking', 'blind', 'shuffled', 'length'}

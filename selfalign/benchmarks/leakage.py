@@ -7,7 +7,7 @@ __all__ = ['disguises', 'perceptual_hash', 'near_hashes', 'near_vectors', 'Finge
            'plain_caption', 'caption_overlap', 'leakage_summary', 'nearest_pairs', 'sensitivity', 'collection',
            'suspicious_pairs', 'overlap']
 
-# %% ../../nbs/3_benchmarks/3a_leakage.ipynb #788345e4
+# %% ../../nbs/3_benchmarks/3a_leakage.ipynb #1e674de9
 import io, unicodedata
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from .retrieval import DIRECTIONS, read_source
 from ..data.images import ImageProblem
 from ..data.pairs import clean_caption
 from ..data.readers import problem, readers
-from ..study.statistics import bootstrap, proportion
+from ..study.statistics import proportion
 
 # %% ../../nbs/3_benchmarks/3a_leakage.ipynb #7d190786
 def perceptual_hash(image   # PIL picture
@@ -125,18 +125,18 @@ def caption_overlap(test:dict,           # name → caption
     held.pop('', None); same = {name: p for name, text in test.items() if (p := plain_caption(text)) in held}
     return pd.DataFrame([dict(check='caption', test=name, train=held[p][0], value=float(len(held[p])), words=len(p.split())) for name, p in same.items()], columns=['check', 'test', 'train', 'value', 'words'])
 
-# %% ../../nbs/3_benchmarks/3a_leakage.ipynb #3575910a
+# %% ../../nbs/3_benchmarks/3a_leakage.ipynb #e79ffc02
 def leakage_summary(suspects:pd.DataFrame,  # rows of `suspected` and `caption_overlap`
                     names,                  # all test pictures (or captions) that were checked
                     checks=('hash', 'mirrored hash', 'embedding'),   # that were made, also those that found nothing
-                    **kwargs,               # repeats, seed, level of `bootstrap`
+                    level:float=.95,        # of confidence
                    )->pd.DataFrame:         # check, pairs, items, share, low, high, n
     "Counts by check."
     names, rows = list(names), []
     if not names: raise BenchmarkError('no test pictures were checked; a share of nothing is no number')
     checks = dict.fromkeys([*checks, *suspects.check])
     for check, part in [*((c, suspects[suspects.check == c]) for c in checks), ('any', suspects)]:
-        hit = set(part.test); share = bootstrap([n in hit for n in names], **kwargs)
+        hit = set(part.test); share = proportion([n in hit for n in names], level)
         rows.append(dict(check=check, pairs=len(part), items=sum(n in hit for n in names), share=share.value, low=share.low, high=share.high, n=len(names)))
     return pd.DataFrame(rows)
 
@@ -203,7 +203,7 @@ def collection(place:str,    # a source of pairs, a tar archive, a folder of arc
     told = found.items[found.items.category == DIRECTIONS[1]]
     return found.pictures, told[['image', 'text']].set_index(told.key), found.problems
 
-# %% ../../nbs/3_benchmarks/3a_leakage.ipynb #1d0be82f
+# %% ../../nbs/3_benchmarks/3a_leakage.ipynb #83088218
 def _plain_captions(told):
     "Image → its captions, reduced to words."
     return told.text.map(plain_caption).groupby(told.image).agg(set).to_dict()
@@ -216,7 +216,7 @@ def suspicious_pairs(suspects:pd.DataFrame,  # rows of `suspected` and `caption_
     wide = suspects.pivot_table(index=['test', 'train'], columns='check', values='value').reindex(columns=['hash', 'mirrored hash', 'embedding'])
     wide = wide.reindex(pd.MultiIndex.from_frame(suspects[['test', 'train']].drop_duplicates()))
     wide['words'] = [max((len(t.split()) for t in test.get(a, set()) & train.get(b, set())), default=np.nan) for a, b in wide.index]
-    wide.insert(0, 'agree', wide.notna().sum(1))
+    wide.insert(0, 'agree', wide.notna().sum(axis=1))
     return wide.reset_index().sort_values(['agree', 'hash', 'mirrored hash', 'embedding', 'words'], ascending=[False, True, True, False, False], kind='stable', ignore_index=True)
 
 # %% ../../nbs/3_benchmarks/3a_leakage.ipynb #c53e4f21
