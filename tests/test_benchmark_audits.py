@@ -1,5 +1,6 @@
 "Classification, agreement with people, leakage, power: against other people's code, hand computation and simulation; bad input is named."
 import hashlib, itertools
+from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from PIL import Image
 from selfalign.benchmarks import classification as cl, human_agreement as ha, leakage as lk, power as pw
@@ -57,7 +58,7 @@ def test_a_list_names_the_folders_or_counts_them(tmp_path):
 def test_ranks_are_those_of_the_plain_loop(tmp_path, batch):
     q, stub = cl.read_classification(class_folder(tmp_path/'set', {c: 3 for c in 'abcdefg'}), templates='{}'), Stub()
     p, problems = cl.ask_classification(q, stub, batch=batch); names = stub.encode_text(list(q.classes)).astype(float)
-    assert not problems and len(p) == 21 and p.key.is_unique
+    p = p[p['mode'] == 'looking']; assert not problems and len(p) == 21 and p.key.is_unique
     for row in p.itertuples():
         cosine = names @ stub.encode_image([Image.open(q.pictures[row.image])])[0].astype(float)
         order = np.argsort(-cosine)
@@ -65,8 +66,8 @@ def test_ranks_are_those_of_the_plain_loop(tmp_path, batch):
 
 def test_a_model_that_knows_nothing_gets_nothing(tmp_path):
     p, _ = cl.ask_classification(cl.read_classification(class_folder(tmp_path/'set', {c: 2 for c in 'abcdefg'}), templates='{}'), Constant())
-    t = cl.classification_table(p)
-    assert (p['rank'] == 7).all() and (t.value == 0).all() and t.chance.round(6).tolist() == [round(x/7, 6) for x in (1, 5, 1, 1, 5, 1)]
+    assert (p['rank'] == 7).all() and set(p['mode']) == {'looking', 'blind', 'shuffled'}
+    for _, part in p.groupby('mode'): t = cl.classification_table(part); assert (t.value == 0).all() and t.chance.round(6).tolist() == [round(x/7, 6) for x in (1, 5, 1)]
 
 def test_classes_of_one_name_tie_exactly(tmp_path):
     home = class_folder(tmp_path/'set', {'n1': 4, 'n2': 4, 'n3': 4}); (tmp_path/'names.txt').write_text('missile\nmissile\ncup', encoding='utf-8')
@@ -76,29 +77,29 @@ def test_classes_of_one_name_tie_exactly(tmp_path):
 
 def unequal():
     rng = np.random.default_rng(0); number = np.repeat([0, 1, 2], [60, 30, 10])
-    rank = np.where(rng.random(100) < np.array([.9, .5, .2])[number], 1, 2)
-    return pd.DataFrame(dict(image=[f'{i}' for i in range(100)], number=number, rank=rank, blind_rank=np.where(number == 0, 1, 2), classes=3))
+    ranks = dict(looking=np.where(rng.random(100) < np.array([.9, .5, .2])[number], 1, 2), blind=np.where(number == 0, 1, 2))
+    return {mode: pd.DataFrame(dict(image=[f'{i}' for i in range(100)], number=number, rank=rank, classes=3)) for mode, rank in ranks.items()}
 
 def test_mean_per_class():
     from sklearn.metrics import balanced_accuracy_score
     from selfalign.study.statistics import bootstrap
-    p = unequal(); t = cl.classification_table(p).set_index(['row', 'metric'])
-    assert t.value['model', 'mean per class'] == pytest.approx(balanced_accuracy_score(p.number, np.where(p['rank'] == 1, p.number, (p.number + 1) % 3)))
-    assert t.value['blind', 'top-1'] == .6 and t.value['blind', 'mean per class'] == pytest.approx(1/3)
-    assert 'top-5' not in t.index.get_level_values('metric'), 'of three classes, five are always right'
+    p, blind = unequal().values(); t, b = (cl.classification_table(x).set_index('metric') for x in (p, blind))
+    assert t.value['mean per class'] == pytest.approx(balanced_accuracy_score(p.number, np.where(p['rank'] == 1, p.number, (p.number + 1) % 3)))
+    assert b.value['top-1'] == .6 and b.value['mean per class'] == pytest.approx(1/3)
+    assert 'top-5' not in t.index, 'of three classes, five are always right'
     means = lambda rows: np.mean([rows[rows[:, 0] == c, 1].mean() for c in range(3) if (rows[:, 0] == c).any()])
-    drawn = bootstrap(np.column_stack([p.number, p['rank'] == 1]), statistic=means); found = t.loc[('model', 'mean per class')]
+    drawn = bootstrap(np.column_stack([p.number, p['rank'] == 1]), statistic=means); found = t.loc['mean per class']
     assert found.high - found.low == pytest.approx(drawn.high - drawn.low, rel=.15)
 
 def test_blind_is_one_answer(tmp_path):
     p, _ = cl.ask_classification(cl.read_classification(class_folder(tmp_path/'set', {'a': 5, 'b': 1, 'c': 2}), templates='{}'), Stub())
-    assert p.blind.nunique() == 1 and (p.blind_rank == 1).mean() == (p.truth == p.blind[0]).mean()
+    p = p[p['mode'] == 'blind']; assert p.predicted.nunique() == 1 and (p['rank'] == 1).mean() == (p.truth == p.predicted.iloc[0]).mean()
 
 def test_damaged_class_folders(tmp_path):
     home = class_folder(tmp_path/'set', {'a': 2, 'b': 2, 'empty': 0})
     (home/'a/notes.txt').write_text('x', encoding='utf-8'); (home/'b/broken.png').write_bytes((home/'b/0.png').read_bytes()[:200]); (tmp_path/'outside.png').write_bytes(b'')
     (home/'b/link.png').symlink_to(tmp_path/'outside.png')
-    q = cl.read_classification(home); p, problems = cl.ask_classification(q, Stub())
+    q = cl.read_classification(home); p, problems = cl.ask_classification(q, Stub()); p = p[p['mode'] == 'looking']
     assert len(p) == 4 and len(q.items) == 5 and len(problems) == 4
     for what in ('not a picture by its ending', 'a link', 'a class without pictures', 'damaged PNG'): assert what in said(problems)
     assert coverage(q, p).set_index('file').answered.to_dict() == {'a': 2, 'b': 2, 'empty': 0}
@@ -167,7 +168,7 @@ def test_own_is_a_matter_of_words_not_ids(tmp_path):
     assert ha.read_human_agreement(home).items.caption.tolist() == ['a cat']
 
 def test_rows_and_their_numbers(tmp_path):
-    q, stub = ha.read_human_agreement(flickr(tmp_path, EXPERT, CROWD), own='kept'), Stub(); p, problems = ha.ask_human_agreement(q, stub)
+    q, stub = ha.read_human_agreement(flickr(tmp_path, EXPERT, CROWD), own='kept'), Stub(); every, problems = ha.ask_human_agreement(q, stub); p = every[every['mode'] == 'looking']
     assert not problems and len(p) == 32 and p.key.is_unique and all(t.startswith('A photo depicts caption ') for t in stub.texts)
     t = ha.human_agreement_table(p, repeats=20).set_index(['row', 'metric']); e = p[p.category == 'expert']; marks = e[['mark_1', 'mark_2', 'mark_3']].to_numpy()
     x, y = e.score.repeat(3).tolist(), marks.ravel().tolist()
@@ -175,20 +176,20 @@ def test_rows_and_their_numbers(tmp_path):
     assert t.value['expert: another expert', 'tau-b'] == pytest.approx(np.mean([slow_kendall(marks[:, i].tolist(), marks[:, j].tolist(), 'b') for i, j in ((0, 1), (0, 2), (1, 2))]))
     c = p[p.category == 'crowd']; assert t.value['crowd: score', 'tau-b'] == pytest.approx(slow_kendall(c.score.tolist(), c.yes.tolist(), 'b'))
     assert ('crowd: score', 'tau-c') not in t.index and (t.chance == 0).all() and (t.low <= t.value).all() and (t.value <= t.high).all()
-    assert t.value['expert: length', 'tau-c'] == 0 and t.n['expert: score', 'tau-c'] == 16
+    assert ha.human_agreement_table(every[every['mode'] == 'length'], repeats=2).value.eq(0).all() and t.n['expert: score', 'tau-c'] == 16
     same = ha.human_agreement_table(e.assign(score=e[['mark_1', 'mark_2', 'mark_3']].mean(axis=1)), repeats=2).set_index(['row', 'metric']).value
     assert same['expert: score', 'tau-c'] == same['expert: mean of the experts', 'tau-c'] > t.value['expert: score', 'tau-c']
 
 def test_scores_with_and_without_the_picture(tmp_path):
     q, stub = ha.read_human_agreement(flickr(tmp_path, EXPERT), prompt='{}'), Stub(); p, _ = ha.ask_human_agreement(q, stub)
     images = {n: stub.encode_image([Image.open(path).convert('RGB')])[0].astype(float) for n, path in q.pictures.items()}
-    for row in p.itertuples():
-        text = stub.encode_text([row.caption])[0].astype(float); rest = sum(v for n, v in images.items() if n != row.image)
-        assert (row.score, row.blind) == pytest.approx((text @ images[row.image], text @ rest/np.linalg.norm(rest)), abs=1e-6) and row.length == 4
+    for key, rows in p.set_index('mode').groupby('key'):
+        row = rows.loc['looking']; text = stub.encode_text([row.caption])[0].astype(float); rest = sum(v for n, v in images.items() if n != row.image)
+        assert (rows.score['looking'], rows.score['blind']) == pytest.approx((text @ images[row.image], text @ rest/np.linalg.norm(rest)), abs=1e-6) and rows.score['length'] == 4
 
 def test_a_constant_score_agrees_with_nobody(tmp_path):
     p, _ = ha.ask_human_agreement(ha.read_human_agreement(flickr(tmp_path, EXPERT)), Constant())
-    assert (ha.human_agreement_table(p.assign(score=1.), repeats=5).query('row == "expert: score"')[['value', 'low', 'high']] == 0).all(axis=None)
+    assert (ha.human_agreement_table(p[p['mode'] == 'looking'].assign(score=1.), repeats=5).query('row == "expert: score"')[['value', 'low', 'high']] == 0).all(axis=None)
 
 GOOD = '0.jpg\t1.jpg#0\t1\t2\t3\n'
 @pytest.mark.parametrize('row,what', [('0.jpg\t2.jpg#0\t1\t2', '4 columns, not 5'), ('0.jpg\t2.jpg#0\t1\t2\t5', 'not three of 1, 2, 3, 4'), ('0.jpg\t2.jpg#0\t0\t2\t3', 'not three of'), ('0.jpg\t2.jpg#0\t1.5\t2\t3', 'not three of'),
@@ -228,7 +229,7 @@ def test_judged_pictures_that_are_links(tmp_path):
 
 def test_judged_pictures_that_are_not_there(tmp_path):
     home = flickr(tmp_path, EXPERT); (home/'Flicker8k_Dataset/0.jpg').unlink(); (home/'Flicker8k_Dataset/1.jpg').write_bytes(b'')
-    q = ha.read_human_agreement(home); p, problems = ha.ask_human_agreement(q, Stub())
+    q = ha.read_human_agreement(home); p, problems = ha.ask_human_agreement(q, Stub()); p = p[p['mode'] == 'looking']
     assert set(p.image) == {'2.jpg', '3.jpg'} and 'the picture is not there (items that ask about it: 3)' in said(problems) and 'the file is empty' in said(problems)
     assert coverage(q, p).set_index('file').share.to_dict() == {'ExpertAnnotations.txt': .5, 'CrowdFlowerAnnotations.txt': 0}
 
@@ -290,8 +291,28 @@ def test_captions_seen_before():
     assert found[['test', 'train', 'value', 'words']].values.tolist() == [['a', 'x', 2., 3]]
     table = lk.leakage_summary(found, 'abcd').set_index('check')
     assert table['items'].to_dict() == {'hash': 0, 'mirrored hash': 0, 'embedding': 0, 'caption': 1, 'any': 1} and table.share['any'] == .25 and table.n['any'] == 4
-    assert lk.leakage_summary(found[:0], 'abcd', checks=['caption']).share.tolist() == [0., 0.]
+    none = lk.leakage_summary(found[:0], range(300), checks=['caption']); assert none.share.tolist() == [0., 0.] and none.high.tolist() == pytest.approx([.01265]*2, abs=1e-4), 'nothing found is not nothing there'
     with pytest.raises(BenchmarkError, match='no test pictures'): lk.leakage_summary(found, [])
+
+@pytest.mark.parametrize('first', [0, 3])
+def test_overlap_of_two_folders(tmp_path, first):
+    for name in ('train', 'test'): (tmp_path/name/'deep').mkdir(parents=True)
+    for i in range(5): smooth(i).save(tmp_path/f'train/deep/{i}.png')
+    smooth(2).resize((48, 48)).save(tmp_path/'test/a.png'); smooth(4).save(tmp_path/'test/b.png'); smooth(9).save(tmp_path/'test/c.png'); (tmp_path/'test/d.png').write_bytes(b'broken')
+    summary, pairs, problems = lk.overlap(str(tmp_path/'train'), str(tmp_path/'test'), first)
+    assert set(map(tuple, pairs[['test', 'train']].values)) == {('a.png', 'deep/2.png')} | (set() if first else {('b.png', 'deep/4.png')}) and summary.check.tolist() == ['hash', 'mirrored hash', 'any'] and summary.n.eq(3).all()
+    assert [Path(p['file']).name for p in problems] == ([] if first else ['d.png']) and lk.overlap(str(tmp_path/'train'), str(tmp_path/'test'), encoder=Stub())[1].embedding.tolist()[0] == pytest.approx(1)
+
+def test_nothing_in_common(tmp_path):
+    for name, i in (('train', 0), ('test', 1)): (tmp_path/name).mkdir(); smooth(i).save(tmp_path/name/'x.png')
+    summary, pairs, _ = lk.overlap(str(tmp_path/'train'), str(tmp_path/'test')); assert len(pairs) == 0 and summary['items'].eq(0).all() and list(pairs) == ['test', 'train', 'agree', 'hash', 'mirrored hash', 'embedding', 'words']
+    (tmp_path/'train/x.png').unlink()
+    with pytest.raises(BenchmarkError, match='neither pictures nor tar archives'): lk.overlap(str(tmp_path/'train'), str(tmp_path/'test'))
+
+def test_shared_captions_count_as_a_check():
+    found = pd.DataFrame([dict(check='hash', test='t', train='a', value=2.), dict(check='hash', test='t', train='b', value=0.), dict(check='caption', test='t', train='a', value=1.), dict(check='caption', test='u', train='b', value=1.)])
+    pairs = lk.suspicious_pairs(found, dict(t={'a red car', 'a car'}, u={'a'}), dict(a={'a red car', 'a car'}, b={'a'}))
+    assert pairs[['test', 'train', 'agree']].values.tolist() == [['t', 'a', 2], ['t', 'b', 1], ['u', 'b', 1]] and pairs.words.fillna(0).tolist() == [3, 0, 1]
 
 # --- power -------------------------------------------------------------------------------------------------------
 
@@ -336,6 +357,14 @@ def test_more_of_everything_helps():
     assert f(400) < f(400, clusters=5) < f(400, clusters=5, correlation=.9) and f(400) < f(400, power=.95) and f(400, level=.01) > f(400)
     assert f(400, clusters=5, correlation=1.) == pytest.approx(f(80)) and f(400, clusters=[1, 9]) > f(400, clusters=5)
     assert np.isnan(f(60, .05)) and np.isnan(f(np.array([20, 400]), .05)).tolist() == [True, False]
+
+def test_beside_a_number():
+    from selfalign.study.statistics import bootstrap
+    answers = (np.random.default_rng(0).random(500) < .7).astype(float); alone, fives = bootstrap(answers), bootstrap(np.repeat(answers, 5), np.repeat(np.arange(500), 5))
+    both = pw.beside_a_number(*map(np.array, zip(alone[:4], fives[:4]))); assert both == pytest.approx(pw.smallest_difference(500), rel=.06)
+    assert pw.beside_a_number(.5, .49, .51, 100) == pw.smallest_difference(100), 'never surer than the number of items'
+    assert pw.beside_a_number(.95, .94, .96, 10**6) == pytest.approx(pw.smallest_difference(.0475*(3.92/.02)**2, 2*.95*.05)), 'so accurate, they cannot disagree on a tenth'
+    assert np.isnan(pw.beside_a_number(np.array([0, 1, .5, .5]), np.array([0, 1, np.nan, 0.]), np.array([0, 1, np.nan, 1.]), np.array([9, 9, 9, 1]))).all()
 
 def test_what_two_tables_say_of_themselves():
     "The share and the correlation that the answers were drawn with."

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from PIL import Image
 from typer.testing import CliRunner
-from selfalign.benchmarks import catalogue as ct, retrieval as rt, sugarcrepe as sc, winoground as wg
+from selfalign.benchmarks import catalogue as ct, checklist_averages as ca, power as pw, retrieval as rt, sugarcrepe as sc, winoground as wg
 from selfalign.benchmarks.items import Benchmark, BenchmarkError, coverage, encode, evaluate, predict, require_coverage
 from selfalign.benchmarks.vl_checklist import categories, read_checklist
 
@@ -277,7 +277,7 @@ def test_broken_negatives_are_left_out(tmp_path):
 
 @pytest.mark.parametrize('positive, negative, broken', [('bicycle ON sidewalk', 'apron', True), ('lounge chair next to table', 'office chair', True), ('traffic light above car', 'light brown island', True), ('train has wheels', 'train has mixing bowl', False),
                                                         ('lady has hair', 'person has ketchup bottle', False), ('red car', 'teal car', False), ('car', 'apron', False)])
-def test_what_is_broken(positive, negative, broken): assert ct.broken_negative(positive, negative) == broken
+def test_what_is_broken(positive, negative, broken): assert ca.broken_negative(positive, negative) == broken
 
 def test_gains_are_tested_row_by_row(tmp_path):
     from statsmodels.stats.contingency_tables import mcnemar
@@ -288,7 +288,82 @@ def test_gains_are_tested_row_by_row(tmp_path):
     for row in rows:
         a, b = (p[(p['mode'] == m) & p.category.str.startswith(row)].set_index('key').correct.astype(bool).sort_index() for m in ('looking', 'blind'))
         ps.append(mcnemar([[(a & b).sum(), (a & ~b).sum()], [(~a & b).sum(), (~a & ~b).sum()]], exact=True).pvalue); assert gain[row] == pytest.approx(a.mean() - b.mean())
-    assert corrected[rows].tolist() == pytest.approx(multipletests(ps, method='holm')[1].tolist()) and set(t['mode']) == {'looking', 'blind', 'shuffled', 'word frequency', ''}
+    assert corrected[rows].tolist() == pytest.approx(multipletests(ps, method='holm')[1].tolist()) and set(t['mode']) == {'looking', 'blind', 'shuffled', 'word frequency', 'smallest difference', ''}
+
+def test_the_smallest_difference_stands_beside_each_number(tmp_path):
+    folder = checklist(tmp_path/'vl', {'Attribute/color/vg': 400}, pictures=400); t = ct.run_task('vl-checklist', Hand(), folder, out=tmp_path/'out').set_index(['row', 'metric', 'mode'])
+    at, found = t.loc['Attribute', 'mean over items', 'looking'], t.loc['Attribute', 'mean over items', 'smallest difference']
+    sure = at.value*(1 - at.value)*(3.92/(at.high - at.low))**2
+    assert found.value == pytest.approx(pw.smallest_difference(min(sure, 400))) and pw.smallest_difference(400) <= found.value < pw.smallest_difference(100) and found.n == 400 and np.isnan(found.chance)
+    r = pd.read_csv(tmp_path/'out/results.csv').set_index(['row', 'metric']); assert r.value['Attribute', 'mean over items, smallest difference'] == pytest.approx(found.value) and r.unit['Attribute', 'mean over items, smallest difference'] == 'fraction'
+    wide = ct.side_by_side(t.reset_index()).set_index(['row', 'metric']); assert wide['smallest difference']['Attribute', 'mean over items'] == found.value and len(wide) == (t.index.get_level_values('mode') == 'looking').sum()
+
+# --- classification and agreement with people, through the catalogue ----------------------------------------------
+
+def classes(folder, sizes):
+    "Class folders of one-coloured pictures, numbered through."
+    i = iter(range(1000))
+    for name, n in sizes.items():
+        for _ in range(n): k = next(i); save(folder/name/f'{k}.png', k)
+    return folder
+
+def test_classification_by_hand(tmp_path):
+    "Six cats of which one looks like a dog, three dogs: 8 of 9; blind everything is a cat."
+    home = classes(tmp_path/'set', dict(cat=6, dog=3)); hand = Hand({colour(k): [1, .1] if k < 5 else [.1, 1] for k in range(9)}, dict(cat=[1, 0], dog=[0, 1]), 2)
+    table = ct.run_task('classification', hand, home, out=tmp_path/'out', templates='{}'); t = table.set_index(['metric', 'mode']).value
+    assert t['top-1', 'looking'] == pytest.approx(8/9) and t['top-1', 'blind'] == pytest.approx(6/9) and t['mean per class', 'looking'] == pytest.approx((5/6 + 1)/2) and t['mean per class', 'blind'] == .5
+    assert t['gain over blind', ''] == pytest.approx(2/9) and 'corrected p' in t.index.get_level_values(0) and table[table['mode'] == 'looking'].chance.eq(.5).all()
+    p = pd.read_parquet(tmp_path/'out/predictions.parquet'); assert p.groupby('mode').size().to_dict() == dict(looking=9, blind=9, shuffled=9) and (p[p['mode'] == 'blind'].predicted == 'cat').all()
+    seen = [hand.encode_image([Image.new('RGB', (1, 1), colour(k))])[0].argmax() for k in range(9)]; moved = p[p['mode'] == 'shuffled']
+    assert (moved.predicted == 'dog').sum() == sum(seen), 'the same pictures, each at another place'
+    side = ct.side_by_side(table).set_index('metric'); assert side.blind['top-1'] == pytest.approx(6/9) and {'shuffled', 'smallest difference', 'gain over blind'} <= set(side)
+
+def test_the_beginning_of_each_class(tmp_path):
+    home = classes(tmp_path/'set', dict(cat=6, dog=3, emu=2)); t = ct.run_task('classification', Hand(), home, out=tmp_path/'out', first=2, templates='a {}')
+    assert t.n.dropna().eq(6).all() and pd.read_csv(tmp_path/'out/coverage.csv')['items'].tolist() == [2, 2, 2] and sorted(pd.read_parquet(tmp_path/'out/predictions.parquet').image.unique())[:2] == ['cat/0.png', 'cat/1.png']
+    (home/'emu/9.png').write_bytes(b'broken')
+    with pytest.raises(BenchmarkError, match='the worst is emu: 1 of 2 items'): ct.run_task('classification', Hand(), home, out=tmp_path/'out', first=2)
+
+def test_a_list_that_comes_with_open_clip_is_no_path(tmp_path):
+    with pytest.raises(BenchmarkError, match='2 class folders for 1000 classes'): ct.run_task('classification', Hand(), 'imagenet', classes(tmp_path/'set', dict(n01=1, n02=1)))
+
+def judged(folder, n=6, crowd=True):
+    "Pictures, captions and the judgements of people who go by the distance of two numbers."
+    for i in range(n): save(folder/f'Flicker8k_Dataset/{i}.png', i)
+    dump(folder/'Flickr8k.token.txt', '\n'.join(f'{i}.png#0\tcaption {"x "*i}of {i}' for i in range(n)))
+    fit = lambda i, j: 4 - min(3, abs(i - j))
+    dump(folder/'ExpertAnnotations.txt', '\n'.join(f'{i}.png\t{j}.png#0\t{fit(i, j)}\t{fit(i, j)}\t{max(1, fit(i, j) - (i + j) % 2)}' for i in range(n) for j in range(n)))
+    if crowd: dump(folder/'CrowdFlowerAnnotations.txt', '\n'.join(f'{i}.png\t{j}.png#0\t{y/3:.4f}\t{y}\t{3 - y}' for i in range(n) for j in range(n) for y in [fit(i, j) - 1]))
+    return folder
+
+def numbers(n=6): return Hand({colour(i): [np.cos(i/4), np.sin(i/4)] for i in range(n)}, {f'caption {"x "*i}of {i}': [np.cos(i/4), np.sin(i/4)] for i in range(n)}, 2)
+
+def test_agreement_by_hand(tmp_path):
+    "The score is the order of the crowd, but for its ties; the others are not."
+    from scipy.stats import kendalltau
+    table = ct.run_task('human-agreement', numbers(), judged(tmp_path/'f'), out=tmp_path/'out', prompt='{}'); t = table.set_index(['row', 'metric', 'mode']).sort_index()
+    far = [(abs(i - j), min(3, abs(i - j))) for i in range(6) for j in range(6)]; p = pd.read_parquet(tmp_path/'out/predictions.parquet'); looking = p[(p.category == 'crowd') & (p['mode'] == 'looking')]
+    assert kendalltau(looking.score.round(5), looking.yes).statistic == pytest.approx(kendalltau(*zip(*far)).statistic)
+    assert set(p['mode']) == set(table['mode']) == {'looking', 'blind', 'shuffled', 'length'}
+    for mode, part in p[p.category == 'crowd'].groupby('mode'): assert t.value['crowd: score', 'tau-b', mode] == pytest.approx(kendalltau(part.score, part.yes).statistic), mode
+    assert t.value['crowd: score', 'tau-b'].drop('looking').max() < .5 < t.value['crowd: score', 'tau-b', 'looking'] and t.value['expert: another expert', 'tau-b'].index.tolist() == ['looking']
+    side = ct.side_by_side(table).set_index(['row', 'metric']); assert side.blind['expert: score', 'tau-c'] == t.value['expert: score', 'tau-c', 'blind'] and 'smallest difference' not in side and np.isnan(side.length['expert: another expert', 'tau-c'])
+    assert set(pd.read_csv(tmp_path/'out/results.csv').unit) == {'ratio'}
+
+def test_another_picture_is_another_one_for_each_and_the_same_for_all_its_captions(tmp_path):
+    hand = numbers(); p, _ = ct.TASKS['human-agreement'].ask(ct.TASKS['human-agreement'].read(str(judged(tmp_path)), own='kept', prompt='{}'), hand); moved = p[p['mode'] == 'shuffled']
+    x = hand.encode_image([Image.new('RGB', (1, 1), colour(i)) for i in range(6)]).astype(float); t = hand.encode_text(sorted(p.caption.unique(), key=lambda c: int(c[-1]))).astype(float)
+    shown = [{j for j in range(6) if np.allclose(part.score, (t @ x[j])[part.caption.str[-1].astype(int)], atol=1e-6)} for _, part in moved[moved.category == 'crowd'].groupby('image')]
+    assert all(len(s) == 1 for s in shown) and len(set().union(*shown)) == 6 and not any(i in s for i, s in enumerate(shown))
+
+def test_the_first_pictures_and_one_set_alone(tmp_path):
+    t = ct.run_task('human-agreement', numbers(), judged(tmp_path/'f', crowd=False), out=tmp_path/'out', first=3, only='expert')
+    assert set(t.row) == {'expert: score', 'expert: another expert', 'expert: mean of the experts'} and t.n.eq(3*5).all() and pd.read_csv(tmp_path/'out/coverage.csv').answered.tolist() == [15]
+    with pytest.raises(BenchmarkError, match='CrowdFlowerAnnotations.txt: 0 of unknown'): ct.run_task('human-agreement', numbers(), tmp_path/'f', out=tmp_path/'out')
+    for only, message in (('experts', "did you mean 'expert'"), ('crowd', 'CrowdFlowerAnnotations.txt is not there')):
+        with pytest.raises(BenchmarkError, match=message): ct.run_task('human-agreement', numbers(), tmp_path/'f', only=only)
+    (tmp_path/'f/Flicker8k_Dataset/2.png').unlink()
+    with pytest.raises(BenchmarkError, match='10 of 15 items'): ct.run_task('human-agreement', numbers(), tmp_path/'f', out=tmp_path/'out', first=3, only='expert')
 
 def test_words_are_counted_in_other_items():
     one = pd.DataFrame([dict(positive='red cat', negative='azure cat')]*6); assert ct.by_words(one).correct.tolist() == [.5]*6, 'its own texts tell nothing'
@@ -359,6 +434,12 @@ def test_the_command(tiny_clip, tmp_path):
 def test_the_command_searches_any_source(tiny_clip, tmp_path):
     done = sh('benchmark', 'retrieval', '--model', f'open_clip:{tiny_clip}', '--data', 'microworld:evaluation?noise=0', '--first', '12', '--out', tmp_path/'out')
     assert done.exit_code == 0 and 'pool of 12' in done.output and 'R@10' in done.output, done.output
+
+def test_the_command_sorts_and_is_judged(tiny_clip, tmp_path):
+    done = sh('benchmark', 'classification', '--model', f'open_clip:{tiny_clip}', '--data', classes(tmp_path/'set', dict(cat=4, dog=4)), '--first', 3, '-o', 'templates=a {}', '--out', tmp_path/'out')
+    assert done.exit_code == 0 and 'mean per class' in done.output and 'shuffled' in done.output and 'told apart four times out of five' in done.output, done.output
+    done = sh('benchmark', 'human-agreement', '--model', f'open_clip:{tiny_clip}', '--data', judged(tmp_path/'f'), '--first', 4, '-o', 'only=crowd', '--out', tmp_path/'out')
+    assert done.exit_code == 0 and 'crowd: score' in done.output and 'length' in done.output and 'told apart' not in done.output, done.output
 
 def test_the_command_lists_and_hints():
     listed = sh('benchmark', '--list'); assert listed.exit_code == 0 and all(n in listed.output for n in ct.TASKS) and 'first=1000' in listed.output

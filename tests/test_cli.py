@@ -8,7 +8,7 @@ from selfalign.report.cli import app
 from selfalign.study.settings import example_study
 
 BIN = Path(sys.executable).parent
-COMMANDS = ['run', 'report', 'stages', 'params', 'compare', 'doctor', 'benchmark', 'pretrain', 'lab', 'data', 'data inspect', 'data link']
+COMMANDS = ['run', 'report', 'stages', 'params', 'compare', 'doctor', 'benchmark', 'pretrain', 'lab', 'data', 'data inspect', 'data link', 'data overlap']
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):
@@ -84,6 +84,9 @@ def test_no_arguments_is_help():
     ('data inspect microworld:study?nois=1', "'noise'"),
     ('data inspect no/such/folder', 'no/such/folder'),
     ('data link no/such/folder', 'not a folder'),
+    ('data overlap microwrld:study microworld:evaluation?count=3', "'microworld'"),
+    ('data overlap no/such/folder microworld:evaluation?count=3', 'no/such/folder'),
+    ('data overlap microworld:study microworld:evaluation --first 3 --most 65', '64 bits'),
 ])
 def test_refused(study, args, hint): assert hint in refused(*args.split())
 
@@ -188,6 +191,29 @@ def test_captions_cannot_play_tricks(study):
     result = sh('data', 'inspect', 'pairs')
     assert result.exit_code == 0 and '\x1b' not in result.output and '\x07' not in result.output
     assert 'dog' in result.output
+
+def coarse(seed, side=64):
+    "A picture with a pattern of its own."
+    import numpy as np
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (6, 6, 3), np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+
+def encoded(image, kind='PNG'): out = io.BytesIO(); image.save(out, kind); return out.getvalue()
+
+def test_overlap_finds_the_copy(study):
+    import pandas as pd
+    (study/'train').mkdir(); (study/'test').mkdir()
+    shard(study/'train/0.tar', **{f'{n}{i}{e}': d for n, i in (('train', i) for i in range(8)) for e, d in (('__png', encoded(coarse(i))), ('__txt', f'picture number {i}'.encode()))})
+    shard(study/'test/0.tar', copy__jpg=encoded(coarse(3, 48), 'JPEG'), copy__txt=b'Picture number 3!', other__png=encoded(coarse(99)), other__txt=b'picture number 5', new__png=encoded(coarse(98)), new__txt=b'\x1b[2Jnothing like it', bad__png=b'x', bad__txt=b'x')
+    result = sh('data', 'overlap', 'train', 'test', '--csv', study/'pairs.csv'); assert result.exit_code == 0, result.output
+    found = pd.read_csv(study/'pairs.csv').set_index('test')
+    assert found.index.tolist() == ['copy', 'other'] and found.train.tolist() == ['train3', 'train5'] and found.agree.tolist() == [2, 1] and found.words.tolist() == [3, 3] and found.hash['copy'] <= 4
+    for word in ('mirrored hash', 'caption', 'any', '33.3 %', '50.0 %', 'train3', 'none is proven', 'bad ', 'All 2 pairs'): assert word in result.output, (word, result.output)
+    assert '\x1b' not in result.output and sh('data', 'overlap', 'train', 'test', '--first', '2').output.count('train') == 0
+
+def test_overlap_with_an_encoder(tiny_clip, tmp_path):
+    for name in ('train', 'test'): (tmp_path/name).mkdir(); [coarse(i).save(tmp_path/name/f'{i}.png') for i in range(3)]
+    result = sh('data', 'overlap', tmp_path/'train', tmp_path/'test', '--encoder', f'open_clip:{tiny_clip}', '--csv', tmp_path/'pairs.csv'); assert result.exit_code == 0, result.output
+    assert 'embedding' in result.output and '1.000' in result.output and {'0.png,0.png', '1.png,1.png', '2.png,2.png'} <= {','.join(l.split(',')[:2]) for l in (tmp_path/'pairs.csv').read_text().splitlines()}
 
 def test_link(study, tmp_path_factory):
     photographs = tmp_path_factory.mktemp('photographs')

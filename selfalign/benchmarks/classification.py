@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['templates_of', 'class_names', 'ClassQuestions', 'read_classification', 'class_vectors', 'true_ranks',
-           'ask_classification', 'classification_table']
+           'ask_classification', 'classification_groups', 'classification_table']
 
-# %% ../../nbs/3_benchmarks/38_classification.ipynb #5de742d7
+# %% ../../nbs/3_benchmarks/38_classification.ipynb #b989a491
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import pandas as pd
+from .audits import derangement
 from .items import Benchmark, BenchmarkError, _encode_pictures
 from ..data.images import suffixes
 from ..data.pairs import clean_caption
@@ -94,9 +95,10 @@ class ClassQuestions(Benchmark):
     classes: tuple = ()          # names, in the order of their numbers
     templates: str = 'openai'    # see `templates_of`
 
-# %% ../../nbs/3_benchmarks/38_classification.ipynb #15b0f9c3
+# %% ../../nbs/3_benchmarks/38_classification.ipynb #ab792787
 def read_classification(data:str|Path,          # list of classes (text file, or `imagenet`), or a folder of class folders
                         images:str|Path='',     # folder of class folders; empty: `data` itself
+                        first:int=0,            # pictures a class; 0: all
                         templates:str='openai', # openai (80), simple (7), or a sentence with {} in it
                        )->ClassQuestions:       # one item a picture
     "Read a classification benchmark."
@@ -105,7 +107,7 @@ def read_classification(data:str|Path,          # list of classes (text file, or
     classes, problems = class_names(data) if listed else ([f.name.replace('_', ' ') for f in _class_folders(data)], [])
     items, pictures, expected = [], {}, {}
     for folder, number in zip(folders, _assign(folders, classes, home)):
-        found, wrong = _pictures_below(folder); problems += wrong; expected[folder.name] = len(found)
+        found, wrong = _pictures_below(folder); found = found[:first or None]; problems += wrong; expected[folder.name] = len(found)
         for path in found:
             image = path.relative_to(home).as_posix(); pictures[image] = path
             items.append(dict(key=image, category=classes[number], file=folder.name, image=image, truth=number))
@@ -142,40 +144,44 @@ def true_ranks(images:np.ndarray,   # one unit vector a picture
         ranks.append((cosine >= own[:, None]).sum(1)); predicted.append(cosine.argmax(1)); scores.append(own)
     return tuple(map(np.concatenate, (ranks, predicted, scores)))
 
-# %% ../../nbs/3_benchmarks/38_classification.ipynb #d10f0c13
+# %% ../../nbs/3_benchmarks/38_classification.ipynb #977ec2c8
 def ask_classification(questions:ClassQuestions,  # pictures and classes
                        encoder,                   # `encode_image`, `encode_text`
                        batch:int=256,             # pictures opened at a time
-                      )->tuple:                   # (predictions table, list of problems)
-    "Sort every picture."
+                       seed:int=0,                # of the exchange of pictures
+                      )->tuple:                   # (predictions of three modes, list of problems)
+    "Sort every picture, then the mean picture, then another."
     there, images, problems = _encode_pictures(questions, encoder, batch)
     items = questions.items[questions.items.image.isin(there)].reset_index(drop=True)
     names = pd.Index(questions.classes).unique()
     vectors, name_of = class_vectors(encoder, list(names), templates_of(questions.templates)), names.get_indexer(questions.classes)
     images, truth, classes = images[there.get_indexer(items.image)], items.truth.to_numpy(), np.array(questions.classes, object)
-    rank, predicted, score = true_ranks(images, vectors, name_of, truth)
-    mean = np.broadcast_to(images.mean(0), images.shape)
-    blind, blindly, _ = true_ranks(mean, vectors, name_of, truth)
-    answers = dict(truth=classes[truth], number=truth, predicted=classes[predicted], rank=rank, score=score, blind_rank=blind, blind=classes[blindly], classes=len(classes))
-    return items.drop(columns='truth').assign(**answers), questions.problems + problems
+    items, tables = items.assign(truth=classes[truth], number=truth, classes=len(classes)), []
+    for mode, shown in (('looking', images), ('blind', np.broadcast_to(images.mean(0), images.shape)), ('shuffled', images[derangement(len(images), np.random.default_rng(seed))])):
+        rank, predicted, score = true_ranks(shown, vectors, name_of, truth)
+        tables.append(items.assign(mode=mode, predicted=classes[predicted], rank=rank, score=score))
+    return pd.concat(tables, ignore_index=True), questions.problems + problems
 
-# %% ../../nbs/3_benchmarks/38_classification.ipynb #612c04b7
+# %% ../../nbs/3_benchmarks/38_classification.ipynb #96d1dcdf
 def _class_means(hit, number):
     "One value a picture; their plain mean is the mean of the classes' shares."
     by_class = hit.groupby(number)
     share, weight = by_class.transform('mean'), 1/(number.nunique()*by_class.transform('size'))
     return (hit*weight).sum() + len(hit)*weight*(hit - share)
 
-def classification_table(predictions:pd.DataFrame,  # of `ask_classification`
+def classification_groups(predictions:pd.DataFrame  # of one mode
+                         ):                         # the one pair of row and its pictures, with `correct`
+    "All classes together."
+    yield 'all classes', predictions.assign(correct=predictions['rank'] == 1)
+
+def classification_table(predictions:pd.DataFrame,  # of one mode
                          **kwargs,                  # repeats, seed, level of `bootstrap`
                         )->pd.DataFrame:            # row, metric, value, low, high, n, chance
-    "Top-1, top-5 and mean per class, of the model and of the model without sight."
-    k, rows = int(predictions.classes.iloc[0]), []
-    for row, rank in (('model', predictions['rank']), ('blind', predictions.blind_rank)):
-        first, five = (rank == 1).astype(float), (rank <= 5).astype(float)
-        values = {'top-1': first, 'top-5': five, 'mean per class': _class_means(first, predictions.number)}
-        if k <= 5: del values['top-5']
-        for metric, v in values.items():
-            found = bootstrap(v, predictions.image, **kwargs)
-            rows.append(dict(row=row, metric=metric, value=found.value, low=max(found.low, 0.), high=min(found.high, 1.), n=found.n, chance=(5 if metric == 'top-5' else 1)/k))
+    "Top-1, top-5 and mean per class."
+    (row, part), k, rows = *classification_groups(predictions), int(predictions.classes.iloc[0]), []
+    first = part.correct.astype(float); values = {'top-1': first, 'top-5': (part['rank'] <= 5).astype(float), 'mean per class': _class_means(first, part.number)}
+    if k <= 5: del values['top-5']
+    for metric, v in values.items():
+        found = bootstrap(v, part.image, **kwargs)
+        rows.append(dict(row=row, metric=metric, value=found.value, low=max(found.low, 0.), high=min(found.high, 1.), n=found.n, chance=(5 if metric == 'top-5' else 1)/k))
     return pd.DataFrame(rows)

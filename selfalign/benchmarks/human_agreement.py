@@ -6,12 +6,12 @@
 __all__ = ['files', 'own_captions', 'read_captions', 'RatedQuestions', 'read_human_agreement', 'ask_human_agreement', 'kendall',
            'human_agreement_table']
 
-# %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #aca76f2f
+# %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #7498fac7
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from .audits import mean_of_others, words
+from .audits import derangement, mean_of_others, words
 from .items import Benchmark, BenchmarkError, _encode_pictures
 from .vl_checklist import _below
 from ..data.pairs import clean_caption
@@ -69,12 +69,13 @@ class RatedQuestions(Benchmark):
     "Pictures and captions that people judged."
     prompt: str = 'A photo depicts {}'    # what the caption is put into
 
-# %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #e0606866
-def _judged(part, path, captions, home, own):
+# %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #96c32346
+def _judged(part, path, captions, home, own, first):
     "Items, pictures and problems of one file."
     items, pictures, problems, seen = [], {}, [], set()
     texts = pd.Series(captions).groupby(lambda key: key.rpartition('#')[0]).agg(set)
     for i, (image, caption, *judgement) in _rows(path, 5, problems):
+        if first and len(pictures) == first and image not in pictures: continue
         try:
             place = _below(home, image, f'row {i}')
             if place.is_symlink(): raise ValueError(f'{image} is a link, which is not followed')
@@ -87,39 +88,43 @@ def _judged(part, path, captions, home, own):
     if part in own_captions[own]: items = [item for item in items if not item['own']]
     return items, pictures, problems
 
-# %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #6c3fa3c2
+# %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #0cb8face
 def read_human_agreement(data:str|Path,        # folder with the three files
                          images:str|Path='',   # folder with the pictures; empty: Flicker8k_Dataset in `data`
+                         first:int=0,          # pictures a file, with all their judgements; 0: all
+                         only:str='',          # expert or crowd; empty: both
                          own:str='published',  # captions beside their own picture: published, kept, left out
                          prompt:str='A photo depicts {}',  # what the caption is put into; {}: the caption alone
                         )->RatedQuestions:     # one item a judged pair
     "Read Flickr8k-Expert and Flickr8k-CF."
     if own not in own_captions: raise BenchmarkError(f'own captions {own!r}: {nearest(own, own_captions)}')
+    if only and only not in files: raise BenchmarkError(f'only {only!r}: {nearest(only, files)}')
     if '{}' not in prompt: raise BenchmarkError(f'prompt {prompt!r} has no place for the caption; write {{}} where it goes')
     data = Path(data); home = Path(images or data/'Flicker8k_Dataset'); captions, problems = read_captions(data/'Flickr8k.token.txt')
-    there = {part: data/name for part, name in files.items() if (data/name).is_file()}
-    if not there: raise BenchmarkError(f'{data} holds neither {" nor ".join(files.values())}; give the folder Flickr8k_text')
-    items, pictures, expected = [], {}, {files[p]: 0 for p in files if p not in there}
-    problems += [problem(data/name, '', 'not there', 'fetch it, or report the other set alone') for name in expected]
+    asked = {part: data/name for part, name in files.items() if only in ('', part)}; there = {part: path for part, path in asked.items() if path.is_file()}
+    if not there: raise BenchmarkError(f'{data} holds neither {" nor ".join(files.values())}; give the folder Flickr8k_text' if not only else f'{asked[only]} is not there; fetch it, or ask for the other set')
+    items, pictures, expected = [], {}, {path.name: 0 for part, path in asked.items() if part not in there}
+    problems += [problem(data/name, '', 'not there', f'fetch it, or ask for {next(iter(there))} only') for name in expected]
     for part, path in there.items():
-        mine, shown, wrong = _judged(part, path, captions, home, own)
+        mine, shown, wrong = _judged(part, path, captions, home, own, first)
         items += mine; pictures |= shown; problems += wrong; expected[path.name] = len(mine) + len(wrong)
     if not items: raise BenchmarkError(f'{data}: no row of {" and ".join(p.name for p in there.values())} can be used; the first problem: {problems[0]["what"]}' if problems else f'{data}: the files are empty')
     return RatedQuestions(pd.DataFrame(items), pictures, expected, problems, prompt)
 
-# %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #6b7fb3ad
+# %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #447a105b
 def ask_human_agreement(questions:RatedQuestions,  # pictures, captions, judgements
                         encoder,                   # `encode_image`, `encode_text`
                         batch:int=256,             # pictures opened at a time
-                       )->tuple:                   # (predictions table, list of problems)
+                        seed:int=0,                # of the exchange of pictures
+                       )->tuple:                   # (predictions of four modes, list of problems)
     "Score every pair, with its picture and without."
     there, images, problems = _encode_pictures(questions, encoder, batch)
     items = questions.items[questions.items.image.isin(there)].reset_index(drop=True)
     texts = pd.Index(sorted(items.caption.unique(), key=lambda t: (len(t), t)))
     vectors = np.asarray(encoder.encode_text([questions.prompt.replace('{}', t) for t in texts]), np.float64)[texts.get_indexer(items.caption)]
-    at = there.get_indexer(items.image)
-    score, blind = ((x[at]*vectors).sum(1) for x in (images, mean_of_others(images)))
-    return items.assign(score=score, blind=blind, length=items.caption.map(lambda t: len(words(t)))), questions.problems + problems
+    at, shown = there.get_indexer(items.image), dict(looking=images, blind=mean_of_others(images), shuffled=images[derangement(len(images), np.random.default_rng(seed))])
+    scores = {mode: (x[at]*vectors).sum(1) for mode, x in shown.items()} | dict(length=items.caption.map(lambda t: float(len(words(t)))))
+    return pd.concat([items.assign(mode=mode, score=score) for mode, score in scores.items()], ignore_index=True), questions.problems + problems
 
 # %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #15ada400
 def kendall(x,               # one number an item
@@ -140,7 +145,7 @@ def _tau(variant):
     "The correlation of the first column with all others, laid end to end."
     return lambda rows: kendall(np.repeat(rows[:, :1], rows.shape[1] - 1, axis=1).ravel(), rows[:, 1:].ravel(), variant)
 
-# %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #22f5cf25
+# %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #98a5fcdd
 def _between(variant):
     "The mean correlation of two experts."
     return lambda marks: np.mean([kendall(marks[:, i], marks[:, j], variant) for i, j in ((0, 1), (0, 2), (1, 2))])
@@ -148,21 +153,21 @@ def _between(variant):
 def _rows_of(part):
     "Name, values and statistic of each row, the latter for a variant."
     marks = part[_marks_of(part)].to_numpy(float)
-    for name, column in (('score', 'score'), ('blind', 'blind'), ('length', 'length')): yield name, np.column_stack([part[column], marks]), _tau
-    if marks.shape[1] == 3:
+    yield 'score', np.column_stack([part.score, marks]), _tau
+    if marks.shape[1] == 3 and (part['mode'] == 'looking').all():
         yield 'another expert', marks, _between
         yield 'mean of the experts', np.column_stack([marks.mean(1), marks]), _tau
 
-# %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #b72b0d93
-def human_agreement_table(predictions:pd.DataFrame,  # of `ask_human_agreement`
+# %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #cf4d9172
+def human_agreement_table(predictions:pd.DataFrame,  # of one mode
                           repeats:int=500,           # of the bootstrap over pictures
                           **kwargs,                  # seed, level of `bootstrap`
-                         )->pd.DataFrame:            # row, metric, value, low, high, n, chance
-    "Rank correlations with people, of the score, of what needs no picture, and of people."
+                         )->pd.DataFrame:            # row, metric, value, low, high, n, chance, unit
+    "Rank correlations with people, of a score, and of people with each other."
     rows = []
     for category, part in predictions.groupby('category', sort=False):
         for name, values, statistic in _rows_of(part):
             for variant in 'cb' if category == 'expert' else 'b':
                 found = bootstrap(values, part.image, statistic(variant), repeats, **kwargs)
-                rows.append(dict(row=f'{category}: {name}', metric=f'tau-{variant}', value=found.value, low=found.low, high=found.high, n=found.n, chance=0.))
+                rows.append(dict(row=f'{category}: {name}', metric=f'tau-{variant}', value=found.value, low=found.low, high=found.high, n=found.n, chance=0., unit='ratio'))
     return pd.DataFrame(rows)

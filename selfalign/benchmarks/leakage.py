@@ -4,20 +4,25 @@
 
 # %% auto #0
 __all__ = ['disguises', 'perceptual_hash', 'near_hashes', 'near_vectors', 'Fingerprints', 'fingerprints', 'suspected',
-           'plain_caption', 'caption_overlap', 'leakage_summary', 'nearest_pairs', 'sensitivity']
+           'plain_caption', 'caption_overlap', 'leakage_summary', 'nearest_pairs', 'sensitivity', 'collection',
+           'suspicious_pairs', 'overlap']
 
-# %% ../../nbs/3_benchmarks/3a_leakage.ipynb #981c3a55
+# %% ../../nbs/3_benchmarks/3a_leakage.ipynb #1e674de9
 import io, unicodedata
 from dataclasses import dataclass
+from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageEnhance, ImageOps
+from tqdm.auto import tqdm
 from .audits import words
+from .classification import _pictures_below
 from .items import BenchmarkError, _open
+from .retrieval import DIRECTIONS, read_source
 from ..data.images import ImageProblem
 from ..data.pairs import clean_caption
-from ..data.readers import problem
-from ..study.statistics import bootstrap, proportion
+from ..data.readers import problem, readers
+from ..study.statistics import proportion
 
 # %% ../../nbs/3_benchmarks/3a_leakage.ipynb #7d190786
 def perceptual_hash(image   # PIL picture
@@ -68,11 +73,11 @@ class Fingerprints:
     vectors: np.ndarray    # unit vectors; no columns without an encoder
     problems: list         # pictures that could not be opened
 
-# %% ../../nbs/3_benchmarks/3a_leakage.ipynb #8068ae38
+# %% ../../nbs/3_benchmarks/3a_leakage.ipynb #e80e710d
 def _opened(pictures, problems):
     "Name and picture of those that open."
-    for name, picture in pictures.items():
-        try: yield name, _open(picture)
+    for name in tqdm(pictures, desc='pictures', disable=len(pictures) < 500):
+        try: yield name, _open(pictures[name])
         except ImageProblem as e: problems.append(problem(name, '', e.what, e.remedy))
 
 def fingerprints(pictures:dict,    # name → path or PIL picture
@@ -120,18 +125,18 @@ def caption_overlap(test:dict,           # name → caption
     held.pop('', None); same = {name: p for name, text in test.items() if (p := plain_caption(text)) in held}
     return pd.DataFrame([dict(check='caption', test=name, train=held[p][0], value=float(len(held[p])), words=len(p.split())) for name, p in same.items()], columns=['check', 'test', 'train', 'value', 'words'])
 
-# %% ../../nbs/3_benchmarks/3a_leakage.ipynb #3575910a
+# %% ../../nbs/3_benchmarks/3a_leakage.ipynb #e79ffc02
 def leakage_summary(suspects:pd.DataFrame,  # rows of `suspected` and `caption_overlap`
                     names,                  # all test pictures (or captions) that were checked
                     checks=('hash', 'mirrored hash', 'embedding'),   # that were made, also those that found nothing
-                    **kwargs,               # repeats, seed, level of `bootstrap`
+                    level:float=.95,        # of confidence
                    )->pd.DataFrame:         # check, pairs, items, share, low, high, n
     "Counts by check."
     names, rows = list(names), []
     if not names: raise BenchmarkError('no test pictures were checked; a share of nothing is no number')
     checks = dict.fromkeys([*checks, *suspects.check])
     for check, part in [*((c, suspects[suspects.check == c]) for c in checks), ('any', suspects)]:
-        hit = set(part.test); share = bootstrap([n in hit for n in names], **kwargs)
+        hit = set(part.test); share = proportion([n in hit for n in names], level)
         rows.append(dict(check=check, pairs=len(part), items=sum(n in hit for n in names), share=share.value, low=share.low, high=share.high, n=len(names)))
     return pd.DataFrame(rows)
 
@@ -183,3 +188,52 @@ def sensitivity(originals:dict,    # name → picture of the training set
         if encoder: add('embedding', (copy.vectors*own.vectors).sum(1), name)
     for check, near in nearest_pairs(fingerprints(unrelated, encoder), train).items(): add(check, near, 'false alarm')
     return pd.DataFrame(rows)
+
+# %% ../../nbs/3_benchmarks/3a_leakage.ipynb #55a13728
+def collection(place:str,    # a source of pairs, a tar archive, a folder of archives or of pictures
+               first:int=0,  # pictures; 0: all
+              )->tuple:      # (name → picture, table of captions: image and text, list of problems)
+    "Pictures and captions wherever they lie."
+    path = Path(place)
+    if place.partition(':')[0] not in readers and path.is_dir() and not any(path.glob('*.tar')):
+        found, problems = _pictures_below(path)
+        if not found: raise BenchmarkError(f'{place} holds neither pictures nor tar archives')
+        return {p.relative_to(path).as_posix(): p for p in found[:first or None]}, pd.DataFrame(columns=['image', 'text']), problems
+    found = read_source(f'webdataset:{path.resolve()}' if path.exists() else place, first, captions=0)
+    told = found.items[found.items.category == DIRECTIONS[1]]
+    return found.pictures, told[['image', 'text']].set_index(told.key), found.problems
+
+# %% ../../nbs/3_benchmarks/3a_leakage.ipynb #83088218
+def _plain_captions(told):
+    "Image → its captions, reduced to words."
+    return told.text.map(plain_caption).groupby(told.image).agg(set).to_dict()
+
+def suspicious_pairs(suspects:pd.DataFrame,  # rows of `suspected` and `caption_overlap`, with names of pictures
+                     test:dict,              # picture → set of its captions, reduced to words
+                     train:dict,             # likewise
+                    )->pd.DataFrame:         # test, train, agree (checks), hash and mirrored hash (bits), embedding (cosine), words (of the longest shared caption)
+    "One row a pair of pictures, the most suspicious first."
+    wide = suspects.pivot_table(index=['test', 'train'], columns='check', values='value').reindex(columns=['hash', 'mirrored hash', 'embedding'])
+    wide = wide.reindex(pd.MultiIndex.from_frame(suspects[['test', 'train']].drop_duplicates()))
+    wide['words'] = [max((len(t.split()) for t in test.get(a, set()) & train.get(b, set())), default=np.nan) for a, b in wide.index]
+    wide.insert(0, 'agree', wide.notna().sum(axis=1))
+    return wide.reset_index().sort_values(['agree', 'hash', 'mirrored hash', 'embedding', 'words'], ascending=[False, True, True, False, False], kind='stable', ignore_index=True)
+
+# %% ../../nbs/3_benchmarks/3a_leakage.ipynb #c53e4f21
+def overlap(train:str,          # see `collection`
+            test:str,           # see `collection`
+            first:int=0,        # pictures of each; 0: all
+            encoder=None,       # `encode_image`; without one only hashes are compared
+            most:int=4,         # bits in which hashes may differ
+            least:float=.98,    # cosine from which vectors count as the same
+           )->tuple:            # (summary, pairs, list of problems)
+    "How much of a test set was in the training set?"
+    (asked, told, wrong), (seen, said, problems) = (collection(p, first) for p in (test, train))
+    theirs, ours = fingerprints(seen, encoder), fingerprints(asked, encoder)
+    found = suspected(ours, theirs, most, least)
+    summary = leakage_summary(found, ours.names, ('hash', 'mirrored hash', 'embedding') if encoder else ('hash', 'mirrored hash'))
+    if len(said) and len(told):
+        again = caption_overlap(told.text.to_dict(), said.text.to_dict())
+        summary = pd.concat([summary, leakage_summary(again, told.index, ('caption',)).query('check == "caption"')], ignore_index=True)
+        found = pd.concat([found, again.assign(test=again.test.map(told.image), train=again.train.map(said.image))])
+    return summary, suspicious_pairs(found, _plain_captions(told), _plain_captions(said)), problems + wrong + theirs.problems + ours.problems

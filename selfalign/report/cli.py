@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'command', 'fail', 'show_table', 'run', 'report', 'stages', 'params', 'compare', 'doctor',
-           'inspect', 'link', 'benchmark', 'pretrain', 'lab', 'main']
+           'inspect', 'link', 'overlap', 'benchmark', 'pretrain', 'lab', 'main']
 
 # %% ../../nbs/8_report/83_cli.ipynb #284b1032
 import functools, sys
@@ -54,7 +54,7 @@ def fail(
     print(f'selfalign: {message}', file=sys.stderr)
     raise Exit(code)
 
-# %% ../../nbs/8_report/83_cli.ipynb #7d86094d
+# %% ../../nbs/8_report/83_cli.ipynb #303ef0d1
 def _plain(value)->str:
     "A value without characters that would move the cursor or ring the bell."
     return '' if value is None else ''.join(c if c.isprintable() else '�' for c in str(value))
@@ -71,7 +71,7 @@ def show_table(
     table = Table(title=title or None, title_justify='left', box=None, pad_edge=False, header_style='bold', show_header=any(columns))
     for c in columns: table.add_column(c, overflow='fold')
     for row in rows: table.add_row(*(Text(_plain(v)) for v in row))
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 # %% ../../nbs/8_report/83_cli.ipynb #f1f80084
 _preset = Annotated[str, Option('--preset')]
@@ -213,6 +213,36 @@ def link(
     except OSError: shutil.copytree(folder, target) # a system without links
     print(f'data/{name} → {folder}')
 
+# %% ../../nbs/8_report/83_cli.ipynb #05dd5df0
+def _print_overlap(summary, pairs, most):
+    "The summary, and the first of the pairs."
+    from selfalign.report.tables import amount
+    share = lambda r: f'{amount(r.low, "fraction", bare=True)} to {amount(r.high, "fraction", bare=True)}'
+    show_table(['check', 'pairs', 'in the test set', 'of', 'share', '95 % interval'], [(r.check, r.pairs, r.items, r.n, amount(r.share, 'fraction'), share(r)) for r in summary.itertuples()], 'Suspects')
+    if not len(pairs): return
+    cell = lambda v, form='.0f': '' if v != v else f'{v:{form}}'
+    show_table(['test', 'train', 'checks that agree', 'bits', 'bits, mirrored', 'cosine', 'words in common'],
+               [(r[1], r[2], r[3], cell(r[4]), cell(r[5]), cell(r[6], '.3f'), cell(r[7])) for r in pairs.head(most).itertuples()], f'The {min(most, len(pairs))} most suspicious of {len(pairs):,} pairs; none is proven, look at the pictures')
+
+@command(data_app)
+def overlap(
+    train:str, # what a model was trained on: a source such as microworld:study, a folder of webdataset tars or of pictures
+    test:str, # what it is tested on, likewise
+    first:int=0, # pictures of each; 0: all
+    encoder:str='', # compare its vectors, too: library:folder-or-hub-id
+    most:int=4, # bits in which the hashes of two pictures may differ, of 64
+    least:float=.98, # cosine from which vectors count as the same
+    csv:Annotated[Path, Option('--csv')]=None, # write all suspected pairs to this file
+):
+    "Look for test pictures and captions in a training set."
+    from selfalign.benchmarks import leakage
+    from selfalign.models.load import load_dual_encoder
+    summary, pairs, problems = leakage.overlap(train, test, first, load_dual_encoder(encoder) if encoder else None, most, least)
+    if csv: pairs.to_csv(csv, index=False)
+    _print_overlap(summary, pairs, 10)
+    if problems: show_table(['file', 'row', 'what', 'remedy'], [p.values() for p in problems[:10]], f'{min(10, len(problems))} of {len(problems)} problems')
+    if csv: print(f'All {len(pairs):,} pairs: {_shown(csv)}')
+
 # %% ../../nbs/8_report/83_cli.ipynb #a97970f0
 def _list_benchmarks():
     "Print what can be asked."
@@ -227,7 +257,7 @@ def _cells(r, audits):
     sure = f'{bare(r["low"])} to {bare(r["high"])}' if r['low'] == r['low'] else ''
     return r['row'], r['metric'], amount(r['value'], r['unit']), sure, f"{r['n']:,.0f}", bare(r['chance']), *(bare(r[a]) for a in audits), amount(r.get('corrected p'), 'ratio')
 
-# %% ../../nbs/8_report/83_cli.ipynb #45ab8758
+# %% ../../nbs/8_report/83_cli.ipynb #41648e03
 @command()
 def benchmark(
     name:Annotated[str, Argument()]='', # which one; none: list them
@@ -247,7 +277,8 @@ def benchmark(
     if not (model and data): fail(f'say which model and which data: selfalign benchmark {name} --model open_clip:data/micro/clip --data FOLDER')
     wide = side_by_side(run_task(name, model, data, images, out, least, **given))
     audits = [c for c in wide if c not in ('row', 'metric', 'value', 'low', 'high', 'n', 'chance', 'unit', 'corrected p') and not c.startswith('gain')]
-    show_table(['row', 'metric', 'value', '95 % interval', 'n', 'chance', *audits, 'corrected p'], [_cells(r, audits) for r in wide.to_dict('records')], f'{name}, {model}')
+    show_table(['row', 'metric', 'value', '95 % interval', 'n', 'chance', *('smallest' if a == 'smallest difference' else a for a in audits), 'corrected p'], [_cells(r, audits) for r in wide.to_dict('records')], f'{name}, {model}')
+    if 'smallest difference' in audits: print('smallest: by so much must two models differ that disagree on a tenth of the items, to be told apart four times out of five')
     print(f'Written to {_shown(Path(out or results_folder(name, model)))}')
 
 # %% ../../nbs/8_report/83_cli.ipynb #d0cc5629
