@@ -21,7 +21,8 @@ from .items import BenchmarkError, _open
 from .retrieval import DIRECTIONS, read_source
 from ..data.images import ImageProblem
 from ..data.pairs import clean_caption
-from ..data.readers import problem, readers
+from ..data.readers import problem
+from ..data.sources import readers
 from ..study.statistics import proportion
 
 # %% ../../nbs/3_benchmarks/3a_leakage.ipynb #7d190786
@@ -199,7 +200,7 @@ def collection(place:str,    # a source of pairs, a tar archive, a folder of arc
         found, problems = _pictures_below(path)
         if not found: raise BenchmarkError(f'{place} holds neither pictures nor tar archives')
         return {p.relative_to(path).as_posix(): p for p in found[:first or None]}, pd.DataFrame(columns=['image', 'text']), problems
-    found = read_source(f'webdataset:{path.resolve()}' if path.exists() else place, first, captions=0)
+    found = read_source(str(path.resolve()) if path.exists() else place, first, captions=0)
     told = found.items[found.items.category == DIRECTIONS[1]]
     return found.pictures, told[['image', 'text']].set_index(told.key), found.problems
 
