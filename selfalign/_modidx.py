@@ -1116,6 +1116,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'selfalign.report.render._figure': ('8_report/render.html#_figure', 'selfalign/report/render.py'),
                                          'selfalign.report.render._figures': ( '8_report/render.html#_figures',
                                                                                'selfalign/report/render.py'),
+                                         'selfalign.report.render._files_of': ( '8_report/render.html#_files_of',
+                                                                                'selfalign/report/render.py'),
                                          'selfalign.report.render._fingerprint': ( '8_report/render.html#_fingerprint',
                                                                                    'selfalign/report/render.py'),
                                          'selfalign.report.render._notebook': ( '8_report/render.html#_notebook',

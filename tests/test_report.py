@@ -245,10 +245,10 @@ def test_damage_is_named_not_fatal(run, tmp_path, hurt, says):
 
 def test_budget(run, tmp_path):
     rng = random.Random(1)
-    pd.DataFrame(dict(score=[rng.random() for _ in range(2_000_000)])).to_parquet(run/'score/tables/huge.parquet')
+    pd.DataFrame(dict(score=[rng.random() for _ in range(1_200_000)])).to_parquet(run/'score/tables/huge.parquet')
     pd.DataFrame(dict(picture=[b'bytes'])).to_parquet(run/'score/tables/pictures.parquet')
     report = render(run, tmp_path/'out')
-    assert size(report.parent) < LIMIT and 'would grow over 12 MB: score/tables/huge.parquet.' in report.read_text(encoding='utf-8')
+    assert size(report.parent) < LIMIT and 'would grow over 6 MB: score/tables/huge.parquet.' in report.read_text(encoding='utf-8')
     assert (report.parent/'score/tables/scores.parquet').exists() and not (report.parent/'score/tables/pictures.parquet').exists()
 
 

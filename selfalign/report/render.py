@@ -17,9 +17,9 @@ from .tables import amount, problems, result_tables, thousands
 from ..study.settings import find_root
 from ..study.stage import publish
 
-# %% ../../nbs/8_report/80_render.ipynb #52be79a8
-LIMIT = 12_000_000  # bytes of a report
-SMALL = 700_000     # bytes of a table that comes before the notebooks
+# %% ../../nbs/8_report/80_render.ipynb #66c00a9d
+LIMIT = 6_000_000  # bytes of a report
+SMALL = 60_000     # bytes of a table that comes before the notebooks; those with answers always do
 
 @dataclass
 class Site:
@@ -56,12 +56,16 @@ def _notebook(notebook, old, *args):
     if old.is_file() and (page := old.read_text(encoding='utf-8')).endswith(mark): return page
     return no_machine_paths(notebook_html(notebook, *args)) + mark
 
-# %% ../../nbs/8_report/80_render.ipynb #7331ce72
+# %% ../../nbs/8_report/80_render.ipynb #59e453e7
 def _notebooks(run, site):
-    "Write the page of every executed notebook; returns stage -> its path"
+    "Write the page of every executed notebook, once where several stages share it; returns stage -> its path"
     folders = {s['name']: s['folder'] for s in run.stages}
     read = {k: read_part(f/'notebook.ipynb', dict, run.missing, needed=True) for k, f in folders.items()}
-    stages, style, made = [k for k, nb in read.items() if nb], page_file('style.css'), {}
+    first = {}
+    for s in run.stages: first.setdefault(s.get('notebook') or s['name'], s['name'])
+    again = [s['name'] for s in run.stages if first[s.get('notebook') or s['name']] != s['name']]
+    if again: run.missing.append(f'The executed notebooks of {", ".join(again)} are in the run folder: they are notebooks shown here, with other parameters.')
+    stages, style, made = [k for k, nb in read.items() if nb and k not in again], page_file('style.css'), {}
     for stage in stages:
         try: page = _notebook(folders[stage]/'notebook.ipynb', site.old/stage/'notebook.html', stage, style, run.ours, stages)
         except Exception as e: run.missing.append(f'The notebook of {stage} cannot be shown ({type(e).__name__}).')
@@ -89,7 +93,7 @@ def _broad(svg):
     box = re.search(r'viewBox="\S+ \S+ ([\d.]+) ([\d.]+)"', svg)
     return bool(box) and float(box[1]) > 1.9*float(box[2])
 
-# %% ../../nbs/8_report/80_render.ipynb #eba3b356
+# %% ../../nbs/8_report/80_render.ipynb #bdb69057
 def _figure(run, site, s, record, i, pages):
     "One figure: its files copied, its drawing ready for the page"
     name = plain(record.get('name')) or f'figure {i}'
@@ -102,16 +106,24 @@ def _figure(run, site, s, record, i, pages):
     def copy(suffix, data=None):
         if suffix not in files: return ''
         return site.add(f'{s["name"]}/figures/{files[suffix].name}', data or files[suffix].read_bytes(), f'figure: {title}')
-    svg = copy('.svg', alone) if alone else ''; png, csv = '' if svg else copy('.png'), copy('.csv')
-    spare = files.get('.png') if svg else None   # the same once more, as pixels: if there is room in the end
+    csv = copy('.csv')
     cell = record.get('cell', cell_of(s['folder']/'notebook.ipynb', name))
     page = pages.get(s['name'], '') and pages[s['name']] + (f'#cell-{cell}' if isinstance(cell, int) else '')
     broad = _broad(inner)
-    if len(inner) > min(300_000, site.room): inner = ''
+    if len(inner) > min(250_000, site.room): inner = ''
     site.room -= len(inner)
-    links = [o for o in (('SVG', svg), ('PNG', png), ('CSV', csv), ('how it was made', page)) if o[1]]
-    return dict(id=f'figure-{i}', title=title, caption=caption, alt=f'Figure: {title}. {caption}', svg=inner, png=png or svg, why=why, broad=broad,
-                lines=bool(inner) and not holds_picture(inner), links=links, spare=spare and (f'{s["name"]}/figures/{spare.name}', spare.read_bytes(), f'figure: {title}'))
+    links = [o for o in (('CSV', csv), ('how it was made', page)) if o[1]]
+    later = {'SVG': lambda: copy('.svg', alone) if alone else '', 'PNG': lambda: copy('.png')}   # the same once more, as files
+    return dict(id=f'figure-{i}', title=title, caption=caption, alt=f'Figure: {title}. {caption}', svg=inner, png='', why=why, broad=broad,
+                lines=bool(inner) and not holds_picture(inner), links=links, later=later)
+
+# %% ../../nbs/8_report/80_render.ipynb #cf6e913e
+def _files_of(figures):
+    "Copy drawings and pixels, first of the figures that the page cannot show without, then drawings, then pixels"
+    for wanted in (lambda f, kind: not f['svg'], lambda f, kind: kind == 'SVG', lambda f, kind: True):
+        for f in figures:
+            for kind in [k for k in f['later'] if wanted(f, k)]:
+                if path := f['later'].pop(kind)(): f['links'].insert(kind == 'PNG' and any(k == 'SVG' for k, _ in f['links']), (kind, path)); f['png'] = f['png'] or path
 
 # %% ../../nbs/8_report/80_render.ipynb #278f559e
 def _figures(run, site, pages):
@@ -119,13 +131,13 @@ def _figures(run, site, pages):
     records = [(s, o) for s in run.stages for o in read_part(s['folder']/'figures.json', list, run.missing, needed=s['status'] == 'finished') if isinstance(o, dict)]
     return [_figure(run, site, s, o, i, pages) for i, (s, o) in enumerate(records)]
 
-# %% ../../nbs/8_report/80_render.ipynb #cf53318f
+# %% ../../nbs/8_report/80_render.ipynb #251ae7f7
 def _tables(run, site, least=0, most=SMALL):
     "Copy the Parquet tables of every stage whose size lies between two bounds, the small ones first"
     import pyarrow.parquet as pq
     found = sorted((f.stat().st_size, s['name'], f) for s in run.stages for f in (s['folder']/'tables').glob('*.parquet'))
     for size, stage, f in found:
-        if not least < size <= most: continue
+        if not least < (0 if f.stem.startswith(('predictions', 'points', 'retention', 'readings')) else size) <= most: continue
         if not run.ours and f.stem == 'pairs': continue
         try: table = pq.ParquetFile(f)
         except Exception: continue
@@ -142,7 +154,7 @@ def _page(run, **pieces):
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return env.get_template('index.html.j2').render(style=page_file('style.css'), script=script, script_hash=f'sha256-{digest}', missing=run.missing, **pieces)
 
-# %% ../../nbs/8_report/80_render.ipynb #cf9c2839
+# %% ../../nbs/8_report/80_render.ipynb #0049346d
 def _size(n): return f'{n/1e6:.1f} MB' if n >= 1e6 else f'{max(1, n/1e3):.0f} kB'
 
 def _write(run, site):
@@ -159,8 +171,7 @@ def _write(run, site):
     shown = gallery(run.folder, source=run.source) if run.stage('sample') else Gallery()
     columns, tile = 16, min(128, max((max(o.size) for o in shown.pictures), default=64))
     if shown.pictures: site.add('gallery.webp', sprite(shown.pictures, tile, columns, border=2), 'pictures of the gallery')
-    for f in figures:
-        if f['spare'] and (path := site.add(*f['spare'])): f['links'].insert(1, ('PNG', path))
+    _files_of(figures)
     _tables(run, site, SMALL, float('inf'))
     run.missing += shown.missing
     if site.left: run.missing.append(f'Left in the run folder, since the report would grow over {LIMIT/1e6:.0f} MB: {", ".join(site.left)}.')
