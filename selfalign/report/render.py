@@ -93,7 +93,7 @@ def _broad(svg):
     box = re.search(r'viewBox="\S+ \S+ ([\d.]+) ([\d.]+)"', svg)
     return bool(box) and float(box[1]) > 1.9*float(box[2])
 
-# %% ../../nbs/8_report/80_render.ipynb #bdb69057
+# %% ../../nbs/8_report/80_render.ipynb #69b84a1b
 def _figure(run, site, s, record, i, pages):
     "One figure: its files copied, its drawing ready for the page"
     name = plain(record.get('name')) or f'figure {i}'
@@ -106,24 +106,26 @@ def _figure(run, site, s, record, i, pages):
     def copy(suffix, data=None):
         if suffix not in files: return ''
         return site.add(f'{s["name"]}/figures/{files[suffix].name}', data or files[suffix].read_bytes(), f'figure: {title}')
-    csv = copy('.csv')
     cell = record.get('cell', cell_of(s['folder']/'notebook.ipynb', name))
     page = pages.get(s['name'], '') and pages[s['name']] + (f'#cell-{cell}' if isinstance(cell, int) else '')
     broad = _broad(inner)
-    if len(inner) > min(250_000, site.room): inner = ''
+    if len(inner) > min(110_000, site.room): inner = ''
     site.room -= len(inner)
-    links = [o for o in (('CSV', csv), ('how it was made', page)) if o[1]]
-    later = {'SVG': lambda: copy('.svg', alone) if alone else '', 'PNG': lambda: copy('.png')}   # the same once more, as files
+    links = [('how it was made', page)] if page else []
+    later = {'SVG': lambda: copy('.svg', alone) if alone else '', 'PNG': lambda: copy('.png'), 'CSV': lambda: copy('.csv')}   # the same once more, as files
     return dict(id=f'figure-{i}', title=title, caption=caption, alt=f'Figure: {title}. {caption}', svg=inner, png='', why=why, broad=broad,
                 lines=bool(inner) and not holds_picture(inner), links=links, later=later)
 
-# %% ../../nbs/8_report/80_render.ipynb #cf6e913e
+# %% ../../nbs/8_report/80_render.ipynb #0db88dce
 def _files_of(figures):
-    "Copy drawings and pixels, first of the figures that the page cannot show without, then drawings, then pixels"
-    for wanted in (lambda f, kind: not f['svg'], lambda f, kind: kind == 'SVG', lambda f, kind: True):
+    "Copy the files of figures: first of those that the page cannot show without, then data, drawings, pixels"
+    order = ('SVG', 'PNG', 'CSV', 'how it was made')
+    for wanted in (lambda f, kind: not f['svg'], lambda f, kind: kind == 'CSV', lambda f, kind: kind == 'SVG', lambda f, kind: True):
         for f in figures:
             for kind in [k for k in f['later'] if wanted(f, k)]:
-                if path := f['later'].pop(kind)(): f['links'].insert(kind == 'PNG' and any(k == 'SVG' for k, _ in f['links']), (kind, path)); f['png'] = f['png'] or path
+                if not (path := f['later'].pop(kind)()): continue
+                f['links'] = sorted([*f['links'], (kind, path)], key=lambda link: order.index(link[0]))
+                if kind != 'CSV': f['png'] = f['png'] or path
 
 # %% ../../nbs/8_report/80_render.ipynb #278f559e
 def _figures(run, site, pages):
