@@ -28,12 +28,13 @@ class Vectors(NamedTuple):
     exchanged: torch.Tensor|None = None  # (B,) bool: for which pairs there is such a text
     before: tuple|None = None       # pictures and captions as the model saw them before it was tuned
 
-# %% ../../nbs/2_models/2e_objective.ipynb #2a82b486
+# %% ../../nbs/2_models/2e_objective.ipynb #6ac19362
+def _soft(logits, target): return -(target*F.log_softmax(logits, 1)[:, :target.shape[1]]).sum(1).mean()
+
 def _rows(logits, same=None):
     "Cross-entropy of each row; where several answers are right, against all of them alike."
     if same is None: return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
-    target = same.to(logits.dtype); target = target/target.sum(1, keepdim=True)
-    return -(target*F.log_softmax(logits, 1)[:, :same.shape[1]]).sum(1).mean()
+    target = same.to(logits.dtype); return _soft(logits, target/target.sum(1, keepdim=True))
 
 # %% ../../nbs/2_models/2e_objective.ipynb #d88df4e4
 def contrast_nce(v:Vectors         # a batch; with `same`: several captions are right
@@ -68,12 +69,12 @@ def negative_term(v:Vectors        # with `negatives` and `exchanged`
     margin = v.scale*(v.images*(v.texts - v.negatives)).sum(-1)
     return F.softplus(-margin[v.exchanged]).mean() if v.exchanged.any() else margin.sum()*0
 
-# %% ../../nbs/2_models/2e_objective.ipynb #5198e208
+# %% ../../nbs/2_models/2e_objective.ipynb #e51a2757
 def distillation_term(v:Vectors        # with `before`
                      )->torch.Tensor:  # scalar
     "Cross-entropy between the frozen model's choices and the tuned one's (open_clip's `DistillClipLoss`)."
     new, old = v.scale*v.images @ v.texts.T, v.scale*v.before[0] @ v.before[1].T
-    return sum(-(F.softmax(o, 1)*F.log_softmax(n, 1)).sum(1).mean() for n, o in ((new, old), (new.T, old.T)))/2
+    return sum(_soft(n, F.softmax(o, 1)) for n, o in ((new, old), (new.T, old.T)))/2
 
 # %% ../../nbs/2_models/2e_objective.ipynb #fe3dae76
 CONTRASTS = ('infonce', 'multi-positive', 'sigmoid')

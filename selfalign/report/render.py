@@ -133,13 +133,13 @@ def _figures(run, site, pages):
     records = [(s, o) for s in run.stages for o in read_part(s['folder']/'figures.json', list, run.missing, needed=s['status'] == 'finished') if isinstance(o, dict)]
     return [_figure(run, site, s, o, i, pages) for i, (s, o) in enumerate(records)]
 
-# %% ../../nbs/8_report/80_render.ipynb #251ae7f7
-def _tables(run, site, least=0, most=SMALL):
-    "Copy the Parquet tables of every stage whose size lies between two bounds, the small ones first"
+# %% ../../nbs/8_report/80_render.ipynb #fa3ffb31
+def _tables(run, site, first):
+    "Copy the Parquet tables of every stage that come first (answers, and all small ones), or the others; the small ones first"
     import pyarrow.parquet as pq
     found = sorted((f.stat().st_size, s['name'], f) for s in run.stages for f in (s['folder']/'tables').glob('*.parquet'))
     for size, stage, f in found:
-        if not least < (0 if f.stem.startswith(('predictions', 'points', 'retention', 'readings')) else size) <= most: continue
+        if first != (size <= SMALL or f.stem.startswith(('predictions', 'points', 'retention', 'readings'))): continue
         if not run.ours and f.stem == 'pairs': continue
         try: table = pq.ParquetFile(f)
         except Exception: continue
@@ -156,7 +156,7 @@ def _page(run, **pieces):
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return env.get_template('index.html.j2').render(style=page_file('style.css'), script=script, script_hash=f'sha256-{digest}', missing=run.missing, **pieces)
 
-# %% ../../nbs/8_report/80_render.ipynb #0049346d
+# %% ../../nbs/8_report/80_render.ipynb #7aecd534
 def _size(n): return f'{n/1e6:.1f} MB' if n >= 1e6 else f'{max(1, n/1e3):.0f} kB'
 
 def _write(run, site):
@@ -167,14 +167,14 @@ def _write(run, site):
     about = {k: v for k, v in run.info.items() if k not in ('pid', 'start', 'seconds', 'command', 'status')}
     site.add('run.json', no_machine_paths(json.dumps(about, indent=1, ensure_ascii=False)), 'the run')
     for s in run.stages: copy(f'{s["name"]}/stage.json', s['folder']/'stage.json', 'parameters, versions, machine')
-    _tables(run, site, -1)
+    _tables(run, site, first=True)
     pages = _notebooks(run, site)
     figures = _figures(run, site, pages)
     shown = gallery(run.folder, source=run.source) if run.stage('sample') else Gallery()
     columns, tile = 16, min(128, max((max(o.size) for o in shown.pictures), default=64))
     if shown.pictures: site.add('gallery.webp', sprite(shown.pictures, tile, columns, border=2), 'pictures of the gallery')
     _files_of(figures)
-    _tables(run, site, SMALL, float('inf'))
+    _tables(run, site, first=False)
     run.missing += shown.missing
     if site.left: run.missing.append(f'Left in the run folder, since the report would grow over {LIMIT/1e6:.0f} MB: {", ".join(site.left)}.')
     found = problems({s['name']: s['folder'] for s in run.stages}, run.missing)
