@@ -87,11 +87,11 @@ def _drawing(file, i):
     try: return clean_svg(svg, f'f{i}-'), clean_svg(svg, alone=True), ''
     except Exception as e: return '', '', f'its SVG cannot be read ({type(e).__name__})'
 
-# %% ../../nbs/8_report/80_render.ipynb #97d20e25
+# %% ../../nbs/8_report/80_render.ipynb #d3d5b00e
 def _broad(svg):
-    "Is a drawing about twice as wide as high, or more?"
+    "Is a drawing wider than eight inches, or about twice as wide as high?"
     box = re.search(r'viewBox="\S+ \S+ ([\d.]+) ([\d.]+)"', svg)
-    return bool(box) and float(box[1]) > 1.9*float(box[2])
+    return bool(box) and float(box[1]) > min(576, 1.9*float(box[2]))
 
 # %% ../../nbs/8_report/80_render.ipynb #69b84a1b
 def _figure(run, site, s, record, i, pages):
