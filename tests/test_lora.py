@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch, tiny
 from PIL import Image
 from selfalign.models.adapters import add_lora, find_layers, layer_pattern, load_adapter, merge, save_adapter, trainable, wise_ft
-from selfalign.models.load import ModelError, load_dual_encoder
+from selfalign.models.load import ModelError, OpenClipEncoder, load_dual_encoder
 from selfalign.models.objective import Objective
 from selfalign.models.paper_lora import add_paper_lora, counted, paper_layers, papers_size
 from selfalign.self_align import lora
@@ -329,6 +329,20 @@ def test_the_other_family_with_dropout(tiny_judge, tmp_path):
     original = load_dual_encoder(reference)
     torch.testing.assert_close(one.encoder.encode_image(pictures()), original.encode_image(pictures()), atol=1e-6, rtol=0)
     assert (one.encoder.encode_text(TEXTS) - original.encode_text(TEXTS)).abs().max() > 1e-3
+
+@pytest.mark.parametrize('tower', ['text', 'image'])
+def test_a_frozen_tower_is_asked_once(tiny_clip, tmp_path, tower, monkeypatch):
+    reference, seen = f'open_clip:{tiny_clip}', []
+    def counted(kind):
+        real = getattr(OpenClipEncoder, kind); monkeypatch.setattr(OpenClipEncoder, kind, lambda self, x: (seen.append((kind, torch.is_grad_enabled())), real(self, x))[1])
+    for kind in ('_image_features', '_text_features'): counted(kind)
+    once = arm(reference, tmp_path/'once', steps=4, towers=(tower,)); frozen = '_text_features' if tower == 'image' else '_image_features'
+    assert not any(grad for kind, grad in seen if kind == frozen) and any(grad for kind, grad in seen if kind != frozen)
+    assert '_text_features' not in vars(once.encoder), 'the tuned encoder reads for itself'
+    monkeypatch.setattr('selfalign.self_align.lora.ask_frozen', lambda encoder, pairs, *_: pairs)
+    arm(reference, tmp_path/'always', steps=4, towers=(tower,))
+    a, b = weights_of(tmp_path/'once'), weights_of(tmp_path/'always')
+    for k in a: torch.testing.assert_close(a[k], b[k], atol=1e-5, rtol=1e-3)
 
 def test_warmup_is_over():
     from selfalign.models.train import warmup_cosine

@@ -25,7 +25,7 @@ def examination_scenes(n:int,        # how many
         i += 1
     return out
 
-# %% ../../nbs/2_models/2b_examine.ipynb #9c7f6159
+# %% ../../nbs/2_models/2b_examine.ipynb #6e854bd5
 def reconstruct(pipe,          # a diffusers pipeline
                 images:list,   # PIL pictures of the pipeline's size
                 batch:int=64,  # pictures at a time
@@ -36,7 +36,7 @@ def reconstruct(pipe,          # a diffusers pipeline
     out = []
     with torch.no_grad():
         for i in range(0, len(images), batch):
-            x = torch.stack([to_tensor(np.asarray(im)) for im in images[i:i + batch]])
+            x = torch.stack([to_tensor(np.asarray(im)) for im in images[i:i + batch]]).to(pipe.vae.device, pipe.vae.dtype)
             z = pipe.vae.encode(x); z = z.latents if hasattr(z, 'latents') else z.latent_dist.mode()
             out += pipe.image_processor.postprocess(pipe.vae.decode(z).sample)
     return out

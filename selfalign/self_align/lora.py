@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['RememberedTokens', 'remember', 'batch_rows', 'steps_for', 'pair_vectors', 'all_vectors', 'Pairs', 'batch_vectors',
            'pair_loss', 'retrieval_hits', 'retrieval_r1', 'examine', 'AdapterWeights', 'fingerprint', 'keep_recipe',
-           'Finetuned', 'Validation', 'random_crops', 'step_loss', 'as_before', 'train_lora']
+           'Finetuned', 'Validation', 'random_crops', 'step_loss', 'as_before', 'RememberedVectors', 'ask_frozen',
+           'train_lora']
 
 # %% ../../nbs/4_self_align/44_lora.ipynb #c35dd416
 import hashlib
@@ -71,14 +72,15 @@ def steps_for(n:int,       # pairs of the set that sets the measure
     "Steps in a number of epochs."
     return n//batch*epochs
 
-# %% ../../nbs/4_self_align/44_lora.ipynb #ed814dae
+# %% ../../nbs/4_self_align/44_lora.ipynb #41bc3a6c
+def _unit(features): return F.normalize(features.float(), dim=-1)
+
 def pair_vectors(encoder,                # a `DualEncoder`
                  square:torch.Tensor,    # (n, size, size, 3) uint8
                  texts:list,             # n captions
                  )->tuple:               # two (n, d) float32 tensors of unit rows
     "Vectors of pairs, with their gradient if one is wanted."
-    x, y = encoder._image_features(normalise(encoder, square)), encoder._text_features(texts)
-    return F.normalize(x.float(), dim=-1), F.normalize(y.float(), dim=-1)
+    return _unit(encoder._image_features(normalise(encoder, square))), _unit(encoder._text_features(texts))
 
 def all_vectors(encoder,              # a `DualEncoder`
                 square:torch.Tensor,  # (n, size, size, 3) uint8
@@ -89,7 +91,7 @@ def all_vectors(encoder,              # a `DualEncoder`
     parts = [pair_vectors(encoder, square[i:i + batch], texts[i:i + batch]) for i in range(0, len(texts), batch)]
     return tuple(torch.cat(p) for p in zip(*parts))
 
-# %% ../../nbs/4_self_align/44_lora.ipynb #18672134
+# %% ../../nbs/4_self_align/44_lora.ipynb #344bdd79
 class Pairs(NamedTuple):
     "Rows to learn from."
     square: torch.Tensor         # (n, size, size, 3) uint8
@@ -98,19 +100,21 @@ class Pairs(NamedTuple):
     negatives: list = ()         # n texts with one word exchanged, '' where there is none; empty: not wanted
     before: tuple = ()           # two (n, d) tensors of the model's vectors before it was tuned; empty: not wanted
     bias: float = 0.             # of the sigmoid loss
+    seen: tuple = ()             # an (n, d) tensor of the pictures' vectors, if no step changes them; empty: the tower is asked
 
     def at(self, rows):
         "Some of the rows."
         pick = lambda texts: [texts[r] for r in rows.tolist()] if len(texts) else ()
-        return Pairs(self.square[rows], pick(self.texts), pick(self.positives), pick(self.negatives), tuple(b[rows] for b in self.before), self.bias)
+        return Pairs(self.square[rows], pick(self.texts), pick(self.positives), pick(self.negatives), tuple(b[rows] for b in self.before), self.bias, self.seen[rows] if len(self.seen) else ())
 
-# %% ../../nbs/4_self_align/44_lora.ipynb #478d140b
+# %% ../../nbs/4_self_align/44_lora.ipynb #02142cb0
 def batch_vectors(encoder,      # a `DualEncoder`
                   batch:Pairs,  # rows of one step
                   )->Vectors:   # all that an `Objective` may ask for
     "The batch as both towers see it; all its texts are read at once."
-    n = len(batch.texts); x, y = pair_vectors(encoder, batch.square, [*batch.texts, *batch.positives, *(t or batch.texts[i] for i, t in enumerate(batch.negatives))])
-    parts = iter(y.split(n)); kinds = dict(texts=next(parts)) | {k: next(parts) for k in ('positives', 'negatives') if getattr(batch, k)}
+    x = batch.seen if len(batch.seen) else _unit(encoder._image_features(normalise(encoder, batch.square)))
+    y = _unit(encoder._text_features([*batch.texts, *batch.positives, *(t or batch.texts[i] for i, t in enumerate(batch.negatives))]))
+    parts = iter(y.split(len(batch.texts))); kinds = dict(texts=next(parts)) | {k: next(parts) for k in ('positives', 'negatives') if getattr(batch, k)}
     number = torch.as_tensor(pd.factorize(pd.Series(batch.texts))[0], device=x.device)
     exchanged = torch.tensor([bool(t) for t in batch.negatives], device=x.device) if batch.negatives else None
     return Vectors(x, scale=float(encoder.logit_scale), same=number[:, None] == number, bias=batch.bias, exchanged=exchanged,
@@ -270,7 +274,35 @@ def as_before(encoder,      # a `DualEncoder` that has not been adapted yet
     own = getattr(encoder.model, 'logit_bias', None)
     return pairs._replace(bias=float(own) if own is not None else fitting_bias(x, y, float(encoder.logit_scale)))
 
-# %% ../../nbs/4_self_align/44_lora.ipynb #89dbb0e5
+# %% ../../nbs/4_self_align/44_lora.ipynb #78fdb7aa
+class RememberedVectors:
+    "What a frozen text tower says of some texts."
+    def __init__(self,
+                 encoder,    # a `DualEncoder`
+                 texts,      # that will be asked for, again and again
+                 batch:int=256,  # texts at a time
+                 ):
+        distinct = list(dict.fromkeys(texts)); self.read, self.row = encoder._text_features, {t: i for i, t in enumerate(distinct)}
+        with torch.no_grad(): self.vectors = torch.cat([self.read(distinct[i:i + batch]) for i in range(0, len(distinct), batch)])
+
+    def __call__(self, texts):
+        "Rows of the table; any other text is read as before."
+        rows = [self.row.get(t) for t in texts]
+        return self.read(texts) if None in rows else self.vectors[rows]
+
+# %% ../../nbs/4_self_align/44_lora.ipynb #88f63215
+def ask_frozen(encoder,      # a `DualEncoder`; a frozen text tower is exchanged for its answers
+               pairs:Pairs,  # all rows
+               towers,       # those that are trained: 'image', 'text' or both
+               texts,        # all that will be read
+               crops:float=1.,  # see `random_crops`
+               )->Pairs:     # with the vectors of a frozen picture tower
+    "Ask the towers that stay as they are once."
+    if 'text' not in towers: encoder._text_features = RememberedVectors(encoder, texts)
+    if 'image' in towers or crops < 1: return pairs
+    with torch.no_grad(): return pairs._replace(seen=all_vectors(encoder, pairs.square, pairs.texts)[0])
+
+# %% ../../nbs/4_self_align/44_lora.ipynb #9d559ebd
 def train_lora(reference:str,         # the encoder to start from, e.g. `open_clip:data/micro/clip`
                images,                # PIL pictures, or an (n, H, W, 3) uint8 array
                captions:list,         # as many texts
@@ -304,14 +336,15 @@ def train_lora(reference:str,         # the encoder to start from, e.g. `open_cl
         model=reference, hash=encoder.hash, pairs=fingerprint(*pairs[:4]), validation=fingerprint(*kept) if kept else '', steps=steps, lr=lr, batch=batch,
         seed=seed, precision=precision, warmup=warmup, objective=asdict(objective), together=together, crops=crops, clip=clip, eps=eps, adapter=adapt.__name__,
         lora={k: list(v) if isinstance(v, tuple) else v for k, v in sorted(lora.items())}))
-    remember(encoder, [*pairs.texts, *pairs.positives, *filter(None, pairs.negatives), *(kept[1] if kept else ())])
-    pairs = as_before(encoder, pairs, objective)
+    texts = [*pairs.texts, *pairs.positives, *filter(None, pairs.negatives), *(kept[1] if kept else ())]
+    remember(encoder, texts)
+    pairs = ask_frozen(encoder, as_before(encoder, pairs, objective), lora.get('towers', ('image', 'text')), texts, crops)
     name, adapted = encoder.reference.name, adapt(encoder, seed=seed, **lora)
     check = Validation(folder, encoder, kept, len(captions)//batch, steps)
     loss = step_loss(encoder, pairs, batch, seed, check, objective, together, crops, lora.get('dropout', 0.))
     encoder.model.train()
     curve = fit(AdapterWeights(adapted), loss, steps, folder, lr=lr, weight_decay=.1, betas=(.9, .98), decay=0., clip=clip, eps=eps,
                 every=every, precision=precision, warmup=warmup, log=min(25, check.per_epoch))
-    check(steps); save_adapter(adapted, folder/'adapter'); merge(adapted)
+    check(steps); save_adapter(adapted, folder/'adapter'); merge(adapted); vars(encoder).pop('_text_features', None)
     encoder.reference = replace(encoder.reference, name=f'{name}+{folder.name}')
     return Finetuned(encoder, curve, check.table())
