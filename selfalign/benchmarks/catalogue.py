@@ -6,7 +6,7 @@
 __all__ = ['TASKS', 'FILES', 'Task', 'register', 'by_words', 'stack_modes', 'ask_two_choice', 'StoredBenchmark', 'task_options',
            'gains', 'measure', 'at_hand', 'Watched', 'results_folder', 'run_task', 'side_by_side']
 
-# %% ../../nbs/3_benchmarks/3b_catalogue.ipynb #131ff96d
+# %% ../../nbs/3_benchmarks/3b_catalogue.ipynb #f78d6a04
 import hashlib, inspect, os, shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +103,7 @@ def _ask_winoground(questions, encoder):
 
 register(Task('winoground', 'Winoground: two pictures and two captions of the same words', _read_winoground, _ask_winoground, winoground_table, ('shuffled',), None, winoground_groups));
 
-# %% ../../nbs/3_benchmarks/3b_catalogue.ipynb #916e9a71
+# %% ../../nbs/3_benchmarks/3b_catalogue.ipynb #da8fe122
 def _read_retrieval(data, images='', first=0, split='test', captions=5):
     if str(data).endswith('.json'): return read_karpathy(data, images, split, first, captions)
     return read_source(str(data), first, captions)

@@ -7,7 +7,7 @@ __all__ = ['disguises', 'perceptual_hash', 'near_hashes', 'near_vectors', 'Finge
            'plain_caption', 'caption_overlap', 'leakage_summary', 'nearest_pairs', 'sensitivity', 'collection',
            'suspicious_pairs', 'overlap']
 
-# %% ../../nbs/3_benchmarks/3a_leakage.ipynb #1e674de9
+# %% ../../nbs/3_benchmarks/3a_leakage.ipynb #34dcaf43
 import io, unicodedata
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,7 +190,7 @@ def sensitivity(originals:dict,    # name → picture of the training set
     for check, near in nearest_pairs(fingerprints(unrelated, encoder), train).items(): add(check, near, 'false alarm')
     return pd.DataFrame(rows)
 
-# %% ../../nbs/3_benchmarks/3a_leakage.ipynb #55a13728
+# %% ../../nbs/3_benchmarks/3a_leakage.ipynb #840b9c48
 def collection(place:str,    # a source of pairs, a tar archive, a folder of archives or of pictures
                first:int=0,  # pictures; 0: all
               )->tuple:      # (name → picture, table of captions: image and text, list of problems)

@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'DIRECTIONS', 'ranks', 'queries', 'read_karpathy', 'SourcePictures', 'read_source', 'search',
            'ask_retrieval', 'chance_of_hit', 'retrieval_groups', 'retrieval_table']
 
-# %% ../../nbs/3_benchmarks/37_retrieval.ipynb #eb9b0163
+# %% ../../nbs/3_benchmarks/37_retrieval.ipynb #64524416
 import json
 from itertools import islice
 from pathlib import Path
@@ -99,7 +99,7 @@ class SourcePictures(dict):
         if record['problem']: raise ImageProblem(record['problem']['what'], record['problem']['remedy'])
         return record['image']
 
-# %% ../../nbs/3_benchmarks/37_retrieval.ipynb #6d7da615
+# %% ../../nbs/3_benchmarks/37_retrieval.ipynb #1fd32acf
 def _captions(record):
     "All captions of a record."
     try: found = json.loads(record['captions'] or '[]')
