@@ -6,14 +6,13 @@
 __all__ = ['files', 'own_captions', 'read_captions', 'RatedQuestions', 'read_human_agreement', 'ask_human_agreement', 'kendall',
            'human_agreement_table']
 
-# %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #7498fac7
+# %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #6af4788d
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import pandas as pd
 from .audits import derangement, mean_of_others, words
-from .items import Benchmark, BenchmarkError, _encode_pictures
-from .vl_checklist import _below
+from .items import Benchmark, BenchmarkError, _encode_pictures, place_below
 from ..data.pairs import clean_caption
 from ..data.readers import problem
 from ..study.settings import nearest
@@ -69,7 +68,7 @@ class RatedQuestions(Benchmark):
     "Pictures and captions that people judged."
     prompt: str = 'A photo depicts {}'    # what the caption is put into
 
-# %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #96c32346
+# %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #4bb71fd7
 def _judged(part, path, captions, home, own, first):
     "Items, pictures and problems of one file."
     items, pictures, problems, seen = [], {}, [], set()
@@ -77,7 +76,7 @@ def _judged(part, path, captions, home, own, first):
     for i, (image, caption, *judgement) in _rows(path, 5, problems):
         if first and len(pictures) == first and image not in pictures: continue
         try:
-            place = _below(home, image, f'row {i}')
+            place = place_below(home, image, f'row {i}')
             if place.is_symlink(): raise ValueError(f'{image} is a link, which is not followed')
             if caption not in captions: raise ValueError(f'unknown caption id {caption!r}')
             if (image, caption) in seen: raise ValueError(f'{image} and {caption} come twice')

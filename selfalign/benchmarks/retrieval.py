@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'DIRECTIONS', 'ranks', 'queries', 'read_karpathy', 'SourcePictures', 'read_source', 'search',
            'ask_retrieval', 'chance_of_hit', 'retrieval_groups', 'retrieval_table']
 
-# %% ../../nbs/3_benchmarks/37_retrieval.ipynb #64524416
+# %% ../../nbs/3_benchmarks/37_retrieval.ipynb #a82423ba
 import json
 from itertools import islice
 from pathlib import Path
@@ -14,9 +14,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 from .audits import derangement
-from .items import Benchmark, BenchmarkError, _encode_pictures
-from .sugarcrepe import load_json
-from .vl_checklist import _below
+from .items import Benchmark, BenchmarkError, _encode_pictures, load_json, place_below
 from ..data.images import ImageProblem
 from ..data.pairs import clean_caption
 from ..data.readers import problem
@@ -60,13 +58,13 @@ def queries(file:str,        # where it was read
             if text: rows.append(dict(key=f'{image}#{j}', category=DIRECTIONS[1], file=file, image=image, text=text))
     return pd.DataFrame(rows, columns=COLUMNS), wanted
 
-# %% ../../nbs/3_benchmarks/37_retrieval.ipynb #ee2cf74d
+# %% ../../nbs/3_benchmarks/37_retrieval.ipynb #2fc2fa26
 def _entry(row, root):
     "Place of the picture and captions of one entry; or a ValueError that says what is wrong."
     try: where, texts = '/'.join(filter(None, (row.get('filepath', ''), row['filename']))), [s['raw'] for s in row['sentences']]
     except (TypeError, KeyError, AttributeError): raise ValueError('not {"filename", "split", "sentences": [{"raw"}, …]}') from None
-    place = _below(root, where, 'filename')
-    flat = _below(root, row['filename'], 'filename')
+    place = place_below(root, where, 'filename')
+    flat = place_below(root, row['filename'], 'filename')
     return flat if not place.is_file() and flat.is_file() else place, texts
 
 # %% ../../nbs/3_benchmarks/37_retrieval.ipynb #632f1bd9

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['columns', 'as_row', 'store', 'group_captions', 'picture_folder', 'TablePairs']
 
-# %% ../../nbs/1_data/1a_tables.ipynb #6dcfe006
+# %% ../../nbs/1_data/1a_tables.ipynb #7616f381
 import json, os, tempfile
 from itertools import islice
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from ..study.settings import at_root, find_root
+from .pairs import stays_below
 from .readers import Problems, SourceError, make_record, read_picture
 from .shards import Texts, as_caption, as_captions, first_rows, key_numbers
 from .streams import Damage
@@ -31,14 +32,13 @@ def as_row(row:str,       # where it stands, e.g. `line 7`
     key = str(key) if isinstance(key, (str, int)) and not isinstance(key, bool) else ''
     return row, key, image, caption, captions, scene, caption_source
 
-# %% ../../nbs/1_data/1a_tables.ipynb #70b3107b
+# %% ../../nbs/1_data/1a_tables.ipynb #e2838802
 def _wrong(key, image, caption):
     "What makes a row unusable, and the remedy; or None."
     if image is None and caption is None: return 'no picture and no caption', 'leave the row out'
     if image is not None and (not isinstance(image, str) or not image.strip()): return 'no picture', 'name its file'
     if image and image[:8].lower().startswith(('http://', 'https:/', 'ftp://')): return f'the picture is an address: {image[:100]}', 'fetch the pictures with img2dataset'
-    if image and ('\0' in image or '\\' in image or image.startswith('/') or image[1:2] == ':' or '..' in image.split('/')):
-        return f'the path leaves the folder: {image[:100]!r}', 'write paths below the folder of the pictures'
+    if image and not stays_below(image): return f'the path leaves the folder: {image[:100]!r}', 'write paths below the folder of the pictures'
     if not key.strip(): return 'no key', 'give every pair a key of its own'
     if len(key) > 500 or len(image or '') > 1000: return f'the key or the path is too long: {key[:50]!r}', 'shorten it'
     if caption is not None and not as_caption(caption).strip(): return 'no caption', 'write one or leave the pair out'
