@@ -6,7 +6,7 @@
 __all__ = ['TASKS', 'FILES', 'Task', 'register', 'by_words', 'stack_modes', 'ask_two_choice', 'StoredBenchmark', 'task_options',
            'gains', 'measure', 'at_hand', 'Watched', 'results_folder', 'run_task', 'side_by_side']
 
-# %% ../../nbs/3_benchmarks/3b_catalogue.ipynb #f78d6a04
+# %% ../../nbs/3_benchmarks/3b_catalogue.ipynb #778e9682
 import hashlib, inspect, os, shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Callable
 import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
-from .audits import blind, shuffled, word_frequency
+from .audits import blind, shuffled, text_pairs, word_frequency
 from .checklist_averages import checklist_rows
 from .classification import ask_classification, classification_groups, classification_table, read_classification
 from .human_agreement import ask_human_agreement, human_agreement_table, read_human_agreement
@@ -52,24 +52,22 @@ def register(task:Task  # with a name of its own
     TASKS[task.name] = task
     return task
 
-# %% ../../nbs/3_benchmarks/3b_catalogue.ipynb #335ec473
-def _pairs(items): return np.array([' / '.join(sorted(t)) for t in zip(items.positive, items.negative)])
-
+# %% ../../nbs/3_benchmarks/3b_catalogue.ipynb #dff40165
 def by_words(items:pd.DataFrame   # with positive and negative
             )->pd.DataFrame:      # a predictions table; `correct` is 1, 0, or ½ for a tie
     "Answer each item by the words of the other half's true texts."
-    pairs = _pairs(items)
+    pairs = text_pairs(items)
     order = sorted(set(pairs), key=lambda p: hashlib.sha256(p.encode()).digest())
     if len(order) < 2: return items.assign(score_positive=0., score_negative=0., correct=.5)
     half = pd.Series(pairs).map({p: i % 2 for i, p in enumerate(order)}).to_numpy()
     return pd.concat([word_frequency(items[half == h], items.positive[half != h]) for h in (0, 1)]).loc[items.index]
 
-# %% ../../nbs/3_benchmarks/3b_catalogue.ipynb #a0a676b4
+# %% ../../nbs/3_benchmarks/3b_catalogue.ipynb #ac4ec707
 def stack_modes(tables:dict          # mode → predictions
                )->pd.DataFrame:      # one under the other, with `mode`, and `cluster` for intervals
     "The answers of all modes as one table."
     sees = lambda mode: mode in ('looking', 'shuffled')
-    return pd.concat([t.assign(mode=m, correct=t.correct.astype(float), cluster=t.image if sees(m) else _pairs(t)) for m, t in tables.items()], ignore_index=True)
+    return pd.concat([t.assign(mode=m, correct=t.correct.astype(float), cluster=t.image if sees(m) else text_pairs(t)) for m, t in tables.items()], ignore_index=True)
 
 def ask_two_choice(questions:Benchmark,  # two texts a picture
                    encoder,              # `encode_image`, `encode_text`
