@@ -6,15 +6,17 @@
 __all__ = ['files', 'own_captions', 'read_captions', 'RatedQuestions', 'read_human_agreement', 'ask_human_agreement', 'kendall',
            'human_agreement_table']
 
-# %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #6af4788d
+# %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #39c07303
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import pandas as pd
 from .audits import derangement, mean_of_others, words
 from .items import Benchmark, BenchmarkError, _encode_pictures, place_below
+from ..data.formats import flickr_lines
 from ..data.pairs import clean_caption
 from ..data.readers import problem
+from ..data.streams import Damage
 from ..study.settings import nearest
 from ..study.statistics import bootstrap
 
@@ -29,15 +31,22 @@ def _rows(path, columns, problems):
         if len(fields) == columns: yield i, [f.strip() for f in fields]
         elif line.strip(): problems.append(problem(path, i, f'{len(fields)} columns, not {columns}', 'left out; columns are separated by one tab'))
 
-# %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #97f0bc22
+# %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #3c027d56
+def _told(path):
+    "The lines of the token file."
+    try: yield from flickr_lines(path)
+    except Damage as e: raise BenchmarkError(f'{path} holds no captions ({e.what}); a row is a caption id, a tab and the caption') from None
+
 def read_captions(path:str|Path   # Flickr8k.token.txt
                  )->tuple:        # (dict caption id → caption, list of problems)
     "The captions by their id."
     found, problems = {}, []
     if not Path(path).is_file(): raise BenchmarkError(f'{path} is not there; the marks name captions by ids, and this file says what they are')
-    for i, (key, text) in _rows(Path(path), 2, problems):
-        text, remarks = clean_caption(text)
-        if key in found: problems.append(problem(path, i, f'{key} comes twice', 'the first caption is used'))
+    for i, image, number, line in _told(Path(path)):
+        key, (text, remarks) = f'{image}#{number}', clean_caption(line)
+        if not image: problems.append(problem(path, i, f'{len((line or "").split(chr(9)))} columns, not 2', 'left out; a row is a caption id such as 1.jpg#0, one tab and the caption'))
+        elif any('\ud800' <= c <= '\udfff' for c in line): problems.append(problem(path, i, 'not UTF-8', 'left out; save the file as UTF-8'))
+        elif key in found: problems.append(problem(path, i, f'{key} comes twice', 'the first caption is used'))
         elif not text: problems.append(problem(path, i, f'{key} has no caption', 'left out'))
         else: found[key] = text
         if text: problems += [problem(path, i, r, 'the cleaned caption was used') for r in remarks]

@@ -6,7 +6,7 @@
 __all__ = ['COLUMNS', 'DIRECTIONS', 'ranks', 'queries', 'read_karpathy', 'SourcePictures', 'read_source', 'search',
            'ask_retrieval', 'chance_of_hit', 'retrieval_groups', 'retrieval_table']
 
-# %% ../../nbs/3_benchmarks/37_retrieval.ipynb #a82423ba
+# %% ../../nbs/3_benchmarks/37_retrieval.ipynb #89320fcf
 import json
 from itertools import islice
 from pathlib import Path
@@ -15,6 +15,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 from .audits import derangement
 from .items import Benchmark, BenchmarkError, _encode_pictures, load_json, place_below
+from ..data.formats import karpathy_entry
 from ..data.images import ImageProblem
 from ..data.pairs import clean_caption
 from ..data.readers import problem
@@ -58,11 +59,10 @@ def queries(file:str,        # where it was read
             if text: rows.append(dict(key=f'{image}#{j}', category=DIRECTIONS[1], file=file, image=image, text=text))
     return pd.DataFrame(rows, columns=COLUMNS), wanted
 
-# %% ../../nbs/3_benchmarks/37_retrieval.ipynb #2fc2fa26
+# %% ../../nbs/3_benchmarks/37_retrieval.ipynb #0e5f35bc
 def _entry(row, root):
     "Place of the picture and captions of one entry; or a ValueError that says what is wrong."
-    try: where, texts = '/'.join(filter(None, (row.get('filepath', ''), row['filename']))), [s['raw'] for s in row['sentences']]
-    except (TypeError, KeyError, AttributeError): raise ValueError('not {"filename", "split", "sentences": [{"raw"}, …]}') from None
+    where, texts = karpathy_entry(row)
     place = place_below(root, where, 'filename')
     flat = place_below(root, row['filename'], 'filename')
     return flat if not place.is_file() and flat.is_file() else place, texts
@@ -97,7 +97,7 @@ class SourcePictures(dict):
         if record['problem']: raise ImageProblem(record['problem']['what'], record['problem']['remedy'])
         return record['image']
 
-# %% ../../nbs/3_benchmarks/37_retrieval.ipynb #1fd32acf
+# %% ../../nbs/3_benchmarks/37_retrieval.ipynb #538dd24f
 def _captions(record):
     "All captions of a record."
     try: found = json.loads(record['captions'] or '[]')
@@ -111,7 +111,7 @@ def read_source(source:str,      # of `open_pairs`
                )->Benchmark:
     "Make any source of pairs a collection to search in."
     pairs = open_pairs(source); keys = list(islice(pairs.keys, first or None)); problems = list(pairs.problems)
-    texts = {k: _captions(pairs[i]) for i, k in enumerate(tqdm(keys, desc='captions', disable=len(keys) < 500))}
+    texts = {k: _captions(pairs.told(i)) for i, k in enumerate(tqdm(keys, desc='captions', disable=len(keys) < 500))}
     items, wanted = queries(source, texts, problems, captions)
     return Benchmark(items, SourcePictures(pairs, {k: i for i, k in enumerate(keys)}), {source: wanted}, problems)
 

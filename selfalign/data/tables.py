@@ -150,7 +150,7 @@ class TablePairs:
         if worst: raise SourceError('{file}: no usable pair; {row}: {what}; {remedy}'.format(**worst))
         raise SourceError(f'{self.file}: no pair in it; fetch it again, or name another file')
 
-# %% ../../nbs/1_data/1a_tables.ipynb #7579c504
+# %% ../../nbs/1_data/1a_tables.ipynb #fa6bf034
 @patch
 def reference(self:TablePairs,
               i:int,           # number of a pair
@@ -159,15 +159,27 @@ def reference(self:TablePairs,
     return f'{self._base}{"" if self.cells else "#"}{self.images[i]}'
 
 @patch
-def __getitem__(self:TablePairs, i):
-    "The record with this number."
+def _record(self:TablePairs, i, look):
+    "The record with this number, with its picture or without."
     if not 0 <= i < len(self): raise IndexError(i)
     row, here = int(self._rows[i]), self._captions[self._starts[i]:self._starts[i + 1]]
     texts = [self.table['caption'][int(j)].as_py() for j in here]; said = {c: self.table[c][row].as_py() or self.table[c][int(here[0])].as_py() for c in ('captions', 'scene', 'caption_source')}
     reference, key = self.reference(i), self.keys[i]
     known = dict(caption=texts[0], captions=said['captions'] or json.dumps(texts), scene=said['scene'] or key, caption_source=said['caption_source'] or self.caption_source)
-    record = make_record(key, lambda: read_picture(reference, '.'), '', self.file, f'{self.table["row"][row].as_py()} ({key})', reference=reference, **known)
+    record = make_record(key, (lambda: read_picture(reference, '.')) if look else None, '', self.file, f'{self.table["row"][row].as_py()} ({key})', reference=reference, **known)
     return record | dict(remarks=record['remarks'] + ['caption: not UTF-8, unreadable letters replaced']*('\ufffd' in texts[0]))
+
+@patch
+def __getitem__(self:TablePairs, i):
+    "The record with this number."
+    return self._record(i, True)
+
+@patch
+def told(self:TablePairs,
+         i:int,     # number of a pair
+         )->dict:   # its record, with `image` None
+    "What is said of a picture, which is not opened."
+    return self._record(i, False)
 
 # %% ../../nbs/1_data/1a_tables.ipynb #d6e16332
 @patch
