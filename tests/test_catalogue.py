@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from PIL import Image
 from typer.testing import CliRunner
-from selfalign.benchmarks import catalogue as ct, checklist_averages as ca, power as pw, retrieval as rt, sugarcrepe as sc, winoground as wg
+from selfalign.benchmarks import audits as au, beside as bs, catalogue as ct, checklist_averages as ca, power as pw, retrieval as rt, sugarcrepe as sc, winoground as wg
 from selfalign.benchmarks.items import Benchmark, BenchmarkError, coverage, encode, evaluate, predict, require_coverage
 from selfalign.benchmarks.vl_checklist import categories, read_checklist
 
@@ -296,7 +296,7 @@ def test_the_smallest_difference_stands_beside_each_number(tmp_path):
     sure = at.value*(1 - at.value)*(3.92/(at.high - at.low))**2
     assert found.value == pytest.approx(pw.smallest_difference(min(sure, 400))) and pw.smallest_difference(400) <= found.value < pw.smallest_difference(100) and found.n == 400 and np.isnan(found.chance)
     r = pd.read_csv(tmp_path/'out/results.csv').set_index(['row', 'metric']); assert r.value['Attribute', 'mean over items, smallest difference'] == pytest.approx(found.value) and r.unit['Attribute', 'mean over items, smallest difference'] == 'fraction'
-    wide = ct.side_by_side(t.reset_index()).set_index(['row', 'metric']); assert wide['smallest difference']['Attribute', 'mean over items'] == found.value and len(wide) == (t.index.get_level_values('mode') == 'looking').sum()
+    wide = bs.side_by_side(t.reset_index()).set_index(['row', 'metric']); assert wide['smallest difference']['Attribute', 'mean over items'] == found.value and len(wide) == (t.index.get_level_values('mode') == 'looking').sum()
 
 # --- classification and agreement with people, through the catalogue ----------------------------------------------
 
@@ -316,7 +316,7 @@ def test_classification_by_hand(tmp_path):
     p = pd.read_parquet(tmp_path/'out/predictions.parquet'); assert p.groupby('mode').size().to_dict() == dict(looking=9, blind=9, shuffled=9) and (p[p['mode'] == 'blind'].predicted == 'cat').all()
     seen = [hand.encode_image([Image.new('RGB', (1, 1), colour(k))])[0].argmax() for k in range(9)]; moved = p[p['mode'] == 'shuffled']
     assert (moved.predicted == 'dog').sum() == sum(seen), 'the same pictures, each at another place'
-    side = ct.side_by_side(table).set_index('metric'); assert side.blind['top-1'] == pytest.approx(6/9) and {'shuffled', 'smallest difference', 'gain over blind'} <= set(side)
+    side = bs.side_by_side(table).set_index('metric'); assert side.blind['top-1'] == pytest.approx(6/9) and {'shuffled', 'smallest difference', 'gain over blind'} <= set(side)
 
 def test_the_beginning_of_each_class(tmp_path):
     home = classes(tmp_path/'set', dict(cat=6, dog=3, emu=2)); t = ct.run_task('classification', Hand(), home, out=tmp_path/'out', first=2, templates='a {}')
@@ -347,7 +347,7 @@ def test_agreement_by_hand(tmp_path):
     assert set(p['mode']) == set(table['mode']) == {'looking', 'blind', 'shuffled', 'length'}
     for mode, part in p[p.category == 'crowd'].groupby('mode'): assert t.value['crowd: score', 'tau-b', mode] == pytest.approx(kendalltau(part.score, part.yes).statistic), mode
     assert t.value['crowd: score', 'tau-b'].drop('looking').max() < .5 < t.value['crowd: score', 'tau-b', 'looking'] and t.value['expert: another expert', 'tau-b'].index.tolist() == ['looking']
-    side = ct.side_by_side(table).set_index(['row', 'metric']); assert side.blind['expert: score', 'tau-c'] == t.value['expert: score', 'tau-c', 'blind'] and 'smallest difference' not in side and np.isnan(side.length['expert: another expert', 'tau-c'])
+    side = bs.side_by_side(table).set_index(['row', 'metric']); assert side.blind['expert: score', 'tau-c'] == t.value['expert: score', 'tau-c', 'blind'] and 'smallest difference' not in side and np.isnan(side.length['expert: another expert', 'tau-c'])
     assert set(pd.read_csv(tmp_path/'out/results.csv').unit) == {'ratio'}
 
 def test_another_picture_is_another_one_for_each_and_the_same_for_all_its_captions(tmp_path):
@@ -366,9 +366,9 @@ def test_the_first_pictures_and_one_set_alone(tmp_path):
     with pytest.raises(BenchmarkError, match='10 of 15 items'): ct.run_task('human-agreement', numbers(), tmp_path/'f', out=tmp_path/'out', first=3, only='expert')
 
 def test_words_are_counted_in_other_items():
-    one = pd.DataFrame([dict(positive='red cat', negative='azure cat')]*6); assert ct.by_words(one).correct.tolist() == [.5]*6, 'its own texts tell nothing'
-    many = pd.DataFrame([dict(positive=f'red {i}', negative=f'azure {i}') for i in range(9)], index=range(5, 14)); found = ct.by_words(many)
-    alone = ct.by_words(pd.concat([pd.DataFrame([dict(positive='a zebra', negative='a yak')]), many], ignore_index=True)); assert alone.correct.tolist() == [.5] + [1]*9, 'a word of its own text only'
+    one = pd.DataFrame([dict(positive='red cat', negative='azure cat')]*6); assert au.by_words(one).correct.tolist() == [.5]*6, 'its own texts tell nothing'
+    many = pd.DataFrame([dict(positive=f'red {i}', negative=f'azure {i}') for i in range(9)], index=range(5, 14)); found = au.by_words(many)
+    alone = au.by_words(pd.concat([pd.DataFrame([dict(positive='a zebra', negative='a yak')]), many], ignore_index=True)); assert alone.correct.tolist() == [.5] + [1]*9, 'a word of its own text only'
     assert found.correct.eq(1).all() and found.index.tolist() == many.index.tolist() and found.positive.tolist() == many.positive.tolist()
 
 def test_blind_answers_are_clustered_by_their_texts():

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['mean_of_others', 'blind', 'derangement', 'shuffled', 'words', 'word_counts', 'more_frequent', 'text_pairs',
-           'word_frequency']
+           'word_frequency', 'by_words', 'stack_modes', 'ask_two_choice']
 
-# %% ../../nbs/3_benchmarks/32_audits.ipynb #560c90cc
-import re
+# %% ../../nbs/3_benchmarks/32_audits.ipynb #39f592c9
+import hashlib, re
 from collections import Counter
 import numpy as np
 import pandas as pd
-from .items import BenchmarkError, Encoded, predict
+from .items import Benchmark, BenchmarkError, Encoded, encode, predict
 
 # %% ../../nbs/3_benchmarks/32_audits.ipynb #caa255cb
 def mean_of_others(vectors:np.ndarray   # one unit vector a picture
@@ -93,3 +93,28 @@ def word_frequency(items:pd.DataFrame,   # of a benchmark, or a predictions tabl
     difference = scores[:, 0] - scores[:, 1]
     correct = np.where(np.abs(difference) < 1e-12, .5, difference > 0)
     return items.assign(score_positive=scores[:, 0], score_negative=scores[:, 1], correct=correct)
+
+# %% ../../nbs/3_benchmarks/32_audits.ipynb #dff40165
+def by_words(items:pd.DataFrame   # with positive and negative
+            )->pd.DataFrame:      # a predictions table; `correct` is 1, 0, or ½ for a tie
+    "Answer each item by the words of the other half's true texts."
+    pairs = text_pairs(items)
+    order = sorted(set(pairs), key=lambda p: hashlib.sha256(p.encode()).digest())
+    if len(order) < 2: return items.assign(score_positive=0., score_negative=0., correct=.5)
+    half = pd.Series(pairs).map({p: i % 2 for i, p in enumerate(order)}).to_numpy()
+    return pd.concat([word_frequency(items[half == h], items.positive[half != h]) for h in (0, 1)]).loc[items.index]
+
+# %% ../../nbs/3_benchmarks/32_audits.ipynb #ac4ec707
+def stack_modes(tables:dict          # mode → predictions
+               )->pd.DataFrame:      # one under the other, with `mode`, and `cluster` for intervals
+    "The answers of all modes as one table."
+    sees = lambda mode: mode in ('looking', 'shuffled')
+    return pd.concat([t.assign(mode=m, correct=t.correct.astype(float), cluster=t.image if sees(m) else text_pairs(t)) for m, t in tables.items()], ignore_index=True)
+
+def ask_two_choice(questions:Benchmark,  # two texts a picture
+                   encoder,              # `encode_image`, `encode_text`
+                  )->tuple:              # (predictions of four modes, problems)
+    "Ask a model, blindfold it, show it something else, and ask a rule."
+    encoded = encode(questions, encoder)
+    found = {'looking': predict(encoded), 'blind': blind(encoded), 'shuffled': shuffled(encoded), 'word frequency': by_words(encoded.items)}
+    return stack_modes(found), questions.problems + encoded.problems
