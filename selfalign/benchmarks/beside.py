@@ -12,8 +12,8 @@ from .leakage import find_leaks
 from .power import beside_a_number
 from ..study.statistics import holm, mcnemar, paired_difference, proportion
 
-# %% ../../nbs/3_benchmarks/3f_beside.ipynb #5e44d7b3
-def gains(task:Task,                 # with groups
+# %% ../../nbs/3_benchmarks/3f_beside.ipynb #2feaec6b
+def gains(task,                      # of the catalogue, with groups
           predictions:pd.DataFrame,  # of all modes
          )->pd.DataFrame:            # row, metric, mode, value, low, high, n
     "What looking adds to the first audit, row by row."
