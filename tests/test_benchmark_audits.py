@@ -286,6 +286,19 @@ def test_fingerprints_do_not_depend_on_the_batch():
     pictures = {f'{i}': smooth(i) for i in range(7)}; a, b = lk.fingerprints(pictures, Stub(), batch=2), lk.fingerprints(pictures, Stub())
     assert a.names == b.names and (a.hashes == b.hashes).all() and (a.vectors == b.vectors).all() and a.vectors.shape == (7, 8)
 
+@pytest.mark.parametrize('portion', [1, 7, 1000])
+def test_portions_find_the_same(portion):
+    "Whatever part of the training set is in memory; a portion of which nothing opens stops nothing."
+    train = {f't{i}': smooth(i) for i in range(20)} | {f'x{i}': Path('gone.png') for i in range(8)}; ours = lk.fingerprints({f'c{i}': smooth(i).resize((40, 40)) for i in range(5)}, Stub())
+    whole = lk.suspected(ours, lk.fingerprints({n: p for n, p in train.items() if n[0] == 't'}, Stub()), 8, .98); found, problems = lk.near_copies(ours, train, Stub(), 8, .98, portion)
+    assert sorted(map(tuple, found.values)) == sorted(map(tuple, whole.values)) and len(found) >= 5 and [p['file'] for p in problems] == [f'x{i}' for i in range(8)]
+    with pytest.raises(BenchmarkError, match='none of 1 pictures'): lk.near_copies(ours, {'x': Path('gone.png')}, Stub())
+
+def test_what_is_compared_is_what_both_have():
+    pictures = {'a': smooth(0)}; s, found, _ = lk.find_leaks(pictures, {'a': 'x'}, {'b': smooth(0)}, {}); assert s.check.tolist() == ['hash', 'mirrored hash', 'any'] and found.check.tolist()[0] == 'hash'
+    assert lk.find_leaks({}, {'a': 'A dog'}, {'b': smooth(0)}, {'b': 'a dog.'})[0].values.tolist()[0][:4] == ['caption', 1, 1, 1.]
+    with pytest.raises(BenchmarkError, match='nothing can be compared'): lk.find_leaks(pictures, {}, {}, {'b': 'x'})
+
 def test_captions_seen_before():
     found = lk.caption_overlap({'a': 'A Dog, running!', 'b': 'a cat', 'c': '...', 'd': None}, {'x': 'a dog running', 'y': 'A  dog running.', 'z': ''})
     assert found[['test', 'train', 'value', 'words']].values.tolist() == [['a', 'x', 2., 3]]

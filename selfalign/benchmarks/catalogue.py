@@ -162,7 +162,7 @@ def _place(path):
     "A path as one finds it, from here or from the project's root; what is no path, such as a source of pairs, as it is."
     return path if path.partition(':')[0] in readers or Path(path).exists() or not at_root(path).exists() else str(at_root(path))
 
-# %% ../../nbs/3_benchmarks/3b_catalogue.ipynb #49cdd1af
+# %% ../../nbs/3_benchmarks/3b_catalogue.ipynb #a42a419d
 NOT_CHECKED = 'not checked, since nobody said what the model was trained on; name it with --train SOURCE (train=SOURCE)'
 def results_folder(name:str,   # of the benchmark
                    model:str,  # its reference
@@ -186,7 +186,7 @@ def run_task(name:str,              # of a benchmark in the catalogue
     questions = task.read(_place(str(data)), _place(str(images)) if images else '', **options)
     there, missing = at_hand(questions)
     _require(questions, there, questions.problems + missing, least, out)
-    trained = collection(_place(train)) if train else None
+    trained = collection(_place(str(train))) if train else None
     if getattr(questions, 'encoded', None) is None: model = Watched(load_dual_encoder(model) if isinstance(model, str) else model, questions.items.image.nunique() if 'image' in questions.items else 0)
     predictions, problems = task.ask(questions, model)
     if 'mode' not in predictions: predictions = predictions.assign(mode='looking')
