@@ -3,7 +3,7 @@ import hashlib, itertools
 from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from PIL import Image
-from selfalign.benchmarks import classification as cl, human_agreement as ha, leakage as lk, power as pw
+from selfalign.benchmarks import classification as cl, human_agreement as ha, leakage as lk, overlap as ov, planted_copies as pc, power as pw
 from selfalign.benchmarks.items import BenchmarkError, coverage
 
 class Stub:
@@ -256,11 +256,11 @@ def test_hash_from_the_definition():
     basis = np.cos(np.pi*np.outer(k, 2*k + 1)/64); low = (basis @ grey @ basis.T)[:8, :8].ravel()
     assert f'{lk.perceptual_hash(smooth(0)):064b}' == ''.join('01'[int(b)] for b in low > np.median(low))
 
-@pytest.mark.parametrize('name', [n for n in lk.disguises if n != 'cropped 5 %'])
+@pytest.mark.parametrize('name', [n for n in pc.disguises if n != 'cropped 5 %'])
 def test_planted_copies(name):
     "Smooth pictures: every disguise but a cut stays near, unrelated pictures stay far."
     train = lk.fingerprints({f't{i}': smooth(i) for i in range(40)})
-    test = lk.fingerprints({f'copy {i}': lk.disguises[name](smooth(i)) for i in range(20)} | {f'other {i}': smooth(100 + i) for i in range(20)})
+    test = lk.fingerprints({f'copy {i}': pc.disguises[name](smooth(i)) for i in range(20)} | {f'other {i}': smooth(100 + i) for i in range(20)})
     found = lk.suspected(test, train, most=10); right = {(f'copy {i}', f't{i}') for i in range(20)}
     check = 'mirrored hash' if name == 'mirrored' else 'hash'
     hits = set(map(tuple, found[found.check == check][['test', 'train']].to_numpy()))
@@ -269,7 +269,7 @@ def test_planted_copies(name):
 
 def test_sensitivity_counts(tmp_path):
     pictures = {f't{i}': smooth(i) for i in range(10)}; train = lk.fingerprints(pictures, Stub())
-    t = lk.sensitivity(pictures, {f'o{i}': smooth(50 + i) for i in range(5)}, train, Stub(), most=(0, 64), least=(.999, -1.)).set_index(['check', 'threshold', 'disguise']).found
+    t = pc.sensitivity(pictures, {f'o{i}': smooth(50 + i) for i in range(5)}, train, Stub(), most=(0, 64), least=(.999, -1.)).set_index(['check', 'threshold', 'disguise']).found
     assert t['hash', 0, 'same'] == t['embedding', .999, 'same'] == 1 and t['embedding', .999, 'jpeg'] == 0 and (t.xs(64, level='threshold') == 1).all()
     assert t['hash', 0, 'false alarm'] == 0 and t['embedding', -1., 'false alarm'] == 1
 
@@ -286,6 +286,19 @@ def test_fingerprints_do_not_depend_on_the_batch():
     pictures = {f'{i}': smooth(i) for i in range(7)}; a, b = lk.fingerprints(pictures, Stub(), batch=2), lk.fingerprints(pictures, Stub())
     assert a.names == b.names and (a.hashes == b.hashes).all() and (a.vectors == b.vectors).all() and a.vectors.shape == (7, 8)
 
+@pytest.mark.parametrize('portion', [1, 7, 1000])
+def test_portions_find_the_same(portion):
+    "Whatever part of the training set is in memory; a portion of which nothing opens stops nothing."
+    train = {f't{i}': smooth(i) for i in range(20)} | {f'x{i}': Path('gone.png') for i in range(8)}; ours = lk.fingerprints({f'c{i}': smooth(i).resize((40, 40)) for i in range(5)}, Stub())
+    whole = lk.suspected(ours, lk.fingerprints({n: p for n, p in train.items() if n[0] == 't'}, Stub()), 8, .98); found, problems = lk.near_copies(ours, train, Stub(), 8, .98, portion)
+    assert sorted(map(tuple, found.values)) == sorted(map(tuple, whole.values)) and len(found) >= 5 and [p['file'] for p in problems] == [f'x{i}' for i in range(8)]
+    with pytest.raises(BenchmarkError, match='none of 1 pictures'): lk.near_copies(ours, {'x': Path('gone.png')}, Stub())
+
+def test_what_is_compared_is_what_both_have():
+    pictures = {'a': smooth(0)}; s, found, _ = lk.find_leaks(pictures, {'a': 'x'}, {'b': smooth(0)}, {}); assert s.check.tolist() == ['hash', 'mirrored hash', 'any'] and found.check.tolist()[0] == 'hash'
+    assert lk.find_leaks({}, {'a': 'A dog'}, {'b': smooth(0)}, {'b': 'a dog.'})[0].values.tolist()[0][:4] == ['caption', 1, 1, 1.]
+    with pytest.raises(BenchmarkError, match='nothing can be compared'): lk.find_leaks(pictures, {}, {}, {'b': 'x'})
+
 def test_captions_seen_before():
     found = lk.caption_overlap({'a': 'A Dog, running!', 'b': 'a cat', 'c': '...', 'd': None}, {'x': 'a dog running', 'y': 'A  dog running.', 'z': ''})
     assert found[['test', 'train', 'value', 'words']].values.tolist() == [['a', 'x', 2., 3]]
@@ -299,19 +312,19 @@ def test_overlap_of_two_folders(tmp_path, first):
     for name in ('train', 'test'): (tmp_path/name/'deep').mkdir(parents=True)
     for i in range(5): smooth(i).save(tmp_path/f'train/deep/{i}.png')
     smooth(2).resize((48, 48)).save(tmp_path/'test/a.png'); smooth(4).save(tmp_path/'test/b.png'); smooth(9).save(tmp_path/'test/c.png'); (tmp_path/'test/d.png').write_bytes(b'broken')
-    summary, pairs, problems = lk.overlap(str(tmp_path/'train'), str(tmp_path/'test'), first)
+    summary, pairs, problems = ov.overlap(str(tmp_path/'train'), str(tmp_path/'test'), first)
     assert set(map(tuple, pairs[['test', 'train']].values)) == {('a.png', 'deep/2.png')} | (set() if first else {('b.png', 'deep/4.png')}) and summary.check.tolist() == ['hash', 'mirrored hash', 'any'] and summary.n.eq(3).all()
-    assert [Path(p['file']).name for p in problems] == ([] if first else ['d.png']) and lk.overlap(str(tmp_path/'train'), str(tmp_path/'test'), encoder=Stub())[1].embedding.tolist()[0] == pytest.approx(1)
+    assert [Path(p['file']).name for p in problems] == ([] if first else ['d.png']) and ov.overlap(str(tmp_path/'train'), str(tmp_path/'test'), encoder=Stub())[1].embedding.tolist()[0] == pytest.approx(1)
 
 def test_nothing_in_common(tmp_path):
     for name, i in (('train', 0), ('test', 1)): (tmp_path/name).mkdir(); smooth(i).save(tmp_path/name/'x.png')
-    summary, pairs, _ = lk.overlap(str(tmp_path/'train'), str(tmp_path/'test')); assert len(pairs) == 0 and summary['items'].eq(0).all() and list(pairs) == ['test', 'train', 'agree', 'hash', 'mirrored hash', 'embedding', 'words']
+    summary, pairs, _ = ov.overlap(str(tmp_path/'train'), str(tmp_path/'test')); assert len(pairs) == 0 and summary['items'].eq(0).all() and list(pairs) == ['test', 'train', 'agree', 'hash', 'mirrored hash', 'embedding', 'words']
     (tmp_path/'train/x.png').unlink()
-    with pytest.raises(BenchmarkError, match='neither pictures nor tar archives'): lk.overlap(str(tmp_path/'train'), str(tmp_path/'test'))
+    with pytest.raises(BenchmarkError, match='neither pictures nor tar archives'): ov.overlap(str(tmp_path/'train'), str(tmp_path/'test'))
 
 def test_shared_captions_count_as_a_check():
     found = pd.DataFrame([dict(check='hash', test='t', train='a', value=2.), dict(check='hash', test='t', train='b', value=0.), dict(check='caption', test='t', train='a', value=1.), dict(check='caption', test='u', train='b', value=1.)])
-    pairs = lk.suspicious_pairs(found, dict(t={'a red car', 'a car'}, u={'a'}), dict(a={'a red car', 'a car'}, b={'a'}))
+    pairs = ov.suspicious_pairs(found, dict(t={'a red car', 'a car'}, u={'a'}), dict(a={'a red car', 'a car'}, b={'a'}))
     assert pairs[['test', 'train', 'agree']].values.tolist() == [['t', 'a', 2], ['t', 'b', 1], ['u', 'b', 1]] and pairs.words.fillna(0).tolist() == [3, 0, 1]
 
 # --- power -------------------------------------------------------------------------------------------------------

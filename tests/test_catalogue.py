@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from PIL import Image
 from typer.testing import CliRunner
-from selfalign.benchmarks import catalogue as ct, checklist_averages as ca, power as pw, retrieval as rt, sugarcrepe as sc, winoground as wg
+from selfalign.benchmarks import audits as au, beside as bs, catalogue as ct, checklist_averages as ca, overlap as ov, power as pw, retrieval as rt, sugarcrepe as sc, winoground as wg
 from selfalign.benchmarks.items import Benchmark, BenchmarkError, coverage, encode, evaluate, predict, require_coverage
 from selfalign.benchmarks.vl_checklist import categories, read_checklist
 
@@ -296,7 +296,7 @@ def test_the_smallest_difference_stands_beside_each_number(tmp_path):
     sure = at.value*(1 - at.value)*(3.92/(at.high - at.low))**2
     assert found.value == pytest.approx(pw.smallest_difference(min(sure, 400))) and pw.smallest_difference(400) <= found.value < pw.smallest_difference(100) and found.n == 400 and np.isnan(found.chance)
     r = pd.read_csv(tmp_path/'out/results.csv').set_index(['row', 'metric']); assert r.value['Attribute', 'mean over items, smallest difference'] == pytest.approx(found.value) and r.unit['Attribute', 'mean over items, smallest difference'] == 'fraction'
-    wide = ct.side_by_side(t.reset_index()).set_index(['row', 'metric']); assert wide['smallest difference']['Attribute', 'mean over items'] == found.value and len(wide) == (t.index.get_level_values('mode') == 'looking').sum()
+    wide = bs.side_by_side(t.reset_index()).set_index(['row', 'metric']); assert wide['smallest difference']['Attribute', 'mean over items'] == found.value and len(wide) == (t.index.get_level_values('mode') == 'looking').sum()
 
 # --- classification and agreement with people, through the catalogue ----------------------------------------------
 
@@ -316,7 +316,7 @@ def test_classification_by_hand(tmp_path):
     p = pd.read_parquet(tmp_path/'out/predictions.parquet'); assert p.groupby('mode').size().to_dict() == dict(looking=9, blind=9, shuffled=9) and (p[p['mode'] == 'blind'].predicted == 'cat').all()
     seen = [hand.encode_image([Image.new('RGB', (1, 1), colour(k))])[0].argmax() for k in range(9)]; moved = p[p['mode'] == 'shuffled']
     assert (moved.predicted == 'dog').sum() == sum(seen), 'the same pictures, each at another place'
-    side = ct.side_by_side(table).set_index('metric'); assert side.blind['top-1'] == pytest.approx(6/9) and {'shuffled', 'smallest difference', 'gain over blind'} <= set(side)
+    side = bs.side_by_side(table).set_index('metric'); assert side.blind['top-1'] == pytest.approx(6/9) and {'shuffled', 'smallest difference', 'gain over blind'} <= set(side)
 
 def test_the_beginning_of_each_class(tmp_path):
     home = classes(tmp_path/'set', dict(cat=6, dog=3, emu=2)); t = ct.run_task('classification', Hand(), home, out=tmp_path/'out', first=2, templates='a {}')
@@ -347,7 +347,7 @@ def test_agreement_by_hand(tmp_path):
     assert set(p['mode']) == set(table['mode']) == {'looking', 'blind', 'shuffled', 'length'}
     for mode, part in p[p.category == 'crowd'].groupby('mode'): assert t.value['crowd: score', 'tau-b', mode] == pytest.approx(kendalltau(part.score, part.yes).statistic), mode
     assert t.value['crowd: score', 'tau-b'].drop('looking').max() < .5 < t.value['crowd: score', 'tau-b', 'looking'] and t.value['expert: another expert', 'tau-b'].index.tolist() == ['looking']
-    side = ct.side_by_side(table).set_index(['row', 'metric']); assert side.blind['expert: score', 'tau-c'] == t.value['expert: score', 'tau-c', 'blind'] and 'smallest difference' not in side and np.isnan(side.length['expert: another expert', 'tau-c'])
+    side = bs.side_by_side(table).set_index(['row', 'metric']); assert side.blind['expert: score', 'tau-c'] == t.value['expert: score', 'tau-c', 'blind'] and 'smallest difference' not in side and np.isnan(side.length['expert: another expert', 'tau-c'])
     assert set(pd.read_csv(tmp_path/'out/results.csv').unit) == {'ratio'}
 
 def test_another_picture_is_another_one_for_each_and_the_same_for_all_its_captions(tmp_path):
@@ -366,9 +366,9 @@ def test_the_first_pictures_and_one_set_alone(tmp_path):
     with pytest.raises(BenchmarkError, match='10 of 15 items'): ct.run_task('human-agreement', numbers(), tmp_path/'f', out=tmp_path/'out', first=3, only='expert')
 
 def test_words_are_counted_in_other_items():
-    one = pd.DataFrame([dict(positive='red cat', negative='azure cat')]*6); assert ct.by_words(one).correct.tolist() == [.5]*6, 'its own texts tell nothing'
-    many = pd.DataFrame([dict(positive=f'red {i}', negative=f'azure {i}') for i in range(9)], index=range(5, 14)); found = ct.by_words(many)
-    alone = ct.by_words(pd.concat([pd.DataFrame([dict(positive='a zebra', negative='a yak')]), many], ignore_index=True)); assert alone.correct.tolist() == [.5] + [1]*9, 'a word of its own text only'
+    one = pd.DataFrame([dict(positive='red cat', negative='azure cat')]*6); assert au.by_words(one).correct.tolist() == [.5]*6, 'its own texts tell nothing'
+    many = pd.DataFrame([dict(positive=f'red {i}', negative=f'azure {i}') for i in range(9)], index=range(5, 14)); found = au.by_words(many)
+    alone = au.by_words(pd.concat([pd.DataFrame([dict(positive='a zebra', negative='a yak')]), many], ignore_index=True)); assert alone.correct.tolist() == [.5] + [1]*9, 'a word of its own text only'
     assert found.correct.eq(1).all() and found.index.tolist() == many.index.tolist() and found.positive.tolist() == many.positive.tolist()
 
 def test_blind_answers_are_clustered_by_their_texts():
@@ -414,6 +414,63 @@ def test_the_bar_changes_no_vector():
     assert (w.encode_text(texts) == Hand().encode_text(texts)).all() and hand.calls == (1024, 1024, 452) and w.dimension == 6
     shown = [Image.new('RGB', (2, 2), colour(i)) for i in range(700)]; w = ct.Watched(Counts(), 700)
     assert (np.concatenate([w.encode_image(shown[:350]), w.encode_image(shown[350:], aspect='pad')/2]) == Hand().encode_image(shown)).all()
+
+# --- leakage beside a number ---------------------------------------------------------------------------------------
+
+def texture(seed): return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (6, 6, 3), np.uint8)).resize((48, 48), Image.Resampling.BICUBIC)
+def leaky(tmp_path, n=20):
+    "A benchmark of n textures, right for even numbers, and a training set with copies of the first four and the text of the fifth."
+    rows = [[f'{i}.png', dict(POS=[f'true {i}'], NEG=[f'false {i}'])] for i in range(n)]; folder = tmp_path/'vl'
+    dump(folder/'corpus/v1/Attribute/color/vg.yaml', 'ANNO_PATH: "data/vg.json"\nIMG_ROOT: "vg/"\nTYPE: "TUPLE_JSON"'); dump(folder/'data/vg.json', rows)
+    (folder/'vg').mkdir(); (tmp_path/'train').mkdir()
+    for i in range(n): texture(i).save(folder/f'vg/{i}.png')
+    for i in range(4): texture(i).resize((36, 36) if i else (48, 48)).save(tmp_path/f'train/copy{i}.png'); dump(tmp_path/f'train/copy{i}.txt', 'something else')
+    for i in range(6): texture(100 + i).save(tmp_path/f'train/other{i}.png'); dump(tmp_path/f'train/other{i}.txt', 'True, 4!' if i == 0 else f'other {i}')
+    (tmp_path/'train/broken.png').write_bytes(b'broken'); dump(tmp_path/'train/broken.txt', 'a broken one')
+    return folder, Hand(texts={f'{w} {i}': [1, 0] if (w == 'true') == (i % 2 == 0) else [0, 1] for i in range(n) for w in ('true', 'false')}, dimension=2)
+
+class Sees(Hand):
+    "Every picture points the same way, but for a trace of what it shows."
+    def encode_image(self, images): self.asked += images; return unit([[1, 1e-3*np.asarray(i.convert('L').resize((8, 8))).mean()/255] for i in images])
+
+def test_leaks_stand_beside_the_number(tmp_path):
+    "Items 0 to 3 leak by their picture, 4 by its text: of the other fifteen, seven are right."
+    folder, hand = leaky(tmp_path); table = ct.run_task('vl-checklist', hand := Sees(texts=hand.texts, dimension=2), folder, out=tmp_path/'out', train=tmp_path/'train'); t = table.set_index(['row', 'metric', 'mode'])
+    assert t.value['leakage', 'near picture, by hash', ''] == 4/20 and t.value['leakage', 'true text, word for word', ''] == 1/20 and t.n['leakage', 'near picture, by hash', ''] == 20
+    assert t.value['leakage', 'near picture, by embedding', ''] == 1, 'this model cannot tell pictures apart, so it suspects all'
+    assert 'without leaks' not in set(table['mode']), 'nothing is left of a test that leaked whole'
+    low = table[table.row == 'leakage']; assert (low.low <= low.value).all() and (low.value <= low.high).all() and set(low.better) == {'down'}
+    about, suspects = json.loads((tmp_path/'out/benchmark.json').read_text()), pd.read_csv(tmp_path/'out/leakage.csv')
+    assert about['leakage'].endswith('train') and set(suspects.test[suspects.check == 'hash']) == {f'vg/{i}.png' for i in range(4)} and suspects[suspects.check == 'caption'].test.tolist() == ['true 4']
+    assert any('broken' in f for f in pd.read_csv(tmp_path/'out/problems.csv').file), 'a training picture that does not open is listed'
+
+def test_the_number_without_leaks(tmp_path):
+    class Distinct(Hand):
+        def encode_image(self, images): return unit([[1, 0, *(np.asarray(i.convert('L').resize((5, 5)), float).ravel() - 127)] for i in images])
+        def encode_text(self, texts): return unit([[*(hand.texts[x] if x in hand.texts else (1, 1)), *[0]*25] for x in texts])
+    folder, hand = leaky(tmp_path); table = ct.run_task('vl-checklist', Distinct(), folder, out=tmp_path/'out', train=tmp_path/'train'); t = table.set_index(['row', 'metric', 'mode'])
+    every, clean = t.loc['Attribute', 'mean over items', 'looking'], t.loc['Attribute', 'mean over items', 'without leaks']
+    assert every.value == 10/20 and (clean.value, clean.n, clean.chance) == (pytest.approx(7/15), 15, .5) and clean.low < clean.value < clean.high and t.value['leakage', 'items with any of these', ''] == 5/20
+    wide = bs.side_by_side(table).set_index(['row', 'metric']); assert wide['without leaks']['Attribute', 'mean over items'] == clean.value and wide['without leaks: n']['Attribute', 'mean over items'] == 15 and 'leakage' not in wide.index.get_level_values(0)
+    r = pd.read_csv(tmp_path/'out/results.csv'); assert not r.duplicated(['table', 'row', 'metric']).any() and {'mean over items, without leaks', 'near picture, by hash'} <= set(r.metric)
+
+def test_a_query_without_a_text_leaks_with_its_captions(tmp_path):
+    shard(tmp_path/'test', 7); dump(tmp_path/'train/a.txt', 'Text 2 1'); texture(3).save(tmp_path/'train/a.png')
+    p, _ = rt.ask_retrieval(q := rt.read_source(str(tmp_path/'test')), near()); looking = p[p['mode'] == 'looking']
+    rows, suspects, _ = bs.check_leaks(ct.TASKS['retrieval'], q, looking, ov.collection(str(tmp_path/'train')), None)
+    assert suspects[suspects.check == 'caption'].test.tolist() == ['text 2 1']
+    leaked = looking[bs._leaked(looking, 'text', suspects[suspects.check == 'caption'])].key.tolist(); assert sorted(leaked) == ['002', '002#1']
+
+def test_leakage_that_was_not_checked_is_called_so(tiny_clip, tmp_path):
+    folder, _ = leaky(tmp_path); args = ('benchmark', 'vl-checklist', '--model', f'open_clip:{tiny_clip}', '--data', folder, '--out', tmp_path/'out')
+    done = sh(*args); assert done.exit_code == 0 and 'Leakage: not checked' in done.output and '--train' in done.output, done.output
+    assert 'not checked' in json.loads((tmp_path/'out/benchmark.json').read_text())['leakage'] and not (tmp_path/'out/leakage.csv').exists()
+    done = sh(*args, '--train', tmp_path/'train'); assert done.exit_code == 0 and 'near picture, by hash' in done.output and 'without leaks' in done.output and (tmp_path/'out/leakage.csv').exists(), done.output
+    done = sh(*args, '--train', tmp_path/'nowhere'); assert done.exit_code == 2 and 'no such file' in done.output, done.output
+
+def test_stored_vectors_cannot_be_compared(tmp_path):
+    np.savez(tmp_path/'v.npz', **vectors()); (tmp_path/'train').mkdir(); texture(0).save(tmp_path/'train/x.png')
+    with pytest.raises(BenchmarkError, match='stored vectors'): ct.run_task('winoground', 'some-model', tmp_path/'v.npz', out=tmp_path/'out', least=.1, train=tmp_path/'train')
 
 @pytest.mark.parametrize('options, message', [(dict(splits='val'), "did you mean 'split'"), (dict(first='three'), 'is no int')])
 def test_options_are_checked(options, message):

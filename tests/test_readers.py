@@ -122,6 +122,16 @@ def test_options_are_checked(tmp_path):
     with pytest.raises(SourceError, match="did you mean 'caption'"): open_pairs(f'{tmp_path}/a.csv?caption_column=captoin')
     with pytest.raises(SourceError, match='no such folder'): open_pairs(f'{tmp_path}/a.csv?images=nowhere')
 
+@pytest.mark.parametrize('format', layouts)
+def test_captions_without_their_pictures(tmp_path, format, monkeypatch):
+    "What is told is what the record says, and no picture is opened for it; not even a damaged one."
+    from selfalign.data import readers
+    written = records(4); write_pairs(written, tmp_path/'x', format); pairs = open_pairs(str(tmp_path/'x')); full = [pairs[i] for i in range(4)]
+    monkeypatch.setattr(readers, 'open_image', lambda *a, **k: pytest.fail('a picture was opened'))
+    for i, r in enumerate(full): assert pairs.told(i) == r | dict(image=None, width=None, height=None)
+
+def test_the_microworld_tells(): assert open_pairs('microworld:study').told(3) == open_pairs('microworld:study')[3] | dict(image=None)
+
 # --- memory and the file system ---------------------------------------------------------------------------------------
 
 def test_memory_does_not_grow_with_the_pairs(tmp_path):

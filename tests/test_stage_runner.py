@@ -79,6 +79,24 @@ def test_tree_hash(tmp_path):
     cache.write_text('{damaged')
     assert tree_hash(tmp_path/'d', cache)
 
+def test_large_data_are_known_by_their_listing(tmp_path, monkeypatch):
+    "Small data by content; beyond either limit no file is read, and the fingerprint says so."
+    for i in range(5): (tmp_path/f'd/{i}').mkdir(parents=True); (tmp_path/f'd/{i}/x.jpg').write_bytes(b'0'*100)
+    assert files.data_hash(tmp_path/'d', tmp_path/'cache') == tree_hash(tmp_path/'d', tmp_path/'cache')
+    monkeypatch.setattr(files, 'file_hash', lambda p: pytest.fail('a file was read'))
+    large = lambda: files.data_hash(tmp_path/'d', tmp_path/'no cache', most_files=4)
+    first = large(); assert first.startswith('listing:') and first == large() == files.data_hash(tmp_path/'d', tmp_path/'no cache', most_bytes=499) and not (tmp_path/'no cache').exists()
+    (tmp_path/'d/.hidden').write_text('x'); (tmp_path/'d/dangling').symlink_to(tmp_path/'gone'); assert large() == first
+    os.utime(tmp_path/'d/3/x.jpg', ns=(1, 1)); moved = large(); assert moved != first
+    (tmp_path/'d/3/x.jpg').rename(tmp_path/'d/3/y.jpg'); assert large() not in (first, moved)
+    assert files.data_hash(tmp_path/'d/0/x.jpg', most_bytes=99).startswith('listing:')
+
+def test_the_manifest_says_listing(tmp_path, monkeypatch):
+    from selfalign.study import keys
+    monkeypatch.setattr(keys, 'data_hash', lambda p: files.data_hash(p, most_files=0)); monkeypatch.setattr(keys, 'find_root', lambda: tmp_path)
+    (tmp_path/'data/photos').mkdir(parents=True); (tmp_path/'data/photos/a.jpg').write_bytes(b'0')
+    assert keys.files_of({'source': 'folder:data/photos'})['data/photos'].startswith('listing:')
+
 def test_tree_hash_reads_only_what_changed(tmp_path, monkeypatch):
     (tmp_path/'d').mkdir()
     (tmp_path/'d/a').write_text('a')

@@ -6,14 +6,14 @@
 __all__ = ['templates_of', 'class_names', 'ClassQuestions', 'read_classification', 'class_vectors', 'true_ranks',
            'ask_classification', 'classification_groups', 'classification_table']
 
-# %% ../../nbs/3_benchmarks/38_classification.ipynb #b989a491
+# %% ../../nbs/3_benchmarks/38_classification.ipynb #b439d023
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import pandas as pd
 from .audits import derangement
 from .items import Benchmark, BenchmarkError, _encode_pictures
-from ..data.images import suffixes
+from ..data.images import named_picture, suffixes
 from ..data.pairs import clean_caption
 from ..data.readers import problem
 from ..study.settings import nearest
@@ -53,13 +53,13 @@ def _same_names(names, where):
     return [problem(where, i, f'class {name!r} has the name of class {first[name]}', 'no model can tell them apart; pictures of both count as wrong')
             for i, name in enumerate(names, 1) if first.setdefault(name, i) != i]
 
-# %% ../../nbs/3_benchmarks/38_classification.ipynb #0eae519a
+# %% ../../nbs/3_benchmarks/38_classification.ipynb #bec1d68a
 def _pictures_below(folder):
     "The pictures of one class, and what else lies there."
     found, problems = [], []
     for path in sorted(folder.rglob('*')):
         if path.is_symlink(): problems.append(problem(path, '', 'a link, which is not followed', 'copy the file'))
-        elif path.is_file() and path.suffix.lower() in suffixes: found.append(path)
+        elif path.is_file() and named_picture(path.name): found.append(path)
         elif path.is_file(): problems.append(problem(path, '', 'not a picture by its ending', f'left out; pictures end in {", ".join(suffixes)}'))
     if not found: problems.append(problem(folder, '', 'a class without pictures', 'it can be answered, but it is never right'))
     return found, problems

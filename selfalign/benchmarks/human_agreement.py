@@ -6,16 +6,17 @@
 __all__ = ['files', 'own_captions', 'read_captions', 'RatedQuestions', 'read_human_agreement', 'ask_human_agreement', 'kendall',
            'human_agreement_table']
 
-# %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #7498fac7
+# %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #39c07303
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import pandas as pd
 from .audits import derangement, mean_of_others, words
-from .items import Benchmark, BenchmarkError, _encode_pictures
-from .vl_checklist import _below
+from .items import Benchmark, BenchmarkError, _encode_pictures, place_below
+from ..data.formats import flickr_lines
 from ..data.pairs import clean_caption
 from ..data.readers import problem
+from ..data.streams import Damage
 from ..study.settings import nearest
 from ..study.statistics import bootstrap
 
@@ -30,15 +31,22 @@ def _rows(path, columns, problems):
         if len(fields) == columns: yield i, [f.strip() for f in fields]
         elif line.strip(): problems.append(problem(path, i, f'{len(fields)} columns, not {columns}', 'left out; columns are separated by one tab'))
 
-# %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #97f0bc22
+# %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #3c027d56
+def _told(path):
+    "The lines of the token file."
+    try: yield from flickr_lines(path)
+    except Damage as e: raise BenchmarkError(f'{path} holds no captions ({e.what}); a row is a caption id, a tab and the caption') from None
+
 def read_captions(path:str|Path   # Flickr8k.token.txt
                  )->tuple:        # (dict caption id → caption, list of problems)
     "The captions by their id."
     found, problems = {}, []
     if not Path(path).is_file(): raise BenchmarkError(f'{path} is not there; the marks name captions by ids, and this file says what they are')
-    for i, (key, text) in _rows(Path(path), 2, problems):
-        text, remarks = clean_caption(text)
-        if key in found: problems.append(problem(path, i, f'{key} comes twice', 'the first caption is used'))
+    for i, image, number, line in _told(Path(path)):
+        key, (text, remarks) = f'{image}#{number}', clean_caption(line)
+        if not image: problems.append(problem(path, i, f'{len((line or "").split(chr(9)))} columns, not 2', 'left out; a row is a caption id such as 1.jpg#0, one tab and the caption'))
+        elif any('\ud800' <= c <= '\udfff' for c in line): problems.append(problem(path, i, 'not UTF-8', 'left out; save the file as UTF-8'))
+        elif key in found: problems.append(problem(path, i, f'{key} comes twice', 'the first caption is used'))
         elif not text: problems.append(problem(path, i, f'{key} has no caption', 'left out'))
         else: found[key] = text
         if text: problems += [problem(path, i, r, 'the cleaned caption was used') for r in remarks]
@@ -69,7 +77,7 @@ class RatedQuestions(Benchmark):
     "Pictures and captions that people judged."
     prompt: str = 'A photo depicts {}'    # what the caption is put into
 
-# %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #96c32346
+# %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #4bb71fd7
 def _judged(part, path, captions, home, own, first):
     "Items, pictures and problems of one file."
     items, pictures, problems, seen = [], {}, [], set()
@@ -77,7 +85,7 @@ def _judged(part, path, captions, home, own, first):
     for i, (image, caption, *judgement) in _rows(path, 5, problems):
         if first and len(pictures) == first and image not in pictures: continue
         try:
-            place = _below(home, image, f'row {i}')
+            place = place_below(home, image, f'row {i}')
             if place.is_symlink(): raise ValueError(f'{image} is a link, which is not followed')
             if caption not in captions: raise ValueError(f'unknown caption id {caption!r}')
             if (image, caption) in seen: raise ValueError(f'{image} and {caption} come twice')

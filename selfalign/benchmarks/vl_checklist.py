@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['sections', 'categories', 'read_checklist', 'section_of', 'item_weights', 'item_values', 'checklist_table']
 
-# %% ../../nbs/3_benchmarks/31_vl_checklist.ipynb #cd858ab8
-import json
-from pathlib import Path, PurePosixPath
+# %% ../../nbs/3_benchmarks/31_vl_checklist.ipynb #3ef8acbc
+from pathlib import Path
 import numpy as np
 import pandas as pd
-from .items import Benchmark, BenchmarkError, problem
+from .items import Benchmark, BenchmarkError, load_json, place_below, problem
 from ..data.pairs import clean_caption
 from ..study.settings import nearest
 from ..study.statistics import bootstrap
@@ -19,14 +18,6 @@ from ..study.statistics import bootstrap
 sections = {'Object/Location': ('center', 'mid', 'margin'), 'Object/Size': ('large', 'medium', 'small'),
             'Attribute': ('color', 'material', 'size', 'state', 'action'), 'Relation': ('action', 'spatial')}
 categories = tuple(f'{section}/{name}' for section, names in sections.items() for name in names)
-
-# %% ../../nbs/3_benchmarks/31_vl_checklist.ipynb #666d9739
-def _below(folder, path, where):
-    "`folder/path`, if the path stays below the folder."
-    pure = PurePosixPath(path) if isinstance(path, str) else None
-    if pure is None or pure.is_absolute() or '..' in pure.parts or '\\' in path or ':' in path or '\0' in path:
-        raise BenchmarkError(f'{where}: the path {path!r} leads out of {folder}; write one relative to it')
-    return Path(folder)/pure
 
 # %% ../../nbs/3_benchmarks/31_vl_checklist.ipynb #d7fe2878
 def _corpus(path):
@@ -39,15 +30,6 @@ def _corpus(path):
     if entries.get('TYPE', 'TUPLE_JSON') != 'TUPLE_JSON': raise BenchmarkError(f'{path}: TYPE is {entries["TYPE"]!r}, only TUPLE_JSON can be read')
     return entries
 
-# %% ../../nbs/3_benchmarks/31_vl_checklist.ipynb #7ca127e5
-def _annotations(path):
-    "The rows of an annotation file."
-    try: rows = json.loads(path.read_text(encoding='utf-8'))
-    except (UnicodeDecodeError, ValueError) as e: raise BenchmarkError(f'{path}: not JSON ({str(e).splitlines()[0]}); fetch it again') from None
-    if not isinstance(rows, list): raise BenchmarkError(f'{path}: holds a {type(rows).__name__}, a list of [picture, {{"POS": […], "NEG": […]}}] was expected')
-    if not rows: raise BenchmarkError(f'{path}: holds no items; fetch it again, or take its corpus file away')
-    return rows
-
 # %% ../../nbs/3_benchmarks/31_vl_checklist.ipynb #3b74dd5d
 def _row(row):
     "Picture, true text and false text of a row, and remarks; or a ValueError that says what is wrong."
@@ -57,15 +39,15 @@ def _row(row):
     if not (positive and negative): raise ValueError('a text is missing')
     return image, positive, negative, [*first, *second]
 
-# %% ../../nbs/3_benchmarks/31_vl_checklist.ipynb #84bcf329
+# %% ../../nbs/3_benchmarks/31_vl_checklist.ipynb #590306bd
 def _items_of(file, path, root, home):
     "Items, pictures, problems and number of rows of one annotation file."
     category, _, name = file.rpartition('/')
     items, pictures, problems = [], {}, []
-    for i, row in enumerate(_annotations(path)):
+    for i, row in enumerate(load_json(path, list)):
         try:
             image, positive, negative, remarks = _row(row)
-            place = _below(root, image, f'row {i}')
+            place = place_below(root, image, f'row {i}')
         except (ValueError, BenchmarkError) as e: problems.append(problem(path, i, str(e), 'rows count from 0; repair the row or fetch the file again')); continue
         problems += [problem(path, i, r, 'the cleaned text was used') for r in remarks]
         if positive == negative: problems.append(problem(path, i, f'both texts are {positive!r}', 'nobody can answer this item; it counts as wrong'))
@@ -100,14 +82,14 @@ def _corpus_files(folder, version, datasets):
         if d not in names: raise BenchmarkError(f'{folder}: no corpus file is named {d}; {nearest(d, names)}')
     return {f: p for f, p in there.items() if not datasets or _names(f) & set(datasets)}
 
-# %% ../../nbs/3_benchmarks/31_vl_checklist.ipynb #efe6e969
+# %% ../../nbs/3_benchmarks/31_vl_checklist.ipynb #28f42ceb
 def _annotation_files(folder, version, datasets=()):
     "Name, corpus file, its entries and its annotation file, in the order of the categories."
     for file, path in _corpus_files(folder, version, datasets).items():
         entries = _corpus(path)
-        yield file, path, entries, _below(folder, entries['ANNO_PATH'], path)
+        yield file, path, entries, place_below(folder, entries['ANNO_PATH'], path)
 
-# %% ../../nbs/3_benchmarks/31_vl_checklist.ipynb #907f27bb
+# %% ../../nbs/3_benchmarks/31_vl_checklist.ipynb #91c396c3
 def read_checklist(folder:str|Path,         # holds corpus/ and data/
                    images:str|Path='',      # holds vg/, swig/, hake/; empty: the same folder
                    datasets:tuple=(),       # corpus files to read, e.g. ('vg_obj',) or ('vg',); empty: all
@@ -117,7 +99,7 @@ def read_checklist(folder:str|Path,         # holds corpus/ and data/
     "Read VL-CheckList, or anything laid out like it."
     home, items, pictures, expected, problems = Path(images or folder), [], {}, {}, []
     for file, path, entries, annotations in _annotation_files(folder, version, [datasets] if isinstance(datasets, str) else datasets):
-        root = _below(home, entries['IMG_ROOT'], path)
+        root = place_below(home, entries['IMG_ROOT'], path)
         if not annotations.is_file():
             problems.append(problem(path, '', f'{entries["ANNO_PATH"]} is not there', 'fetch it from the benchmark\'s repository')); expected[file] = 0; continue
         mine, shown, wrong, rows = _items_of(file, annotations, root, home)

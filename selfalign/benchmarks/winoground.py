@@ -6,13 +6,12 @@
 __all__ = ['SCORES', 'COLUMNS', 'VECTORS', 'read_winoground', 'whole_examples', 'winoground_scores', 'winoground_groups',
            'winoground_table', 'read_vectors', 'stored']
 
-# %% ../../nbs/3_benchmarks/36_winoground.ipynb #892ab8d9
+# %% ../../nbs/3_benchmarks/36_winoground.ipynb #31f34e37
 import json
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from .items import Benchmark, BenchmarkError, Encoded
-from .vl_checklist import _below
+from .items import Benchmark, BenchmarkError, Encoded, place_below
 from ..data.pairs import clean_caption
 from ..data.readers import problem
 from ..study.settings import nearest
@@ -21,7 +20,7 @@ from ..study.statistics import bootstrap
 # %% ../../nbs/3_benchmarks/36_winoground.ipynb #f0ff2165
 SCORES = dict(text=1/4, image=1/4, group=1/6)   # what guessing gives
 
-# %% ../../nbs/3_benchmarks/36_winoground.ipynb #aaa4fbb8
+# %% ../../nbs/3_benchmarks/36_winoground.ipynb #e961fdcb
 def _example(line, root):
     "Id, tag, places of both pictures, both captions and remarks; or a ValueError that says what is wrong."
     row, fields = json.loads(line), ('image_0', 'image_1', 'caption_0', 'caption_1')
@@ -29,7 +28,7 @@ def _example(line, root):
     names = [n if Path(n).suffix else f'{n}.png' for n in (row['image_0'], row['image_1'])]
     (zero, first), (one, second) = clean_caption(row['caption_0']), clean_caption(row['caption_1'])
     if not (zero and one): raise ValueError('a caption is missing')
-    return str(row.get('id', '')), str(row.get('tag') or ''), [_below(root, n, 'image') for n in names], (zero, one), first + second
+    return str(row.get('id', '')), str(row.get('tag') or ''), [place_below(root, n, 'image') for n in names], (zero, one), first + second
 
 # %% ../../nbs/3_benchmarks/36_winoground.ipynb #87c0184f
 COLUMNS = ['key', 'category', 'file', 'image', 'positive', 'negative', 'example', 'tag']

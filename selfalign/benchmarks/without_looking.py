@@ -6,23 +6,23 @@
 __all__ = ['annotated_texts', 'texts_of', 'words_of', 'unused_counts', 'familiarity', 'by_frequency', 'by_length', 'exchanged',
            'answer_blind']
 
-# %% ../../nbs/3_benchmarks/34_without_looking.ipynb #3bf95b8b
+# %% ../../nbs/3_benchmarks/34_without_looking.ipynb #7b9c23e7
 import math, re
 from collections import Counter
 import numpy as np
 import pandas as pd
-from .items import BenchmarkError
-from .vl_checklist import _annotation_files, _annotations
+from .items import BenchmarkError, load_json
+from .vl_checklist import _annotation_files
 from ..data.readers import problem
 
-# %% ../../nbs/3_benchmarks/34_without_looking.ipynb #0343063e
+# %% ../../nbs/3_benchmarks/34_without_looking.ipynb #f1a3c350
 def annotated_texts(folder,           # holds corpus/ and data/
                     version:str='v1', # folder below corpus/
                     )->tuple:         # (dict of file to rows, problems)
     "The annotation files of VL-CheckList, as they are."
     found, problems = {}, []
     for file, path, _, where in _annotation_files(folder, version):
-        if where.is_file(): found[file] = _annotations(where)
+        if where.is_file(): found[file] = load_json(where, list)
         else: problems.append(problem(path.relative_to(folder).as_posix(), '', f'{where.relative_to(folder).as_posix()} is not there', 'fetch it from the benchmark\'s repository; averages are over the files that are there'))
     if not found: raise BenchmarkError(f'{folder}: none of the annotation files is there; fetch data/ beside corpus/')
     return found, problems

@@ -42,9 +42,9 @@ class Problems(list):
         self.append(problem(file, row, what, remedy) if n <= self.limit else problem(file, '', f'{kind[1]}: 1 more', remedy))
         self._last[kind] = self[-1]
 
-# %% ../../nbs/1_data/12_readers.ipynb #fd52d89c
+# %% ../../nbs/1_data/12_readers.ipynb #99f211e0
 def make_record(key:str,   # of the pair
-                picture,   # a PIL image, bytes, or a function that gives one of them
+                picture,   # a PIL image, bytes, or a function that gives one of them; None: it is not looked at
                 name:str,  # of the picture's file
                 file:str,  # where the pair was found, for a problem
                 row:str='',  # which entry of it; empty: the key
@@ -53,13 +53,14 @@ def make_record(key:str,   # of the pair
     "A record with its picture opened, or with the reason why not."
     record = dict(key=key, image=None, caption='', caption_source='web', scene=key, width=None, height=None, truth='',
                   claims='', captions='', noise='', aligned=None, reference='', problem=None, remarks=[]) | known
+    if picture is None: return record
     try:
         picture = picture() if callable(picture) else picture
         image = picture if hasattr(picture, 'size') else open_image(picture, name=name)
     except ImageProblem as e: return record | dict(problem=problem(file, row or key, e.what, e.remedy))
     return record | dict(image=image, width=image.width, height=image.height, remarks=image.info.get('remarks', []))
 
-# %% ../../nbs/1_data/12_readers.ipynb #6927f085
+# %% ../../nbs/1_data/12_readers.ipynb #159c716b
 class MicroworldPairs:
     "Pairs of one pool of the microworld, drawn when they are asked for."
     def __init__(self,
@@ -76,6 +77,11 @@ class MicroworldPairs:
         r = self.world[i]
         kept = {k: r[k] for k in ('caption', 'caption_source', 'scene', 'truth', 'claims', 'noise', 'aligned')}
         return make_record(r['key'], r['image'] or r['data'], r['key'], self.name, captions=json.dumps(r['captions']), **kept)
+    def told(self,
+             i:int,     # number of a pair
+             )->dict:   # its record, with `image` None
+        "What is said of a picture, which is not looked at."
+        return self[i] | dict(image=None, problem=None)
 
 # %% ../../nbs/1_data/12_readers.ipynb #37b2d7dd
 def _refused(member):

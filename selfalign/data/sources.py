@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['readers', 'options_of', 'Source', 'look', 'parse_source', 'open_pairs', 'survey']
 
-# %% ../../nbs/1_data/1d_sources.ipynb #bff99e27
+# %% ../../nbs/1_data/1d_sources.ipynb #a27598b8
 import inspect, itertools, json, os, re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -14,9 +14,10 @@ from urllib.parse import parse_qsl
 from ..study.settings import at_root, find_root, nearest
 from .formats import coco, flickr, folder, karpathy, llava, sail, sail_columns, table, usual
 from .hub import datasets
+from .images import named_picture
 from .pairs import clean_caption
 from .readers import MicroworldPairs, Problems, SourceError
-from .shards import TarPairs, pictures
+from .shards import TarPairs
 from .streams import Damage, find_separator, json_items, text_lines
 
 # %% ../../nbs/1_data/1d_sources.ipynb #9b93cc85
@@ -75,12 +76,12 @@ def _file_kind(path):
     try: return _json_kind(path) if suffix == '.json' else _text_kind(path) if suffix in ('.csv', '.tsv', '.txt', '.token') else None
     except Damage: return next(((k, 'its name; it is damaged') for start, k in named.items() if path.name.startswith(start)), None)
 
-# %% ../../nbs/1_data/1d_sources.ipynb #575a062c
+# %% ../../nbs/1_data/1d_sources.ipynb #0faeee60
 def _has_notes(path):
     "Whether there are pictures with text files among the first names."
     for place, inside, names in itertools.islice(os.walk(path), 100):
         notes = {n[:-4] for n in names if n.endswith('.txt')}
-        if any(n.rpartition('.')[0] in notes and n.rpartition('.')[2].lower() in pictures for n in names): return True
+        if any(n.rpartition('.')[0] in notes and named_picture(n) for n in names): return True
         inside.sort()
     return False
 
@@ -92,13 +93,13 @@ def _preferred(found):
     for kind, when in (('llava', lambda n: 'meta' in n), ('coco', lambda n: 'captions' not in n), ('flickr', lambda n: 'lemma' in n)): found = drop(kind, when)
     return found
 
-# %% ../../nbs/1_data/1d_sources.ipynb #66e26766
+# %% ../../nbs/1_data/1d_sources.ipynb #567b4a9b
 def look(path:str|Path,  # a file or a folder
          )->list:        # of `Source`, most often one
     "What a file or a folder can be opened as."
     path = Path(path)
     if path.is_file(): return [Source(kind[0], str(path), {}, kind[1])] if (kind := _file_kind(path)) else []
-    names = sorted(e.name for e in os.scandir(path) if e.name[0] != '.' and e.name.lower().rpartition('.')[2] not in pictures)
+    names = sorted(e.name for e in os.scandir(path) if e.name[0] != '.' and not named_picture(e.name))
     tars = [n for n in names if n.endswith('.tar')]
     if tars: return [Source('webdataset', str(path), {}, f'{len(tars)} tar archives')]
     if {'state.json', 'dataset_dict.json'} & set(names): return [Source('datasets', str(path), {}, 'a dataset saved with save_to_disk')]

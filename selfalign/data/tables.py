@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['columns', 'as_row', 'store', 'group_captions', 'picture_folder', 'TablePairs']
 
-# %% ../../nbs/1_data/1a_tables.ipynb #6dcfe006
+# %% ../../nbs/1_data/1a_tables.ipynb #7616f381
 import json, os, tempfile
 from itertools import islice
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 from ..study.settings import at_root, find_root
+from .pairs import stays_below
 from .readers import Problems, SourceError, make_record, read_picture
 from .shards import Texts, as_caption, as_captions, first_rows, key_numbers
 from .streams import Damage
@@ -31,14 +32,13 @@ def as_row(row:str,       # where it stands, e.g. `line 7`
     key = str(key) if isinstance(key, (str, int)) and not isinstance(key, bool) else ''
     return row, key, image, caption, captions, scene, caption_source
 
-# %% ../../nbs/1_data/1a_tables.ipynb #70b3107b
+# %% ../../nbs/1_data/1a_tables.ipynb #e2838802
 def _wrong(key, image, caption):
     "What makes a row unusable, and the remedy; or None."
     if image is None and caption is None: return 'no picture and no caption', 'leave the row out'
     if image is not None and (not isinstance(image, str) or not image.strip()): return 'no picture', 'name its file'
     if image and image[:8].lower().startswith(('http://', 'https:/', 'ftp://')): return f'the picture is an address: {image[:100]}', 'fetch the pictures with img2dataset'
-    if image and ('\0' in image or '\\' in image or image.startswith('/') or image[1:2] == ':' or '..' in image.split('/')):
-        return f'the path leaves the folder: {image[:100]!r}', 'write paths below the folder of the pictures'
+    if image and not stays_below(image): return f'the path leaves the folder: {image[:100]!r}', 'write paths below the folder of the pictures'
     if not key.strip(): return 'no key', 'give every pair a key of its own'
     if len(key) > 500 or len(image or '') > 1000: return f'the key or the path is too long: {key[:50]!r}', 'shorten it'
     if caption is not None and not as_caption(caption).strip(): return 'no caption', 'write one or leave the pair out'
@@ -150,7 +150,7 @@ class TablePairs:
         if worst: raise SourceError('{file}: no usable pair; {row}: {what}; {remedy}'.format(**worst))
         raise SourceError(f'{self.file}: no pair in it; fetch it again, or name another file')
 
-# %% ../../nbs/1_data/1a_tables.ipynb #7579c504
+# %% ../../nbs/1_data/1a_tables.ipynb #fa6bf034
 @patch
 def reference(self:TablePairs,
               i:int,           # number of a pair
@@ -159,15 +159,27 @@ def reference(self:TablePairs,
     return f'{self._base}{"" if self.cells else "#"}{self.images[i]}'
 
 @patch
-def __getitem__(self:TablePairs, i):
-    "The record with this number."
+def _record(self:TablePairs, i, look):
+    "The record with this number, with its picture or without."
     if not 0 <= i < len(self): raise IndexError(i)
     row, here = int(self._rows[i]), self._captions[self._starts[i]:self._starts[i + 1]]
     texts = [self.table['caption'][int(j)].as_py() for j in here]; said = {c: self.table[c][row].as_py() or self.table[c][int(here[0])].as_py() for c in ('captions', 'scene', 'caption_source')}
     reference, key = self.reference(i), self.keys[i]
     known = dict(caption=texts[0], captions=said['captions'] or json.dumps(texts), scene=said['scene'] or key, caption_source=said['caption_source'] or self.caption_source)
-    record = make_record(key, lambda: read_picture(reference, '.'), '', self.file, f'{self.table["row"][row].as_py()} ({key})', reference=reference, **known)
+    record = make_record(key, (lambda: read_picture(reference, '.')) if look else None, '', self.file, f'{self.table["row"][row].as_py()} ({key})', reference=reference, **known)
     return record | dict(remarks=record['remarks'] + ['caption: not UTF-8, unreadable letters replaced']*('\ufffd' in texts[0]))
+
+@patch
+def __getitem__(self:TablePairs, i):
+    "The record with this number."
+    return self._record(i, True)
+
+@patch
+def told(self:TablePairs,
+         i:int,     # number of a pair
+         )->dict:   # its record, with `image` None
+    "What is said of a picture, which is not opened."
+    return self._record(i, False)
 
 # %% ../../nbs/1_data/1a_tables.ipynb #d6e16332
 @patch

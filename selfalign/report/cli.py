@@ -213,7 +213,7 @@ def link(
     except OSError: shutil.copytree(folder, target) # a system without links
     print(f'data/{name} → {folder}')
 
-# %% ../../nbs/8_report/83_cli.ipynb #05dd5df0
+# %% ../../nbs/8_report/83_cli.ipynb #4c103f0e
 def _print_overlap(summary, pairs, most):
     "The summary, and the first of the pairs."
     from selfalign.report.tables import amount
@@ -235,15 +235,15 @@ def overlap(
     csv:Annotated[Path, Option('--csv')]=None, # write all suspected pairs to this file
 ):
     "Look for test pictures and captions in a training set."
-    from selfalign.benchmarks import leakage
+    from selfalign.benchmarks.overlap import overlap
     from selfalign.models.load import load_dual_encoder
-    summary, pairs, problems = leakage.overlap(train, test, first, load_dual_encoder(encoder) if encoder else None, most, least)
+    summary, pairs, problems = overlap(train, test, first, load_dual_encoder(encoder) if encoder else None, most, least)
     if csv: pairs.to_csv(csv, index=False)
     _print_overlap(summary, pairs, 10)
     if problems: show_table(['file', 'row', 'what', 'remedy'], [p.values() for p in problems[:10]], f'{min(10, len(problems))} of {len(problems)} problems')
     if csv: print(f'All {len(pairs):,} pairs: {_shown(csv)}')
 
-# %% ../../nbs/8_report/83_cli.ipynb #a97970f0
+# %% ../../nbs/8_report/83_cli.ipynb #8bcc2878
 def _list_benchmarks():
     "Print what can be asked."
     from selfalign.benchmarks.catalogue import TASKS, task_options
@@ -255,9 +255,16 @@ def _cells(r, audits):
     from selfalign.report.tables import amount
     bare = lambda v: amount(v, r['unit'], bare=True)
     sure = f'{bare(r["low"])} to {bare(r["high"])}' if r['low'] == r['low'] else ''
-    return r['row'], r['metric'], amount(r['value'], r['unit']), sure, f"{r['n']:,.0f}", bare(r['chance']), *(bare(r[a]) for a in audits), amount(r.get('corrected p'), 'ratio')
+    left = lambda a: f'{bare(r[a])} ({bare(r[f"{a}: low"])} to {bare(r[f"{a}: high"])}, n {r[f"{a}: n"]:,.0f})' if r[a] == r[a] else 'none left'
+    return r['row'], r['metric'], amount(r['value'], r['unit']), sure, f"{r['n']:,.0f}", bare(r['chance']), *(left(a) if a == 'without leaks' else bare(r[a]) for a in audits), amount(r.get('corrected p'), 'ratio')
 
-# %% ../../nbs/8_report/83_cli.ipynb #41648e03
+def _print_leakage(rows, train):
+    "How much of the test is in the training set."
+    from selfalign.report.tables import amount
+    bare = lambda v: amount(v, 'fraction', bare=True)
+    show_table(['leakage', 'share', '95 % interval', 'of'], [(r.metric, amount(r.value, 'fraction'), f'{bare(r.low)} to {bare(r.high)}', f'{r.n:,.0f}') for r in rows.itertuples()], f'In {train}; suspects, not proofs: see leakage.csv')
+
+# %% ../../nbs/8_report/83_cli.ipynb #d66de842
 @command()
 def benchmark(
     name:Annotated[str, Argument()]='', # which one; none: list them
@@ -266,19 +273,22 @@ def benchmark(
     images:str='', # where its pictures lie, if elsewhere
     least:float=.99, # share of every file that must be answered
     out:Path=None, # folder for the results; default: data/runs/_benchmarks/NAME/MODEL
+    train:str='', # what the model was trained on: a source of pairs, a folder of tars or of pictures; empty: leakage is not checked
     first:int=None, # ask only so many items (pictures, examples) of each file; 0: all; default: the benchmark's own
     option:Annotated[list[str], Option('-o', '--option', metavar='NAME=VALUE')]=None, # something else to set, see --list; may be repeated
     everything:Annotated[bool, Option('--list')]=False, # list the benchmarks and their options
 ):
     "Ask a model a benchmark, blindfold it, and put both side by side."
     if everything or not name: return _list_benchmarks()
-    from selfalign.benchmarks.catalogue import results_folder, run_task, side_by_side
+    from selfalign.benchmarks.beside import side_by_side
+    from selfalign.benchmarks.catalogue import NOT_CHECKED, results_folder, run_task
     given = dict(o.partition('=')[::2] for o in option or []) | ({} if first is None else dict(first=first))
     if not (model and data): fail(f'say which model and which data: selfalign benchmark {name} --model open_clip:data/micro/clip --data FOLDER')
-    wide = side_by_side(run_task(name, model, data, images, out, least, **given))
-    audits = [c for c in wide if c not in ('row', 'metric', 'value', 'low', 'high', 'n', 'chance', 'unit', 'corrected p') and not c.startswith('gain')]
+    table = run_task(name, model, data, images, out, least, train, **given); wide = side_by_side(table)
+    audits = [c for c in wide if c not in ('row', 'metric', 'value', 'low', 'high', 'n', 'chance', 'unit', 'corrected p') and not c.startswith(('gain', 'without leaks:'))]
     show_table(['row', 'metric', 'value', '95 % interval', 'n', 'chance', *('smallest' if a == 'smallest difference' else a for a in audits), 'corrected p'], [_cells(r, audits) for r in wide.to_dict('records')], f'{name}, {model}')
     if 'smallest difference' in audits: print('smallest: by so much must two models differ that disagree on a tenth of the items, to be told apart four times out of five')
+    _print_leakage(table[table.row == 'leakage'], train) if train else print(f'Leakage: {NOT_CHECKED}')
     print(f'Written to {_shown(Path(out or results_folder(name, model)))}')
 
 # %% ../../nbs/8_report/83_cli.ipynb #d0cc5629

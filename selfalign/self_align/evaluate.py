@@ -7,12 +7,13 @@ __all__ = ['HYPOTHESES', 'NUMBERS', 'MODES', 'UNTRAINED', 'METRICS', 'Hypothesis
            'Retention', 'section_table', 'summarise', 'Scored', 'contrast', 'compare_arms', 'answer_columns',
            'question_clusters', 'scored_arms', 'scored_retention', 'judged']
 
-# %% ../../nbs/4_self_align/46_evaluate.ipynb #b42f4187
+# %% ../../nbs/4_self_align/46_evaluate.ipynb #40d0e77e
 import json
 from typing import NamedTuple
 import numpy as np
 import pandas as pd
-from ..benchmarks.audits import blind, shuffled, word_frequency
+from ..benchmarks.audits import blind, shuffled, text_pairs, word_frequency
+from ..benchmarks.classification import true_ranks
 from ..benchmarks.items import encode, predict
 from ..benchmarks.vl_checklist import item_values
 from ..data.captions import _article
@@ -70,13 +71,14 @@ def answers(encoder,       # a `DualEncoder`
     found = predict(encoded), blind(encoded), shuffled(encoded, seed)
     return encoded.items, {m: t.correct.to_numpy() for m, t in zip(MODES, found)}, encoded.problems
 
-# %% ../../nbs/4_self_align/46_evaluate.ipynb #11cf9301
+# %% ../../nbs/4_self_align/46_evaluate.ipynb #17ee850f
 def named_right(x,        # (n, d) unit vectors of pictures
                 prompts,  # (k, d) unit vectors of the names
                 truth,    # (n,) which name is right
                 )->np.ndarray:  # (n,) 0 or 1
     "Zero-shot classification."
-    return ((np.asarray(x) @ np.asarray(prompts).T).argmax(1) == np.asarray(truth)).astype(float)
+    ranks, *_ = true_ranks(np.asarray(x), np.asarray(prompts), np.arange(len(prompts)), np.asarray(truth))
+    return (ranks == 1).astype(float)
 
 # %% ../../nbs/4_self_align/46_evaluate.ipynb #e77c1c08
 class Retention:
@@ -165,13 +167,12 @@ def answer_columns(predictions,  # questions, with a column `arm/seed/mode` for 
     "What the seeds of an arm answered."
     return {int(c.split('/')[1]): predictions[c].to_numpy() for c in predictions if c.startswith(f'{arm}/') and c.endswith(f'/{mode}')}
 
-# %% ../../nbs/4_self_align/46_evaluate.ipynb #c2741def
+# %% ../../nbs/4_self_align/46_evaluate.ipynb #7e6865de
 def question_clusters(items,        # with image, category, positive, negative
                       looking:bool,   # were the pictures shown?
                       )->np.ndarray:  # a label for each
     "Which questions stand and fall together."
-    if looking: return items.image.to_numpy()
-    return np.array([f'{c}: ' + ' / '.join(sorted(t)) for c, *t in zip(items.category, items.positive, items.negative)])
+    return (items.image if looking else items.category + ': ' + text_pairs(items)).to_numpy()
 
 # %% ../../nbs/4_self_align/46_evaluate.ipynb #8dd29ea0
 def scored_arms(predictions,     # questions, with a column `arm/seed/mode` for each model

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FULL', 'PACKAGES', 'StageError', 'atomic_write', 'publish', 'file_hash', 'write_json', 'read_json', 'tree_hash',
-           'versions', 'hardware', 'git_state', 'peak_memory_gb', 'now']
+           'data_hash', 'versions', 'hardware', 'git_state', 'peak_memory_gb', 'now']
 
 # %% ../../nbs/0_study/05_files.ipynb #c986feff
 import hashlib, json, os, re, shutil, subprocess, sys
@@ -91,6 +91,31 @@ def tree_hash(
         total.update(f"{file.relative_to(path).as_posix()}\0{known[name]}\n".encode())
     if len(known) > before: write_json(cache, known)
     return total.hexdigest()
+
+# %% ../../nbs/0_study/05_files.ipynb #6ffdf325
+def _listed(path):
+    "Relative path, size and modification time of every file; hidden ones do not count, links to folders are not followed"
+    if path.is_file(): yield ".", path.stat().st_size, path.stat().st_mtime_ns
+    for place, folders, names in os.walk(path):
+        folders[:] = sorted(f for f in folders if f[0] != ".")
+        for name in sorted(n for n in names if n[0] != "."):
+            try: stat = os.stat(os.path.join(place, name))
+            except OSError: continue
+            yield os.path.relpath(os.path.join(place, name), path), stat.st_size, stat.st_mtime_ns
+
+# %% ../../nbs/0_study/05_files.ipynb #6f225fa6
+def data_hash(
+    path: str | Path,  # a folder or a file
+    cache: Path | None = None,  # see `tree_hash`
+    most_files: int = 100_000,  # more are known by their listing
+    most_bytes: int = 2**34,  # likewise
+) -> str:  # 64 hexadecimal digits, after `listing:` if no file was read
+    "Fingerprint of data by content, or by its listing where it is very large"
+    total, files, size = hashlib.sha256(), 0, 0
+    for file in _listed(Path(path)):
+        total.update("\0".join(map(str, file)).encode("utf-8", "surrogateescape")+b"\n")
+        files, size = files+1, size+file[1]
+    return f"listing:{total.hexdigest()}" if files > most_files or size > most_bytes else tree_hash(path, cache)
 
 # %% ../../nbs/0_study/05_files.ipynb #d34f8e70
 PACKAGES = "selfalign torch torchvision open_clip_torch timm diffusers transformers peft accelerate safetensors numpy pandas pyarrow scipy statsmodels scikit-learn pillow papermill".split()

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['DOCUMENTED', 'code_digest', 'modules_of', 'code_hash', 'files_of', 'stage_manifest', 'keys_of']
 
-# %% ../../nbs/0_study/06_keys.ipynb #629fd9c7
+# %% ../../nbs/0_study/06_keys.ipynb #d55c748f
 import ast, functools, hashlib, json, re
 from pathlib import Path
-from .files import tree_hash
+from .files import data_hash
 from .settings import Settings, SettingsError, find_root, stages
 
 # %% ../../nbs/0_study/06_keys.ipynb #3acc367c
@@ -103,13 +103,13 @@ def _path_in(
     inside = path.strip("./") and not Path(path).is_absolute() and ".." not in Path(path).parts
     return path if inside and (find_root()/path).exists() else ""
 
-# %% ../../nbs/0_study/06_keys.ipynb #83972bb4
+# %% ../../nbs/0_study/06_keys.ipynb #6b9adfbb
 def files_of(
     values: dict,  # parameter → value
 ) -> dict[str, str]:  # path → fingerprint
     "Fingerprints of the files and folders that parameters name"
     texts = [t for value in values.values() for t in (value if isinstance(value, list) else [value]) if isinstance(t, str)]
-    return {path: tree_hash(find_root()/path) for path in sorted({_path_in(t) for t in texts} - {""})}
+    return {path: data_hash(find_root()/path) for path in sorted({_path_in(t) for t in texts} - {""})}
 
 # %% ../../nbs/0_study/06_keys.ipynb #ea2074bd
 def stage_manifest(
