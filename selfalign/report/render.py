@@ -147,13 +147,13 @@ def _tables(run, site, least=0, most=SMALL):
         if any('BYTE_ARRAY' == c.physical_type and str(c.logical_type.type) == 'NONE' for c in map(table.schema.column, range(len(table.schema)))): continue
         site.add(f'{stage}/tables/{f.name}', f.read_bytes(), f'table of {table.metadata.num_rows:,} rows')
 
-# %% ../../nbs/8_report/80_render.ipynb #2d41637a
+# %% ../../nbs/8_report/80_render.ipynb #13da58cc
 def _page(run, **pieces):
     "The page, from its template"
     from jinja2 import Environment, FunctionLoader, StrictUndefined
     env = Environment(loader=FunctionLoader(page_file), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     env.filters |= dict(amount=amount, thousands=thousands)
-    script = '\n' + page_file('gallery.js') + page_file('threshold.js')
+    script = '\n' + ';\n'.join(page_file(f'{name}.js') for name in ('gallery', 'threshold'))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return env.get_template('index.html.j2').render(style=page_file('style.css'), script=script, script_hash=f'sha256-{digest}', missing=run.missing, **pieces)
 

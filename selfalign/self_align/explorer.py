@@ -88,19 +88,19 @@ def _dice(true, m):
     if not m: return np.nan, np.nan
     return tuple(np.array(hypergeom(len(true), int(true.sum()), m).interval(.95))/m)
 
-# %% ../../nbs/4_self_align/4c_explorer.ipynb #51f4b921
+# %% ../../nbs/4_self_align/4c_explorer.ipynb #93208e70
 def filtered(table,               # rows of one scorer, from `scored_pairs`
              threshold:float,     # the lowest score that is kept
              repeats:int=500,     # of the bootstrap, where scenes come more than once
              )->pd.DataFrame:     # a row a kind of picture
     "What a threshold keeps: numbers of pairs, true shares above and below, recall, and what dice would give."
     rows = []
-    for kind, part in table.groupby('kind', sort=False):
-        kept, known = part.score >= threshold, part.true.notna()
-        above, below, true = part[kept & known], part[~kept & known], part.true[known]
-        i, (low, high) = _share(above.true, above.scene, repeats), _dice(true, len(above))
+    for kind, part in table[['kind', 'scene', 'score', 'true']].groupby('kind', sort=False):
+        kept = part.score >= threshold; known = part.true.notna(); k, true = kept[known], part.true[known]
+        above, (low, high) = true[k], _dice(true, int(k.sum()))
+        i = _share(above, part.scene[known][k], repeats)
         rows.append(dict(kind=kind, pairs=len(part), kept=int(kept.sum()), share=kept.mean(), precision=i.value, low=i.low, high=i.high,
-                         below=below.true.mean(), recall=above.true.sum()/true.sum() if true.sum() else np.nan, random=true.mean(), random_low=low, random_high=high))
+                         below=true[~k].mean(), recall=above.sum()/true.sum() if true.sum() else np.nan, random=true.mean(), random_low=low, random_high=high))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/4_self_align/4c_explorer.ipynb #14e4abe6

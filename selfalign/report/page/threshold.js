@@ -5,6 +5,7 @@
   const data = JSON.parse(box.dataset.twin), panels = [...box.querySelectorAll('.panel')]
   const scorer = document.getElementById('twin-scorer'), kind = document.getElementById('twin-kind')
   const share = v => v < 0 ? '–' : `${(v/10).toFixed(1)} %`
+  const range = (low, high) => low < 0 ? '' : `[${(low/10).toFixed(1)}, ${(high/10).toFixed(1)}]`
   const make = (tag, text, name) => { const o = document.createElement(tag); o.textContent = text; if (name) o.className = name; return o }
   const caption = card => document.getElementById(`pair-${card}`).querySelector('blockquote').textContent
   function row(k, n, [kept, precision, low, high, below, recall, random, from, to], threshold) {
@@ -12,7 +13,7 @@
     const cell = (text, range, name = 'num') => { const td = make('td', text + ' ', name); if (range) td.append(make('span', range, 'range')); return td }
     head.scope = 'row'
     tr.append(cell(threshold), head, cell(`${kept} of ${n}`), cell(share(n ? 1000*kept/n : -1)))
-    if (data.known) tr.append(cell(share(precision), `[${share(low)}, ${share(high)}]`), cell(share(below)), cell(share(recall)), cell(share(random), `[${share(from)}, ${share(to)}]`, 'num chance'))
+    if (data.known) tr.append(cell(share(precision), range(low, high)), cell(share(below)), cell(share(recall)), cell(share(random), range(from, to), 'num chance'))
     return tr
   }
   function pair(p, s) {
