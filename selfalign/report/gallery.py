@@ -46,7 +46,7 @@ def sprite(
     sheet.save(out := io.BytesIO(), 'webp', quality=quality, method=4)
     return out.getvalue()
 
-# %% ../../nbs/8_report/81_gallery.ipynb #f46d9813
+# %% ../../nbs/8_report/81_gallery.ipynb #d5a02eb3
 def open_picture(
     folder,      # the stage's folder
     image: str,  # a path below it, or `place#member`
@@ -69,11 +69,11 @@ def may_show(
     strength = pd.to_numeric(pairs.get('strength', none), errors='coerce').fillna(1)
     return (pairs.get('image_source', none) == 'generated') & (strength >= 1)
 
-# %% ../../nbs/8_report/81_gallery.ipynb #469e331e
+# %% ../../nbs/8_report/81_gallery.ipynb #fff04fad
 @dataclass
 class Gallery:
     "Everything the page needs to show the gallery"
-    cards: list = field(default_factory=list)      # dicts: key, caption, subset, noise, original, generated, scores
+    cards: list = field(default_factory=list)      # dicts: key, caption, subset, noise, original, generated, keys, scores
     scorers: list = field(default_factory=list)    # their names, short ones where these tell them apart
     subsets: list = field(default_factory=list)    # values to filter by
     pictures: list = field(default_factory=list)   # PIL pictures; cards hold indices into it
@@ -134,7 +134,7 @@ def _families(pairs, made, n, children):
     made = made[made['parent'].isin(pairs['key'])].sort_values('k' if 'k' in made else 'key', kind='stable')
     return pairs, {k: o.head(children) for k, o in made.groupby('parent')}
 
-# %% ../../nbs/8_report/81_gallery.ipynb #7d7be49e
+# %% ../../nbs/8_report/81_gallery.ipynb #80c1f814
 def gallery(
     run_folder,         # data/runs/<run>
     n: int = 120,       # pairs shown
@@ -158,7 +158,7 @@ def gallery(
     for row in pairs.itertuples():
         family = families.get(row.key, made.head(0))
         card = _card(row, list(family.itertuples()), old, new, names)
-        card |= dict(original=show('sample', pairs, row), generated=[show('generate', family, o) for o in family.itertuples()])
+        card |= dict(original=show('sample', pairs, row), generated=[show('generate', family, o) for o in family.itertuples()], keys=[row.key, *family.get('key', [])])
         g.cards.append(card)
     g.scorers, g.subsets = list(names.values()), sorted({o['subset'] for o in g.cards} - {''})
     return g

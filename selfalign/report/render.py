@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LIMIT', 'SMALL', 'Site', 'render']
 
-# %% ../../nbs/8_report/80_render.ipynb #fdb1ab57
+# %% ../../nbs/8_report/80_render.ipynb #47d48b70
 import base64, hashlib, json, re, shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,8 @@ from .gallery import Gallery, gallery, sprite
 from .offline import cell_of, clean_svg, holds_picture, notebook_html, page_file, plain
 from .origin import ReportError, facts, no_machine_paths, read_part, read_run, stage_rows, warnings_of
 from .tables import amount, problems, result_tables, thousands
-from ..study.settings import find_root
+from .threshold import twin
+from ..study.settings import StudyError, find_root
 from ..study.stage import publish
 
 # %% ../../nbs/8_report/80_render.ipynb #66c00a9d
@@ -146,17 +147,26 @@ def _tables(run, site, first):
         if any('BYTE_ARRAY' == c.physical_type and str(c.logical_type.type) == 'NONE' for c in map(table.schema.column, range(len(table.schema)))): continue
         site.add(f'{stage}/tables/{f.name}', f.read_bytes(), f'table of {table.metadata.num_rows:,} rows')
 
-# %% ../../nbs/8_report/80_render.ipynb #81fb44ae
+# %% ../../nbs/8_report/80_render.ipynb #13da58cc
 def _page(run, **pieces):
     "The page, from its template"
     from jinja2 import Environment, FunctionLoader, StrictUndefined
     env = Environment(loader=FunctionLoader(page_file), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     env.filters |= dict(amount=amount, thousands=thousands)
-    script = '\n' + page_file('gallery.js')
+    script = '\n' + ';\n'.join(page_file(f'{name}.js') for name in ('gallery', 'threshold'))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return env.get_template('index.html.j2').render(style=page_file('style.css'), script=script, script_hash=f'sha256-{digest}', missing=run.missing, **pieces)
 
-# %% ../../nbs/8_report/80_render.ipynb #7aecd534
+# %% ../../nbs/8_report/80_render.ipynb #8178d005
+def _twin(run, site, shown):
+    "What the section on thresholds needs, or None"
+    if not shown.cards or not (run.folder/'score/tables/scores.parquet').is_file(): return None
+    try: found = twin(run.folder.resolve(), shown)
+    except Exception as e: run.missing.append(f'Thresholds: {e if isinstance(e, StudyError) else type(e).__name__}.'); return None
+    site.room -= 3*len(found['data']) if found else 0
+    return found
+
+# %% ../../nbs/8_report/80_render.ipynb #6d5eedac
 def _size(n): return f'{n/1e6:.1f} MB' if n >= 1e6 else f'{max(1, n/1e3):.0f} kB'
 
 def _write(run, site):
@@ -173,6 +183,7 @@ def _write(run, site):
     shown = gallery(run.folder, source=run.source) if run.stage('sample') else Gallery()
     columns, tile = 16, min(128, max((max(o.size) for o in shown.pictures), default=64))
     if shown.pictures: site.add('gallery.webp', sprite(shown.pictures, tile, columns, border=2), 'pictures of the gallery')
+    thresholds = _twin(run, site, shown)
     _files_of(figures)
     _tables(run, site, first=False)
     run.missing += shown.missing
@@ -184,7 +195,7 @@ def _write(run, site):
     head, versions = facts(run)
     files = [dict(href=p, name=p, what=plain(w), size=_size((site.folder/p).stat().st_size)) for p, w in sorted(site.files)]
     page = _page(run, title=plain(run.info.get('title')) or f'Run {plain(run.folder.name)}', name=plain(run.folder.name), preset=preset, scale=scale,
-                 facts=head, versions=versions, notes=warnings_of(run, scale), chapters=tables, figures=figures, gallery=shown, columns=columns, edge=tile, border=2,
+                 facts=head, versions=versions, notes=warnings_of(run, scale), chapters=tables, figures=figures, gallery=shown, twin=thresholds, columns=columns, edge=tile, border=2,
                  rows=-(-len(shown.pictures)//columns) or 1, problems=found, stages=stage_rows(run, pages), files=files, numbers=any(f['name'] == 'results.csv' for f in files))
     (site.folder/'index.html').write_text(page, encoding='utf-8')
 
