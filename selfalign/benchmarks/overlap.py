@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['collection', 'suspicious_pairs', 'overlap']
 
-# %% ../../nbs/3_benchmarks/3g_overlap.ipynb #04954969
+# %% ../../nbs/3_benchmarks/3g_overlap.ipynb #99b5d862
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -13,15 +13,15 @@ from .classification import _pictures_below
 from .items import BenchmarkError
 from .leakage import find_leaks, plain_caption
 from .retrieval import DIRECTIONS, read_source
-from ..data.sources import readers
+from ..data.sources import look, readers
 
-# %% ../../nbs/3_benchmarks/3g_overlap.ipynb #840b9c48
+# %% ../../nbs/3_benchmarks/3g_overlap.ipynb #0714450a
 def collection(place:str,    # a source of pairs, a tar archive, a folder of archives or of pictures
                first:int=0,  # pictures; 0: all
               )->tuple:      # (name → picture, table of captions: image and text, list of problems)
     "Pictures and captions wherever they lie."
     path = Path(place)
-    if place.partition(':')[0] not in readers and path.is_dir() and not any(path.glob('*.tar')):
+    if place.partition(':')[0] not in readers and path.is_dir() and not look(path):
         found, problems = _pictures_below(path)
         if not found: raise BenchmarkError(f'{place} holds neither pictures nor tar archives')
         return {p.relative_to(path).as_posix(): p for p in found[:first or None]}, pd.DataFrame(columns=['image', 'text']), problems

@@ -264,7 +264,7 @@ def _print_leakage(rows, train):
     bare = lambda v: amount(v, 'fraction', bare=True)
     show_table(['leakage', 'share', '95 % interval', 'of'], [(r.metric, amount(r.value, 'fraction'), f'{bare(r.low)} to {bare(r.high)}', f'{r.n:,.0f}') for r in rows.itertuples()], f'In {train}; suspects, not proofs: see leakage.csv')
 
-# %% ../../nbs/8_report/83_cli.ipynb #d66de842
+# %% ../../nbs/8_report/83_cli.ipynb #b2743734
 @command()
 def benchmark(
     name:Annotated[str, Argument()]='', # which one; none: list them
@@ -289,6 +289,7 @@ def benchmark(
     show_table(['row', 'metric', 'value', '95 % interval', 'n', 'chance', *('smallest' if a == 'smallest difference' else a for a in audits), 'corrected p'], [_cells(r, audits) for r in wide.to_dict('records')], f'{name}, {model}')
     if 'smallest difference' in audits: print('smallest: by so much must two models differ that disagree on a tenth of the items, to be told apart four times out of five')
     _print_leakage(table[table.row == 'leakage'], train) if train else print(f'Leakage: {NOT_CHECKED}')
+    if train and 'without leaks' not in audits: print('without leaks: no item is left')
     print(f'Written to {_shown(Path(out or results_folder(name, model)))}')
 
 # %% ../../nbs/8_report/83_cli.ipynb #d0cc5629

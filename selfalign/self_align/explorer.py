@@ -47,7 +47,7 @@ def _truth(folder, pairs, variant):
     read = pairs.key.map(read[~read.index.duplicated()]).to_numpy(float, na_value=np.nan)
     return np.where(pairs.kind == 'generated', read, aligned)
 
-# %% ../../nbs/4_self_align/4c_explorer.ipynb #8bf9fb75
+# %% ../../nbs/4_self_align/4c_explorer.ipynb #c00686c2
 def scored_pairs(run:str|Path,      # name of a run, or its folder
                  variant:str='',    # of the stages, e.g. -noise0
                  )->pd.DataFrame:   # key, kind, image, folder, caption, scene, true, scorer, score
@@ -56,7 +56,7 @@ def scored_pairs(run:str|Path,      # name of a run, or its folder
     found = []
     for stage, kind in (('sample', 'original'), ('generate', 'generated')):
         pairs = _table(folder, f'{stage}{variant}', 'pairs').reindex(columns=['key', 'image', 'caption', 'scene', 'aligned'])
-        found.append(pairs.assign(kind=kind, folder=str(folder/f'{stage}{variant}'), scene=pairs.scene.fillna(pairs.key)))
+        found.append(pairs.assign(kind=kind, folder=str(folder/f'{stage}{variant}'), scene=pairs.scene.astype('string').fillna(pairs.key.astype('string'))))
     pairs = pd.concat(found, ignore_index=True)
     pairs = pairs.assign(true=_truth(folder, pairs, variant)).drop(columns='aligned')
     scores = scores.rename(columns=dict(image_source='kind')); scores = scores[scores.columns.intersection(['key', 'kind', 'scorer', 'score'])]
