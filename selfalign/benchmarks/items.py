@@ -6,12 +6,12 @@
 __all__ = ['ITEM_COLUMNS', 'BenchmarkError', 'Benchmark', 'check_items', 'open_pictures', 'in_memory', 'Encoded', 'encode',
            'predict', 'evaluate', 'coverage', 'require_coverage', 'accuracy']
 
-# %% ../../nbs/3_benchmarks/30_items.ipynb #85b3f070
+# %% ../../nbs/3_benchmarks/30_items.ipynb #acd965fe
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from ..data.images import ImageProblem, open_image
+from ..data.images import ImageProblem, in_threads, open_image
 from ..data.readers import problem
 from ..study.settings import StudyError
 from ..study.statistics import bootstrap
@@ -42,7 +42,7 @@ def check_items(items:pd.DataFrame,        # of a benchmark
     twice = items.key[items.key.duplicated()]
     if len(twice): raise BenchmarkError(f'{name}: {len(twice)} keys are not unique, the first is {twice.iloc[0]!r}; give every item its own')
 
-# %% ../../nbs/3_benchmarks/30_items.ipynb #bb4ce9ee
+# %% ../../nbs/3_benchmarks/30_items.ipynb #215bd588
 def _open(picture):
     "A path or a picture as a picture, or an `ImageProblem`."
     if isinstance(picture, ImageProblem): raise picture
@@ -50,24 +50,23 @@ def _open(picture):
     if not Path(picture).is_file(): raise ImageProblem('the picture is not there', f'put it at {picture}')
     return open_image(picture)
 
-# %% ../../nbs/3_benchmarks/30_items.ipynb #9694dcbe
-def open_pictures(benchmark:Benchmark,     # the questions
-                  names=None,              # images to open; default: all that items ask about
-                 )->tuple:                 # (dict image → picture, list of problems)
-    "Open pictures; those that cannot be opened are listed."
-    items_of = benchmark.items.image.value_counts()
-    there, problems = {}, []
-    for name in items_of.sort_index().index if names is None else names:
-        try: there[name] = _open(benchmark.pictures[name])
-        except KeyError: problems.append(problem(name, '', f'no such picture in the benchmark (items that ask about it: {items_of[name]})', 'name it in `pictures`'))
-        except ImageProblem as e: problems.append(problem(name, '', f'{e.what} (items that ask about it: {items_of[name]})', e.remedy))
-    return there, problems
-
-# %% ../../nbs/3_benchmarks/30_items.ipynb #eb98ab53
 def _picture_or_problem(picture):
     try: return _open(picture)
     except ImageProblem as e: return e
 
+# %% ../../nbs/3_benchmarks/30_items.ipynb #dfe13b7f
+def open_pictures(benchmark:Benchmark,     # the questions
+                  names=None,              # images to open; default: all that items ask about
+                 )->tuple:                 # (dict image → picture, list of problems)
+    "Open pictures; those that cannot be opened are listed."
+    items_of, unnamed = benchmark.items.image.value_counts(), ImageProblem('no such picture in the benchmark', 'name it in `pictures`')
+    there, problems, names = {}, [], list(items_of.sort_index().index if names is None else names)
+    for name, found in zip(names, in_threads(lambda name: _picture_or_problem(benchmark.pictures.get(name, unnamed)), names)):
+        if isinstance(found, ImageProblem): problems.append(problem(name, '', f'{found.what} (items that ask about it: {items_of[name]})', found.remedy))
+        else: there[name] = found
+    return there, problems
+
+# %% ../../nbs/3_benchmarks/30_items.ipynb #7f74adf6
 def in_memory(benchmark:Benchmark   # with paths
              )->Benchmark:          # with the pictures, or with what is wrong with them
     "Open every picture once and for all."
