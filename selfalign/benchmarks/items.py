@@ -6,13 +6,13 @@
 __all__ = ['ITEM_COLUMNS', 'BenchmarkError', 'Benchmark', 'check_items', 'load_json', 'place_below', 'open_pictures', 'OnDemand',
            'in_memory', 'Encoded', 'encode', 'predict', 'evaluate', 'coverage', 'require_coverage', 'accuracy']
 
-# %% ../../nbs/3_benchmarks/30_items.ipynb #f6b63bb5
+# %% ../../nbs/3_benchmarks/30_items.ipynb #3e0b2b23
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 import numpy as np
 import pandas as pd
-from ..data.images import ImageProblem, open_image
+from ..data.images import ImageProblem, in_threads, open_image
 from ..data.pairs import stays_below
 from ..data.readers import problem
 from ..study.settings import StudyError
@@ -64,7 +64,7 @@ def place_below(folder:str|Path,  # a folder
     if not stays_below(path): raise BenchmarkError(f'{where}: the path {path!r} leads out of {folder}; write one relative to it')
     return Path(folder)/PurePosixPath(path)
 
-# %% ../../nbs/3_benchmarks/30_items.ipynb #bb4ce9ee
+# %% ../../nbs/3_benchmarks/30_items.ipynb #215bd588
 def _open(picture):
     "A path or a picture as a picture, or an `ImageProblem`."
     if isinstance(picture, ImageProblem): raise picture
@@ -72,17 +72,20 @@ def _open(picture):
     if not Path(picture).is_file(): raise ImageProblem('the picture is not there', f'put it at {picture}')
     return open_image(picture)
 
-# %% ../../nbs/3_benchmarks/30_items.ipynb #9694dcbe
+def _picture_or_problem(picture):
+    try: return _open(picture)
+    except ImageProblem as e: return e
+
+# %% ../../nbs/3_benchmarks/30_items.ipynb #dfe13b7f
 def open_pictures(benchmark:Benchmark,     # the questions
                   names=None,              # images to open; default: all that items ask about
                  )->tuple:                 # (dict image → picture, list of problems)
     "Open pictures; those that cannot be opened are listed."
-    items_of = benchmark.items.image.value_counts()
-    there, problems = {}, []
-    for name in items_of.sort_index().index if names is None else names:
-        try: there[name] = _open(benchmark.pictures[name])
-        except KeyError: problems.append(problem(name, '', f'no such picture in the benchmark (items that ask about it: {items_of[name]})', 'name it in `pictures`'))
-        except ImageProblem as e: problems.append(problem(name, '', f'{e.what} (items that ask about it: {items_of[name]})', e.remedy))
+    items_of, unnamed = benchmark.items.image.value_counts(), ImageProblem('no such picture in the benchmark', 'name it in `pictures`')
+    there, problems, names = {}, [], list(items_of.sort_index().index if names is None else names)
+    for name, found in zip(names, in_threads(lambda name: _picture_or_problem(benchmark.pictures.get(name, unnamed)), names)):
+        if isinstance(found, ImageProblem): problems.append(problem(name, '', f'{found.what} (items that ask about it: {items_of[name]})', found.remedy))
+        else: there[name] = found
     return there, problems
 
 # %% ../../nbs/3_benchmarks/30_items.ipynb #4c64bfe4
@@ -94,11 +97,7 @@ class OnDemand(dict):
                  ): super().__init__(places); self.open = open
     def __getitem__(self, name): return self.open(super().__getitem__(name))
 
-# %% ../../nbs/3_benchmarks/30_items.ipynb #eb98ab53
-def _picture_or_problem(picture):
-    try: return _open(picture)
-    except ImageProblem as e: return e
-
+# %% ../../nbs/3_benchmarks/30_items.ipynb #7f74adf6
 def in_memory(benchmark:Benchmark   # with paths
              )->Benchmark:          # with the pictures, or with what is wrong with them
     "Open every picture once and for all."

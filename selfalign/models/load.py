@@ -7,8 +7,9 @@ __all__ = ['libraries', 'MIRRORS', 'ModelError', 'Reference', 'parse_reference',
            'device', 'weights_hash', 'DualEncoder', 'squares', 'normalise', 'keep_memory', 'OpenClipEncoder',
            'TransformersEncoder', 'load_dual_encoder', 'load_generator']
 
-# %% ../../nbs/2_models/20_load.ipynb #dae8376e
+# %% ../../nbs/2_models/20_load.ipynb #6ed41db8
 import functools, re
+from functools import partial
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -17,7 +18,7 @@ from fastcore.basics import patch
 from PIL import Image
 from ..study.settings import StudyError, at_root, find_root, nearest
 from ..study.stage import tree_hash
-from ..data.images import fit_square
+from ..data.images import fit_square, in_threads
 
 # %% ../../nbs/2_models/20_load.ipynb #ccd534ea
 class ModelError(StudyError): "A model that cannot be loaded."
@@ -123,7 +124,7 @@ class DualEncoder:
     @property
     def device(self): return next(self.model.parameters()).device
 
-# %% ../../nbs/2_models/20_load.ipynb #ac5db856
+# %% ../../nbs/2_models/20_load.ipynb #bd798448
 def squares(encoder,             # a `DualEncoder`
             images,              # PIL pictures, or an (n, H, W, 3) uint8 array
             aspect:str='crop',   # pad, crop or squash; see `fit_square`
@@ -131,17 +132,17 @@ def squares(encoder,             # a `DualEncoder`
     "Pictures as the encoder wants them, but for the normalisation."
     size = encoder.size
     if isinstance(images, np.ndarray) and images.shape[1:3] == (size, size): return torch.from_numpy(np.array(images))
-    fitted = (fit_square((Image.fromarray(i) if isinstance(i, np.ndarray) else i).convert('RGB'), size, aspect) for i in images)
-    return torch.from_numpy(np.stack([np.asarray(i) for i in fitted]))
+    fit = lambda i: np.asarray(fit_square((Image.fromarray(i) if isinstance(i, np.ndarray) else i).convert('RGB'), size, aspect))
+    return torch.from_numpy(np.stack(in_threads(fit, images)))
 
-# %% ../../nbs/2_models/20_load.ipynb #223a1cc1
+# %% ../../nbs/2_models/20_load.ipynb #b3f55648
 def normalise(encoder,              # a `DualEncoder`
               square:torch.Tensor,  # (n, size, size, 3) uint8
               )->torch.Tensor:      # (n, 3, size, size) float32
     "Bytes to what the picture tower sees."
     x = square.permute(0, 3, 1, 2).to(encoder.device, torch.float32)/255
     mean, std = (torch.tensor(v, device=encoder.device)[:, None, None] for v in (encoder.mean, encoder.std))
-    return (x - mean)/std
+    return x.sub_(mean).div_(std)
 
 # %% ../../nbs/2_models/20_load.ipynb #c28fbbfe
 @patch
@@ -211,7 +212,14 @@ def _causal_text(model, tokens, end):
     if model.text_projection is None: return x
     return model.text_projection(x) if isinstance(model.text_projection, torch.nn.Module) else x @ model.text_projection
 
-# %% ../../nbs/2_models/20_load.ipynb #413ebca7
+# %% ../../nbs/2_models/20_load.ipynb #b607afbb
+def _shortest_first(encode, tokens, end, chunk=32):
+    "`encode(tokens, end)` of texts sorted by length, some at a time; rows in the order given."
+    order = end.argsort(stable=True)
+    rows = torch.cat([encode(tokens[some], end[some]) for some in order.split(chunk)])
+    return rows[order.argsort()]
+
+# %% ../../nbs/2_models/20_load.ipynb #ff89a051
 class OpenClipEncoder(DualEncoder):
     "A model of open_clip."
     def __init__(self, ref):
@@ -223,9 +231,9 @@ class OpenClipEncoder(DualEncoder):
     def _image_features(self, pixels): return self.model.encode_image(pixels)
     def _text_features(self, texts):
         tokens, pool = self.tokenizer(texts).to(self.device), getattr(self.model, 'text_pool_type', '')
-        if pool == 'argmax': return _causal_text(self.model, tokens, tokens.argmax(-1))
-        if pool == 'eos': return _causal_text(self.model, tokens, (tokens == self.model.text_eos_id).int().argmax(-1))
-        return self.model.encode_text(tokens)
+        if pool not in ('argmax', 'eos'): return self.model.encode_text(tokens)
+        end = (tokens if pool == 'argmax' else (tokens == self.model.text_eos_id).int()).argmax(-1)
+        return _shortest_first(partial(_causal_text, self.model), tokens, end)
 
 # %% ../../nbs/2_models/20_load.ipynb #1dc329f1
 def _features(output):
