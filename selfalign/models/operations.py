@@ -68,14 +68,27 @@ def _read(model, n, tokens):
     if getattr(model, 'text_pool_type', '') not in ('argmax', 'eos'): return model.encode_text(ids)
     return _causal_text(model, ids, torch.full((n,), min(tokens, model.context_length) - 1))
 
-# %% ../../nbs/2_models/2g_operations.ipynb #14ad56dd
-TOKENS = 20   # of a caption, begin and end among them
+# %% ../../nbs/2_models/2g_operations.ipynb #fb19718a
+def _watched(model, call):
+    "Operations of a call, and numbers in the largest result of a layer."
+    sizes = [0]; keep = lambda _, __, out: sizes.append(out.numel()) if isinstance(out, torch.Tensor) else None
+    hooks = [m.register_forward_hook(keep) for m in model.modules() if not list(m.children())]
+    try:
+        with torch.no_grad(): return operations(call), max(sizes)
+    finally: [h.remove() for h in hooks]
+
 @functools.cache
+def _looking(reference):
+    "The same of a dual encoder that embeds a picture."
+    model = _dual(reference)
+    return _watched(model, lambda: _see(model, 1))
+
+# %% ../../nbs/2_models/2g_operations.ipynb #330db1c8
+TOKENS = 20   # of a caption, begin and end among them
 def picture_embedded(reference:str,  # a dual encoder, `library:folder-or-hub-id`
                      )->int:         # operations
     "What it takes to embed one picture."
-    model = _dual(reference)
-    with torch.no_grad(): return operations(lambda: _see(model, 1))
+    return _looking(reference)[0]
 
 @functools.cache
 def text_embedded(reference:str,      # a dual encoder
@@ -83,7 +96,7 @@ def text_embedded(reference:str,      # a dual encoder
                   )->int:             # operations
     "What it takes to embed one text."
     model = _dual(reference)
-    with torch.no_grad(): return operations(lambda: _read(model, 1, tokens))
+    return _watched(model, lambda: _read(model, 1, tokens))[0]
 
 # %% ../../nbs/2_models/2g_operations.ipynb #d062f643
 def _conditions(unet, n):
@@ -111,8 +124,25 @@ def picture_side(reference:str,  # a generator
     _, scale, cells = _painter(reference, size)
     return scale*cells
 
-# %% ../../nbs/2_models/2g_operations.ipynb #82dbe912
+# %% ../../nbs/2_models/2g_operations.ipynb #76f9d09e
 @functools.cache
+def _painting(reference, twice, size):
+    "Operations of reading, of a step and of decoding; numbers in the largest result of a layer."
+    parts, _, cells = _painter(reference, size); unet, vae = parts['unet'], parts['vae']
+    readers = [p for name, p in parts.items() if name.startswith('text_encoder')]
+    tokens = readers[0].config.max_position_embeddings
+    read = sum(_watched(r, lambda: r(_empty(twice, tokens, dtype=torch.long)))[0] for r in readers)
+    step, one = _watched(unet, lambda: _denoise(unet, twice, cells, tokens))
+    decode, other = _watched(vae, lambda: vae.decode(_empty(1, vae.config.latent_channels, cells, cells)))
+    return read, step, decode, max(one, other)
+
+@functools.cache
+def _picture_encoded(reference, size):
+    "Operations of the autoencoder's way in."
+    side, vae = picture_side(reference, size), _parts(reference)['vae']
+    return _watched(vae, lambda: vae.encode(_empty(1, 3, side, side)))[0]
+
+# %% ../../nbs/2_models/2g_operations.ipynb #c99b3561
 def picture_painted(reference:str,      # a generator, `diffusers:folder-or-hub-id`
                     steps:int,          # denoising steps
                     guidance:float,     # above 1, everything but the decoder works twice
@@ -120,16 +150,9 @@ def picture_painted(reference:str,      # a generator, `diffusers:folder-or-hub-
                     strength:float=0.,  # 0: by the caption alone; else beginning with a picture
                     )->int:             # operations
     "What it takes to paint one picture."
-    parts, scale, cells = _painter(reference, size)
-    unet, vae, twice = parts['unet'], parts['vae'], 2 if guidance > 1 else 1
-    readers = [p for name, p in parts.items() if name.startswith('text_encoder')]
-    tokens = readers[0].config.max_position_embeddings
-    with torch.no_grad():
-        read = sum(operations(lambda: r(_empty(twice, tokens, dtype=torch.long))) for r in readers)
-        step = operations(lambda: _denoise(unet, twice, cells, tokens))
-        decode = operations(lambda: vae.decode(_empty(1, vae.config.latent_channels, cells, cells)))
-        encode = operations(lambda: vae.encode(_empty(1, 3, scale*cells, scale*cells))) if strength else 0
-    return read + (int(steps*strength) if strength else steps)*step + decode + encode
+    read, step, decode, _ = _painting(reference, 2 if guidance > 1 else 1, size)
+    if not strength: return read + steps*step + decode
+    return read + int(steps*strength)*step + decode + _picture_encoded(reference, size)
 
 # %% ../../nbs/2_models/2g_operations.ipynb #17617e99
 @functools.lru_cache(8)
@@ -153,21 +176,12 @@ def pair_learned(reference:str,      # a dual encoder
     "What it takes to learn from one pair with LoRA, forward and backward."
     return operations(_step(_adapted(reference, **lora), batch, tokens))/batch
 
-# %% ../../nbs/2_models/2g_operations.ipynb #c2ec7ffd
+# %% ../../nbs/2_models/2g_operations.ipynb #6a5b12b1
 BYTES = dict(float32=4, no=4, float16=2, bfloat16=2, bf16=2)   # of a number; the trainer's words, too
 def parameters(reference:str,   # any model that has a skeleton
                )->int:          # how many numbers
     "The size of a model."
     return sum(count(_parts(reference)).values())
-
-def _largest(model, call):
-    "Numbers in the largest result of a layer."
-    sizes = [0]; keep = lambda _, __, out: sizes.append(out.numel()) if isinstance(out, torch.Tensor) else None
-    hooks = [m.register_forward_hook(keep) for m in model.modules() if not list(m.children())]
-    try:
-        with torch.no_grad(): call()
-    finally: [h.remove() for h in hooks]
-    return max(sizes)
 
 def _kept(model, call):
     "Numbers that the forward pass keeps for the backward pass, weights left out."
@@ -176,9 +190,8 @@ def _kept(model, call):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t): call()
     return sum(t.numel() for key, t in found.items() if key not in own)
 
-# %% ../../nbs/2_models/2g_operations.ipynb #3c72afa5
+# %% ../../nbs/2_models/2g_operations.ipynb #2b49ef53
 COPIES = 4   # of the largest result that are in memory at a time
-@functools.cache
 def painting_memory(reference:str,             # a generator
                     batch:int,                 # pictures at a time
                     guidance:float=2.,         # above 1, twice as many in the UNet
@@ -186,20 +199,15 @@ def painting_memory(reference:str,             # a generator
                     precision:str='float32',   # of weights and results
                     )->int:                    # bytes, about
     "Memory for a generator at work."
-    parts, _, cells = _painter(reference, size); unet, vae = parts['unet'], parts['vae']
-    step = _largest(unet, lambda: _denoise(unet, 2 if guidance > 1 else 1, cells, 8))
-    decode = _largest(vae, lambda: vae.decode(_empty(1, vae.config.latent_channels, cells, cells)))
-    return BYTES[precision]*(parameters(reference) + COPIES*batch*max(step, decode))
+    return BYTES[precision]*(parameters(reference) + COPIES*batch*_painting(reference, 2 if guidance > 1 else 1, size)[-1])
 
-# %% ../../nbs/2_models/2g_operations.ipynb #6cd598af
-@functools.cache
 def embedding_memory(reference:str,  # a dual encoder
                      batch:int,      # pictures at a time
                      )->int:         # bytes, about
     "Memory for a dual encoder at work, in float32."
-    model = _dual(reference)
-    return 4*(parameters(reference) + COPIES*batch*_largest(model, lambda: _see(model, 1)))
+    return 4*(parameters(reference) + COPIES*batch*_looking(reference)[1])
 
+# %% ../../nbs/2_models/2g_operations.ipynb #3c63192c
 @functools.cache
 def learning_memory(reference:str,        # a dual encoder
                     batch:int,            # pairs a step
