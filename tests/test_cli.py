@@ -234,6 +234,16 @@ def test_doctor():
     assert result.exit_code in (0, 1) and (result.exit_code == 1) == ('MISSING' in result.output)
     for word in ('Python', 'memory', 'free disk', 'GPU', 'packages', 'data/micro', 'microworld'): assert word in result.output
 
+def test_doctor_says_what_it_takes():
+    result = sh('doctor', '--preset', 'smoke', '-p', 'generate.steps=3', '-p', 'finetune.model=open_clip:ViT-B-32-quickgelu/openai'); text = ' '.join(result.output.split())
+    for words in ('What it would take', 'in 3 steps', 'GFLOP', 'Downloads and room', '0.6 GB to download', 'Total: about'): assert words in text
+    assert "'steps'" in refused('doctor', '-p', 'generate.stps=3')
+
+def test_doctor_without_a_preset_only_looks():
+    "It counts nothing, and the package for it is not even imported."
+    code = 'import sys; from typer.testing import CliRunner; from selfalign.report.cli import app; r = CliRunner().invoke(app, ["doctor"]); print("What it would take" in r.output, "Preset micro" in r.output, "selfalign.report.estimate" in sys.modules)'
+    assert subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True).stdout.split() == ['False', 'True', 'False']
+
 def test_doctor_knows_the_loaders_libraries():
     from selfalign.models.load import libraries
     from selfalign.report.doctor import model_libraries

@@ -159,18 +159,30 @@ def compare(
                  f'{amount(r.low, r.unit, signed=True)} to {amount(r.high, r.unit, signed=True)}' if r.low == r.low else '', r.verdict) for r in rows.itertuples()],
                f'{len(rows)} of {len(table)} numbers' + ('' if everything else '; the others are the same, see --all'))
 
-# %% ../../nbs/8_report/83_cli.ipynb #3b1c0072
+# %% ../../nbs/8_report/83_cli.ipynb #632f1e0f
+def _show_estimate(found):
+    "A line a stage, downloads and room, and the sum."
+    from selfalign.report.estimate import spell, spell_operations
+    rows = [(l.stage, l.what, *((spell_operations(l.operations), spell(l.seconds), f'{l.memory/2**30:.2f} GiB' if l.memory else '') if l.parts else ('–', '–', ''))) for l in found.lines]
+    show_table(['stage', 'what it does', 'operations', 'time here', 'memory'], rows, 'What it would take')
+    show_table(['', '', '', ''], [(c.status, c.name, c.found, c.remedy) for c in found.checks], 'Downloads and room')
+    print(f'Total: {found.total}')
+
+# %% ../../nbs/8_report/83_cli.ipynb #52b3cf97
 @command()
 def doctor(
-    preset:_preset='micro', # the preset whose needs are looked up
+    preset:_preset='', # the preset whose needs are looked up, with the time, memory and downloads it would take; empty: only the needs of micro
+    param:_params=None, # another value for one parameter; may be repeated
 ):
-    "Check this machine, the packages, the models and what a preset needs."
-    from selfalign.report.doctor import examine
-    found = examine(preset)
+    "Check this machine, the packages, the models, and what a preset needs and would take."
+    from selfalign.report.doctor import examine, outlook
+    name = preset or 'micro'; found = examine(name, None, param or [])
     for heading, checks in found.items(): show_table(['', '', '', ''], [(c.status, c.name, c.found, c.remedy) for c in checks], heading)
+    taken = outlook(name, param or []) if preset else None
+    if taken: print(taken) if isinstance(taken, str) else _show_estimate(taken)
     missing = sum(c.status == 'MISSING' for checks in found.values() for c in checks)
-    if missing: fail(f'{missing} MISSING for preset {preset}; the lines above say what to do', 1)
-    print(f'Ready for: selfalign run {preset}')
+    if missing: fail(f'{missing} MISSING for preset {name}; the lines above say what to do', 1)
+    print(f'Ready for: selfalign run {name}' + ('' if preset else f'; what it would take: selfalign doctor --preset {name}'))
 
 # %% ../../nbs/8_report/83_cli.ipynb #7c6de4a1
 def _most(counts, show, n=4):
