@@ -54,12 +54,12 @@ def coco(path:str,         # captions_*.json
     places = [p for base in (path.parent, above) for p in (base/part, base/'images'/part, base/'images', base)]
     return TablePairs(f'coco:{path.name}', path.name, rows(), places, images, caption_source, repeats=True)
 
-# %% ../../nbs/1_data/1b_formats.ipynb #23fda683
+# %% ../../nbs/1_data/1b_formats.ipynb #33e6bfdd
 def karpathy_entry(entry,     # of the list `images`
                    )->tuple:  # (path of the picture, list of captions)
     "What an entry of Karpathy's lists says, or a ValueError that says what is wrong."
     try: where, texts = '/'.join(filter(None, (entry.get('filepath', ''), entry['filename']))), [s['raw'] for s in entry['sentences']]
-    except (TypeError, KeyError, AttributeError): raise ValueError('not {"filename", "split", "sentences": [{"raw"}, …]}') from None
+    except (TypeError, KeyError, AttributeError): raise ValueError('no picture or no captions: not {"filename", "split", "sentences": [{"raw"}, …]}') from None
     return where, texts
 
 # %% ../../nbs/1_data/1b_formats.ipynb #fbaa8bfb
