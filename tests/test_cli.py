@@ -8,7 +8,7 @@ from selfalign.report.cli import app
 from selfalign.study.settings import example_study
 
 BIN = Path(sys.executable).parent
-COMMANDS = ['run', 'report', 'stages', 'params', 'compare', 'doctor', 'benchmark', 'pretrain', 'lab', 'data', 'data inspect', 'data link', 'data overlap']
+COMMANDS = ['run', 'report', 'stages', 'params', 'compare', 'doctor', 'benchmark', 'pretrain', 'make-shapes', 'lab', 'data', 'data inspect', 'data link', 'data overlap']
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'data_app', 'command', 'fail', 'show_table', 'run', 'report', 'stages', 'params', 'compare', 'doctor',
-           'inspect', 'link', 'overlap', 'benchmark', 'pretrain', 'lab', 'main']
+           'inspect', 'link', 'overlap', 'benchmark', 'pretrain', 'make_shapes', 'lab', 'main']
 
 # %% ../../nbs/8_report/83_cli.ipynb #284b1032
 import functools, sys
@@ -83,7 +83,7 @@ def _shown(path:Path)->str:
     try: return str(path.resolve().relative_to(Path.cwd()))
     except ValueError: return str(path)
 
-# %% ../../nbs/8_report/83_cli.ipynb #4c7be013
+# %% ../../nbs/8_report/83_cli.ipynb #764b87ed
 @command()
 def run(
     preset:Annotated[str, Argument()]='micro', # section of settings.ini
@@ -92,8 +92,11 @@ def run(
     force:_force=None, # run this stage again, and what depends on it, although nothing changed; may be repeated
 ):
     "Run a preset and write its report; what has not changed is skipped."
-    from selfalign.study import runner
+    from selfalign.report.at_hand import require
     from selfalign.report.render import render
+    from selfalign.study import runner
+    from selfalign.study.settings import resolve
+    require(resolve(preset, param or []))
     folder = runner.run(preset, param or [], run=name or None, force=force or [])
     print(f'Report: {_shown(render(folder))}')
 
@@ -304,6 +307,25 @@ def pretrain(
     "Train the micro models; resumes after an interruption."
     from selfalign.models.pretrain import pretrain
     pretrain(models or [], out, resume=not fresh, budget=budget)
+
+# %% ../../nbs/8_report/83_cli.ipynb #3a6952a6
+@command()
+def make_shapes(
+    models:Annotated[list[str], Argument()]=None, # stable-diffusion-2-base, ViT-B-32, ...; none: all
+    out:Path=None, # folder for the models; default data/random
+    seed:int=0, # of the weights
+    fresh:Annotated[bool, Option('--fresh')]=False, # write them again
+):
+    "Write models of the papers' true shapes with RANDOM weights, for the preset paper-shapes."
+    from selfalign.models.full_size import SHAPES, is_random, random_weights
+    from selfalign.study.settings import nearest
+    for name in models or SHAPES:
+        if name not in SHAPES: fail(f'unknown model {name!r}; {nearest(name, SHAPES)}')
+    for name in models or SHAPES:
+        folder = (out or find_root()/'data/random')/name
+        if is_random(folder) and not fresh: print(f'{_shown(folder)}: there already'); continue
+        random_weights(SHAPES[name], folder, seed)
+        print(f'{_shown(folder)}: {SHAPES[name]}, RANDOM WEIGHTS, {sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())/2**30:.1f} GiB')
 
 # %% ../../nbs/8_report/83_cli.ipynb #8b1f40ba
 @command()

@@ -5,21 +5,23 @@
 # %% auto #0
 __all__ = ['HYPOTHESES', 'NUMBERS', 'MODES', 'UNTRAINED', 'METRICS', 'Hypothesis', 'verdict_of', 'answers', 'named_right',
            'Retention', 'section_table', 'summarise', 'Scored', 'contrast', 'compare_arms', 'answer_columns',
-           'question_clusters', 'scored_arms', 'scored_retention', 'judged']
+           'question_clusters', 'scored_arms', 'scored_retention', 'judged', 'read_questions']
 
-# %% ../../nbs/4_self_align/46_evaluate.ipynb #b42f4187
+# %% ../../nbs/4_self_align/46_evaluate.ipynb #6dd3795f
 import json
+from dataclasses import replace
 from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from ..benchmarks.audits import blind, shuffled, word_frequency
 from ..benchmarks.items import encode, predict
-from ..benchmarks.vl_checklist import item_values
+from ..benchmarks.sugarcrepe import COUNTS, read_sugarcrepe
+from ..benchmarks.vl_checklist import item_values, read_checklist
 from ..data.captions import _article
 from ..data.sources import open_pairs
 from .lora import retrieval_hits
 from .sample import with_noise
-from ..study.settings import StudyError
+from ..study.settings import StudyError, at_root
 from ..study.stage import VERDICTS
 from ..study.statistics import Interval, bootstrap, holm, items_and_seeds, paired_seeds
 
@@ -209,3 +211,16 @@ def judged(tables,               # variant to what `scored_arms` and `scored_ret
     found.insert(0, 'name', [h.name for h in claims])
     found['verdict'] = [verdict_of(Interval(r.value, r.low, r.high, r.n), r.p_holm, h.harmless, smallest) for r, h in zip(found.itertuples(), claims)]
     return found
+
+# %% ../../nbs/4_self_align/46_evaluate.ipynb #58efd477
+_sections = dict(obj='Object', att='Attribute', rel='Relation')
+def read_questions(checklist:str,   # folder of VL-CheckList or of SugarCrepe, relative to the project
+                   images:str='',   # folder of its pictures, where they lie elsewhere
+                   first:int=0,     # items of each file; 0: all
+                   )->'Benchmark':  # with the sections Object, Attribute and Relation
+    "Read a published benchmark by looking at its folder."
+    folder, images = at_root(checklist), at_root(images) if images else ''
+    if not any((p/f'{f}.json').is_file() for p in (folder, folder/'data') for f in COUNTS): return read_checklist(folder, images, first_k=first)
+    found = read_sugarcrepe(folder, images, first)
+    parts = [f.split('_') for f in found.items.file]
+    return replace(found, items=found.items.assign(category=[f'{_sections[what]}/{how}' for how, what in parts], dataset='sugarcrepe'))
