@@ -82,7 +82,9 @@ def _cached(hub_id:str)->bool:
     try: return any(hub_id == r.repo_id for r in scan_cache_dir().repos)
     except Exception: return False
 
-# %% ../../nbs/8_report/85_doctor.ipynb #ec77749a
+# %% ../../nbs/8_report/85_doctor.ipynb #384279ad
+def _below_data(path): return path.parts[path.parts.index('data') + 1] if 'data' in path.parts[:-1] else path.name
+
 def _local(name:str, path:Path, text:str)->Check:
     "A folder, a file or a pattern of files under the root."
     if any(c in path.name for c in '*{['): path = path.parent
@@ -91,7 +93,7 @@ def _local(name:str, path:Path, text:str)->Check:
         if files: return Check(name, 'OK', f'{text}: {len(files)} files, {sum(f.stat().st_size for f in files)/2**20:.1f} MiB')
     elif path.is_file(): return Check(name, 'OK', f'{text}: {path.stat().st_size/2**20:.1f} MiB')
     makes = {'micro': f'selfalign pretrain {path.name}', 'random': f'selfalign make-shapes {path.name}'}
-    make = makes.get(path.parent.name, f'selfalign data link FOLDER --name {path.name}')
+    make = makes.get(path.parent.name, f'selfalign data link FOLDER --name {_below_data(path)}')
     return Check(name, 'MISSING', text, make)
 
 # %% ../../nbs/8_report/85_doctor.ipynb #bc4cfeee
