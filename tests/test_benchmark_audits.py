@@ -286,6 +286,13 @@ def test_fingerprints_do_not_depend_on_the_batch():
     pictures = {f'{i}': smooth(i) for i in range(7)}; a, b = lk.fingerprints(pictures, Stub(), batch=2), lk.fingerprints(pictures, Stub())
     assert a.names == b.names and (a.hashes == b.hashes).all() and (a.vectors == b.vectors).all() and a.vectors.shape == (7, 8)
 
+@pytest.mark.parametrize('side', [64, 63, 37])
+def test_the_mirrors_hash_needs_no_mirror(side):
+    "But for the rounding of grey levels, which may turn a bit that lies at the median."
+    from PIL import ImageOps
+    for i in range(20):
+        own, mirrored = lk.both_hashes(smooth(i, side)); assert own == lk.perceptual_hash(smooth(i, side)) and (mirrored ^ lk.perceptual_hash(ImageOps.mirror(smooth(i, side)))).bit_count() <= 2
+
 @pytest.mark.parametrize('portion', [1, 7, 1000])
 def test_portions_find_the_same(portion):
     "Whatever part of the training set is in memory; a portion of which nothing opens stops nothing."

@@ -36,12 +36,15 @@ def _in_order(state):
     except (OSError, ValueError, KeyError, TypeError) as e: raise Damage(state.name, '', f'it does not list the files of the dataset ({e!r})', 'save the dataset again') from None
     return names
 
-# %% ../../nbs/1_data/1c_hub.ipynb #b0d1d6f6
+# %% ../../nbs/1_data/1c_hub.ipynb #4885496e
 def _schema(path):
     "The columns of a Parquet or Arrow file."
     import pyarrow as pa, pyarrow.parquet as pq
-    try: return pq.read_schema(path) if path.suffix == '.parquet' else arrow_table(path).schema
-    except (pa.ArrowException, OSError) as e: raise Damage(path.name, '', f'no table that can be read: {str(e)[:200]}', 'fetch the file again') from None
+    try:
+        found = pq.read_schema(path) if path.suffix == '.parquet' else arrow_table(path).schema
+        found.names
+        return found
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as e: raise Damage(path.name, '', f'no table that can be read: {str(e)[:200]}', 'fetch the file again') from None
 
 # %% ../../nbs/1_data/1c_hub.ipynb #efb087eb
 def _values(path, names):
