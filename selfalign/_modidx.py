@@ -1175,8 +1175,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'selfalign.report.compare.settings_that_differ': ( '8_report/compare.html#settings_that_differ',
                                                                                              'selfalign/report/compare.py')},
             'selfalign.report.doctor': { 'selfalign.report.doctor.Check': ('8_report/doctor.html#check', 'selfalign/report/doctor.py'),
-                                         'selfalign.report.doctor._below_data': ( '8_report/doctor.html#_below_data',
-                                                                                  'selfalign/report/doctor.py'),
                                          'selfalign.report.doctor._cached': ('8_report/doctor.html#_cached', 'selfalign/report/doctor.py'),
                                          'selfalign.report.doctor._enough': ('8_report/doctor.html#_enough', 'selfalign/report/doctor.py'),
                                          'selfalign.report.doctor._gpu': ('8_report/doctor.html#_gpu', 'selfalign/report/doctor.py'),

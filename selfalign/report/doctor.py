@@ -82,21 +82,20 @@ def _cached(hub_id:str)->bool:
     try: return any(hub_id == r.repo_id for r in scan_cache_dir().repos)
     except Exception: return False
 
-# %% ../../nbs/8_report/85_doctor.ipynb #384279ad
-def _below_data(path): return path.parts[path.parts.index('data') + 1] if 'data' in path.parts[:-1] else path.name
-
-def _local(name:str, path:Path, text:str)->Check:
+# %% ../../nbs/8_report/85_doctor.ipynb #5d3006a5
+def _local(name:str, root:Path, place:str, text:str)->Check:
     "A folder, a file or a pattern of files under the root."
+    path = root/place
     if any(c in path.name for c in '*{['): path = path.parent
     if path.is_dir():
         files = [f for f in path.rglob('*') if f.is_file()]
         if files: return Check(name, 'OK', f'{text}: {len(files)} files, {sum(f.stat().st_size for f in files)/2**20:.1f} MiB')
     elif path.is_file(): return Check(name, 'OK', f'{text}: {path.stat().st_size/2**20:.1f} MiB')
     makes = {'micro': f'selfalign pretrain {path.name}', 'random': f'selfalign make-shapes {path.name}'}
-    make = makes.get(path.parent.name, f'selfalign data link FOLDER --name {_below_data(path)}')
+    make = makes.get(path.parent.name, f'selfalign data link FOLDER --name {place.removeprefix("data/").split("/")[0]}')
     return Check(name, 'MISSING', text, make)
 
-# %% ../../nbs/8_report/85_doctor.ipynb #bc4cfeee
+# %% ../../nbs/8_report/85_doctor.ipynb #9cff4ee5
 def need(
     name:str, # `stage.parameter`
     value:object, # its value
@@ -108,11 +107,11 @@ def need(
     library, _, place = value.partition(':')
     place = place.partition('?')[0]
     if library == 'microworld': return Check(name, 'OK', f'{value}: drawn by the package itself')
-    if library == 'webdataset' or place.startswith('data/'): return _local(name, root/place, value)
+    if library == 'webdataset' or place.startswith('data/'): return _local(name, root, place, value)
     if library in model_libraries and place:
         if _cached(place): return Check(name, 'OK', f'{value}: in the hub cache')
         return Check(name, 'NOTE', value, 'a hub id, fetched at first use: needs a network')
-    return _local(name, root/value.partition('?')[0], value) if value.startswith('data/') else None
+    return _local(name, root, value.partition('?')[0], value) if value.startswith('data/') else None
 
 # %% ../../nbs/8_report/85_doctor.ipynb #a3933a88
 def needs(

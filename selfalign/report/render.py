@@ -166,7 +166,7 @@ def _twin(run, site, shown):
     site.room -= 3*len(found['data']) if found else 0
     return found
 
-# %% ../../nbs/8_report/80_render.ipynb #6d5eedac
+# %% ../../nbs/8_report/80_render.ipynb #dca217c7
 def _size(n): return f'{n/1e6:.1f} MB' if n >= 1e6 else f'{max(1, n/1e3):.0f} kB'
 
 def _write(run, site):
@@ -178,11 +178,11 @@ def _write(run, site):
     site.add('run.json', no_machine_paths(json.dumps(about, indent=1, ensure_ascii=False)), 'the run')
     for s in run.stages: copy(f'{s["name"]}/stage.json', s['folder']/'stage.json', 'parameters, versions, machine')
     _tables(run, site, first=True)
-    pages = _notebooks(run, site)
-    figures = _figures(run, site, pages)
     shown = gallery(run.folder, source=run.source) if run.stage('sample') else Gallery()
     columns, tile = 16, min(128, max((max(o.size) for o in shown.pictures), default=64))
     if shown.pictures: site.add('gallery.webp', sprite(shown.pictures, tile, columns, border=2), 'pictures of the gallery')
+    pages = _notebooks(run, site)
+    figures = _figures(run, site, pages)
     thresholds = _twin(run, site, shown)
     _files_of(figures)
     _tables(run, site, first=False)
