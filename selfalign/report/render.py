@@ -166,7 +166,7 @@ def _twin(run, site, shown):
     site.room -= 3*len(found['data']) if found else 0
     return found
 
-# %% ../../nbs/8_report/80_render.ipynb #dca217c7
+# %% ../../nbs/8_report/80_render.ipynb #84d8c341
 def _size(n): return f'{n/1e6:.1f} MB' if n >= 1e6 else f'{max(1, n/1e3):.0f} kB'
 
 def _write(run, site):
@@ -187,7 +187,11 @@ def _write(run, site):
     _files_of(figures)
     _tables(run, site, first=False)
     run.missing += shown.missing
-    if site.left: run.missing.append(f'Left in the run folder, since the report would grow over {LIMIT/1e6:.0f} MB: {", ".join(site.left)}.')
+    for f in figures:
+        if not f['svg'] and not f['png']: f['why'] = f['why'] or 'This picture is in the run folder: the report would have grown too large.'
+    if site.left:
+        beside = [p for p in site.left if '/figures/' in p]; named = [p for p in site.left if p not in beside] + ([f'{len(beside)} files of figures that are drawn here'] if beside else [])
+        run.missing.append(f'Left in the run folder, since the report would grow over {LIMIT/1e6:.0f} MB: {", ".join(named)}.')
     found = problems({s['name']: s['folder'] for s in run.stages}, run.missing)
     tables = result_tables(run.results) if run.results is not None else []
     first = run.stages[0] if run.stages else {}
