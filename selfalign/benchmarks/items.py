@@ -64,7 +64,7 @@ def place_below(folder:str|Path,  # a folder
     if not stays_below(path): raise BenchmarkError(f'{where}: the path {path!r} leads out of {folder}; write one relative to it')
     return Path(folder)/PurePosixPath(path)
 
-# %% ../../nbs/3_benchmarks/30_items.ipynb #215bd588
+# %% ../../nbs/3_benchmarks/30_items.ipynb #dece85d4
 def _open(picture):
     "A path or a picture as a picture, or an `ImageProblem`."
     if isinstance(picture, ImageProblem): raise picture
@@ -72,18 +72,20 @@ def _open(picture):
     if not Path(picture).is_file(): raise ImageProblem('the picture is not there', f'put it at {picture}')
     return open_image(picture)
 
-def _picture_or_problem(picture):
-    try: return _open(picture)
+def _or_problem(find, *args):
+    "What a function gives, or the `ImageProblem` that it raises."
+    try: return find(*args)
     except ImageProblem as e: return e
+    except KeyError: return ImageProblem('no such picture in the benchmark', 'name it in `pictures`')
 
-# %% ../../nbs/3_benchmarks/30_items.ipynb #dfe13b7f
+# %% ../../nbs/3_benchmarks/30_items.ipynb #ddc92752
 def open_pictures(benchmark:Benchmark,     # the questions
                   names=None,              # images to open; default: all that items ask about
                  )->tuple:                 # (dict image → picture, list of problems)
     "Open pictures; those that cannot be opened are listed."
-    items_of, unnamed = benchmark.items.image.value_counts(), ImageProblem('no such picture in the benchmark', 'name it in `pictures`')
-    there, problems, names = {}, [], list(items_of.sort_index().index if names is None else names)
-    for name, found in zip(names, in_threads(lambda name: _picture_or_problem(benchmark.pictures.get(name, unnamed)), names)):
+    items_of = benchmark.items.image.value_counts(); names = list(items_of.sort_index().index if names is None else names)
+    given, there, problems = [_or_problem(benchmark.pictures.__getitem__, name) for name in names], {}, []   # a source is asked by one thread
+    for name, found in zip(names, in_threads(lambda picture: _or_problem(_open, picture), given)):
         if isinstance(found, ImageProblem): problems.append(problem(name, '', f'{found.what} (items that ask about it: {items_of[name]})', found.remedy))
         else: there[name] = found
     return there, problems
@@ -97,11 +99,11 @@ class OnDemand(dict):
                  ): super().__init__(places); self.open = open
     def __getitem__(self, name): return self.open(super().__getitem__(name))
 
-# %% ../../nbs/3_benchmarks/30_items.ipynb #7f74adf6
+# %% ../../nbs/3_benchmarks/30_items.ipynb #ea087003
 def in_memory(benchmark:Benchmark   # with paths
              )->Benchmark:          # with the pictures, or with what is wrong with them
     "Open every picture once and for all."
-    return replace(benchmark, pictures={name: _picture_or_problem(p) for name, p in benchmark.pictures.items()})
+    return replace(benchmark, pictures={name: _or_problem(lambda: _open(benchmark.pictures[name])) for name in benchmark.pictures})
 
 # %% ../../nbs/3_benchmarks/30_items.ipynb #bd17bae9
 @dataclass
