@@ -36,7 +36,8 @@ def tables(tmp_path):
 def first_pixels(pictures): return [np.asarray(p)[0, 0].tolist() for p in pictures]
 
 def test_each_arm_sees_what_its_name_says(tables):
-    found = {arm: arm_pairs(arm, arm_rows(arm, *tables)) for arm in ARMS}
+    assert arm_rows('lora-four-pictures', *tables) is None
+    found = {arm: arm_pairs(arm, arm_rows(arm, *tables)) for arm in ARMS if arm != 'lora-four-pictures'}
     assert first_pixels(found['lora-originals'][0]) == [[i, 0, 0] for i in range(4)]
     assert first_pixels(found['lora-generated'][0]) == [[i, 9, 0] for i in range(4)]
     assert first_pixels(found['lora-selected'][0]) == [[0, 9, 0], [1, 9, 0]]
@@ -48,8 +49,16 @@ def test_each_arm_sees_what_its_name_says(tables):
     assert first_pixels(found['lora-image-conditioned'][0]) == [[3 - i, 0, 0] for i in range(4)] and found['lora-image-conditioned'][1] == list(tables[0].caption)
     assert first_pixels(found['lora-augmented'][0]) == [[0, 9, 0], [2, 9, 0]] and found['lora-augmented'][1] == ['longer 0', 'longer 2']
     assert [p[1] for p in first_pixels(found['lora-two-pictures'][0])] == [9, 0]*4 and found['lora-two-pictures'][1] == [c for c in tables[0].caption for _ in 'ab']
-    for arm in ('lora-text-tower', 'lora-image-tower', *PAPER, *OPTIONS): assert arm == 'lora-two-pictures' or first_pixels(found[arm][0]) == first_pixels(found['lora-generated'][0])
+    for arm in ('lora-text-tower', 'lora-image-tower', *PAPER, *OPTIONS): assert arm.endswith('-pictures') or first_pixels(found[arm][0]) == first_pixels(found['lora-generated'][0])
     for pictures, captions in found.values(): assert len(pictures) == len(captions)
+
+def test_several_pictures_of_one_stage(tables):
+    pairs, generated, selection, conditioned, texts = tables; other = generated.assign(key=generated.key + '1', image=conditioned.image)
+    rows = arm_rows('lora-two-pictures', pairs, pd.concat([generated, other[:3]]), selection)
+    assert list(rows.key) == [k for key in generated.key[:3] for k in (key, key + '1')]
+    rows = arm_rows('lora-four-pictures', pairs, pd.concat([generated, other, other]), selection, conditioned)
+    assert rows.parent.value_counts().eq(4).all() and list(rows.image[:4]) == ['g0.png', 'o3.png', 'o3.png', 'o3.png']
+    assert arm_options('lora-four-pictures', {})['together'] == 4
 
 def test_some_arms_are_trained_otherwise():
     lora = dict(rank=3, alpha=3., towers=('image', 'text'))
@@ -68,7 +77,7 @@ def test_arms_that_need_the_truth_are_left_out_without_it(tables):
     pairs, generated, selection, *_ = tables
     real = pairs.assign(truth=None), generated, selection[selection.selection != 'oracle']
     assert [arm for arm in ARMS if arm_rows(arm, *real) is None] == ['lora-clean-originals', 'lora-perfect-generator', 'lora-oracle-selected', 'lora-image-conditioned', 'lora-augmented',
-                                                                                'lora-two-pictures', 'lora-positives', 'lora-negatives']
+                                                                                'lora-two-pictures', 'lora-four-pictures', 'lora-positives', 'lora-negatives']
     with pytest.raises(StudyError, match="did you mean 'lora-selected'"): arm_rows('lora-slected', *tables)
 
 def test_clean_captions_are_true_and_equal_where_nothing_was_done():

@@ -3,7 +3,8 @@ import os, shutil, signal, time
 import numpy as np, pandas as pd, pytest, torch
 from selfalign.data.pairs import pairs_table
 from selfalign.models.load import load_generator
-from selfalign.self_align.generate import Painter, agreement, image_to_image, is_blank, out_of_memory, picture_orders, picture_seed, set_scheduler, too_long
+from selfalign.self_align.generate import (Painter, add_ip_adapter, agreement, image_to_image, is_blank, out_of_memory, picture_orders, picture_prompts, picture_seed,
+                                           set_scheduler, split_adapter, too_long)
 from selfalign.study.settings import StudyError
 
 PROMPTS = [f'a {c} {o}' for c in ('red', 'blue') for o in ('cat', 'boat', 'star')]
@@ -67,6 +68,43 @@ def test_each_picture_begins_with_its_own_original():
     def away(pictures): return np.abs(np.stack(pictures).astype(float) - np.stack(originals)).mean((1, 2, 3))
     near = begin(6, range(6)); assert agreement(near, begin(2, range(6))) >= .999 and agreement(near[::-1], begin(4, range(6)[::-1])) >= .999
     assert (away(near) < away(near[1:] + near[:1])).all() and (away(near) < away(begin(6, range(6), .9))).all()
+
+def write_ip_adapter(folder, unet, seed=0):
+    "An IP-Adapter of random weights in the format of `h94/IP-Adapter`, with its image encoder, for a UNet."
+    from safetensors.torch import save_file
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+    torch.manual_seed(seed); deep = unet.config.cross_attention_dim; width, words = 24, 4
+    see = CLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=64, patch_size=16, projection_dim=width)
+    CLIPVisionModelWithProjection(see).save_pretrained(folder/'image_encoder')
+    said = [m for name, m in unet.named_modules() if name.endswith('attn2')]
+    weights = {'image_proj.proj.weight': torch.randn(words*deep, width), 'image_proj.proj.bias': torch.randn(words*deep), 'image_proj.norm.weight': torch.ones(deep), 'image_proj.norm.bias': torch.zeros(deep)}
+    for i, m in enumerate(said): weights |= {f'ip_adapter.{2*i + 1}.to_{x}_ip.weight': torch.randn_like(getattr(m, f'to_{x}').weight)/deep**.5 for x in 'kv'}
+    save_file(weights, folder/'ip-adapter_micro.safetensors')
+    return f'diffusers:{folder/"ip-adapter_micro.safetensors"}'
+
+@pytest.fixture(scope='module')
+def ip_adapter(tmp_path_factory): return write_ip_adapter(tmp_path_factory.mktemp('adapters')/'micro', load_generator('diffusers:data/micro/generator').unet)
+
+@pytest.mark.parametrize('guidance', [1., 3.])
+def test_each_prompt_is_shown_its_own_picture(ip_adapter, guidance):
+    from selfalign.data.scenes import make_scene, render
+    options, originals = dict(num_inference_steps=4, guidance_scale=guidance), [render(make_scene('study', i)) for i in range(6)]
+    pipe = load_generator('diffusers:data/micro/generator'); looking = add_ip_adapter(load_generator('diffusers:data/micro/generator'), ip_adapter, 0.)
+    def paint(batch, shown): return list(Painter(looking, batch, lambda images: picture_prompts(looking, images, guidance), **options)(PROMPTS, SEEDS, shown))
+    blind = list(Painter(pipe, 6, **options)(PROMPTS, SEEDS)); assert agreement(paint(6, originals), blind) >= .999
+    looking.set_ip_adapter_scale(1.); seen = paint(6, originals)
+    assert agreement(seen, blind) < .9 and agreement(seen, paint(2, originals)) >= .999
+    other = paint(6, [originals[0], *originals[:5]])           # the first is shown the same as before
+    assert agreement(seen[:1], other[:1]) >= .999 and all(agreement([a], [b]) < .99 for a, b in zip(seen[1:], other[1:]))
+
+def test_an_ip_adapter_of_another_family(tmp_path):
+    from selfalign.models.generator import new_unet
+    other = write_ip_adapter(tmp_path/'wide', new_unet((32, 64), context=96))
+    with pytest.raises(StudyError, match='cannot be put into StableDiffusionPipeline: .* fits one family'): add_ip_adapter(load_generator('diffusers:data/micro/generator'), other)
+
+@pytest.mark.parametrize('text', ['h94/IP-Adapter/sdxl_models/x.safetensors', 'diffusers:h94/IP-Adapter', 'diffusers:h94/IP-Adapter/sdxl_models/x.bin', 'diffusers:data/nowhere/at/all/x.safetensors'])
+def test_what_is_no_ip_adapter(text):
+    with pytest.raises(StudyError, match='IP-Adapter|there is no file'): split_adapter(text)
 
 def test_not_even_one_picture_fits(pipe):
     with pytest.raises(StudyError, match='not even one picture'): list(Painter(Narrow(pipe, 0, MemoryError()), 4)(PROMPTS, SEEDS))

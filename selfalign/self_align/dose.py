@@ -48,12 +48,13 @@ def first_above(levels,  # ascending
         if g1 >= 0: return float(x0 + (x1 - x0)*g0/(g0 - g1))
     return float('inf')
 
-# %% ../../nbs/4_self_align/4a_dose.ipynb #59e5221c
+# %% ../../nbs/4_self_align/4a_dose.ipynb #47dd1c9a
 def exchange_rate(sizes,      # numbers of pairs
                   originals,  # what a model scored with so many originals, (..., sizes)
                   generated,  # and with so many generated pairs
-                  ):          # (originals a generated pair is worth at the largest size, slope of the originals a doubling)
+                  ):          # (originals a generated pair is worth at the largest size, within the span of the sizes; slope of the originals a doubling)
     "How many originals one generated pair is worth."
     x, largest = np.log2(np.asarray(sizes, float)), np.log2(max(sizes)); centred = x - x.mean()
     slope = lambda y: (np.asarray(y) @ centred)/(centred @ centred); at = lambda y: np.asarray(y).mean(-1) + slope(y)*(largest - x.mean())
-    with np.errstate(divide='ignore', invalid='ignore', over='ignore'): return 2**((at(generated) - at(originals))/slope(originals)), slope(originals)
+    with np.errstate(divide='ignore', invalid='ignore'): doublings = (at(generated) - at(originals))/slope(originals)
+    return 2**np.clip(doublings, min(x) - largest, largest - min(x)), slope(originals)

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['inherited', 'schedulers', 'picture_seed', 'picture_orders', 'set_scheduler', 'out_of_memory', 'Painter', 'agreement',
-           'image_to_image', 'begin_with', 'too_long', 'keep_picture', 'is_blank']
+           'image_to_image', 'begin_with', 'split_adapter', 'add_ip_adapter', 'picture_prompts', 'too_long',
+           'keep_picture', 'is_blank']
 
-# %% ../../nbs/4_self_align/41_generate.ipynb #c5cdfa12
+# %% ../../nbs/4_self_align/41_generate.ipynb #2e5c90d3
 import gc, hashlib
 import torch
 from fastcore.basics import patch
 from ..data.images import file_name, fit_square, pixel_hash, save_png
-from ..study.settings import StudyError, nearest
+from ..study.settings import StudyError, at_root, nearest
 
 # %% ../../nbs/4_self_align/41_generate.ipynb #7744d42d
 def picture_seed(key:str,       # of the original pair
@@ -52,32 +53,32 @@ def out_of_memory(error:BaseException  # what was raised
     signs = ('out of memory', "can't allocate memory", 'cannot allocate memory')
     return isinstance(error, kinds) or isinstance(error, RuntimeError) and any(t in str(error).lower() for t in signs)
 
-# %% ../../nbs/4_self_align/41_generate.ipynb #260d2c9b
+# %% ../../nbs/4_self_align/41_generate.ipynb #8f9c79bf
 class Painter:
     "A pipeline that paints any number of pictures in batches that fit."
     def __init__(self,
                  pipe,             # pipeline of diffusers
                  batch:int=16,     # pictures at a time
+                 shown=lambda images: dict(image=images),  # pictures to options of the pipeline, for one that is shown some
                  **options,        # steps, guidance and so on, as the pipeline names them
                  ):
         if batch < 1: raise StudyError(f'a batch of {batch} pictures; it must be 1 or more')
-        self.pipe, self.batch, self.options = pipe, batch, options
+        self.pipe, self.batch, self.shown, self.options = pipe, batch, shown, options
     def _paint(self, prompts, seeds, images):
         "One batch, or None if it did not fit."
         noise = [torch.Generator('cpu').manual_seed(s) for s in seeds]
         extra = {k: [v]*len(prompts) if k == 'negative_prompt' else v for k, v in self.options.items()}
-        if images is not None: extra['image'] = images
-        try: return self.pipe(prompts, generator=noise, **extra).images
+        try: return self.pipe(prompts, generator=noise, **extra, **(self.shown(images) if images is not None else {})).images
         except Exception as e:
             if not out_of_memory(e): raise
             if len(prompts) == 1: raise StudyError(f'not even one picture fits into memory ({e}); make it smaller, use precision float16, or take a machine with more') from None
 
-# %% ../../nbs/4_self_align/41_generate.ipynb #e25f0e34
+# %% ../../nbs/4_self_align/41_generate.ipynb #151fcc5f
 @patch
 def __call__(self:Painter,
              prompts:list,  # texts
              seeds:list,    # as many seeds
-             images:list|None=None,  # as many pictures to begin with, for a pipeline that wants them
+             images:list|None=None,  # as many pictures, for a pipeline that is shown some
              ):             # gives PIL pictures, in order
     "Paint, halving the batch when memory runs out."
     done = 0
@@ -111,6 +112,45 @@ def begin_with(pipe,        # pipeline of diffusers
                ):           # PIL picture
     "A picture as the generator begins with it: a square of its size."
     return fit_square(picture, size or pipe.unet.config.sample_size*pipe.vae_scale_factor, 'crop')
+
+# %% ../../nbs/4_self_align/41_generate.ipynb #b2aef50a
+def split_adapter(text:str   # `diffusers:` and a file, here or in a repository of the hub
+                  )->tuple:  # folder or repository; folder in it; name of the file
+    "Where an IP-Adapter lies; its image encoder lies beside it."
+    library, _, place = text.partition(':'); path = at_root(place)
+    if library != 'diffusers' or not place.endswith('.safetensors') or place.count('/') < 2:
+        raise StudyError(f'{text!r} names no IP-Adapter; write diffusers:FOLDER/PART/FILE.safetensors, e.g. diffusers:h94/IP-Adapter/sdxl_models/ip-adapter_sdxl.safetensors')
+    if path.is_file(): return str(path.parent.parent), path.parent.name, path.name
+    *source, part, name = place.split('/')
+    if len(source) != 2: raise StudyError(f'{text!r}: there is no file {place}; name one that is there, or REPOSITORY/PART/FILE.safetensors on the hub')
+    return '/'.join(source), part, name
+
+# %% ../../nbs/4_self_align/41_generate.ipynb #1e03750c
+def add_ip_adapter(pipe,              # pipeline of diffusers
+                   adapter:str,       # as for `split_adapter`
+                   scale:float=.5,    # 0: not looked at; 1: weighs as much as the caption
+                   ):                 # the pipeline; from now on it must be shown a picture
+    "Let a generator see pictures."
+    source, part, name = split_adapter(adapter); encoder = 'models/image_encoder' if 'vit-h' in name else 'image_encoder'
+    try: pipe.load_ip_adapter(source, subfolder=part, weight_name=name, image_encoder_folder=encoder)
+    except Exception as e:   # of the hub, of the file, of shapes: diffusers has no kind of its own
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise StudyError(f'{adapter} cannot be put into {type(pipe).__name__}: {reason}. An adapter fits one family of generators; take one that was trained for this, or leave ip_adapter empty') from e
+    pipe.set_ip_adapter_scale(scale); pipe.prepare_ip_adapter_image_embeds = lambda _, told, *__: told
+    return pipe
+
+# %% ../../nbs/4_self_align/41_generate.ipynb #be9e119d
+@torch.no_grad()
+def picture_prompts(pipe,            # from `add_ip_adapter`
+                    images:list,     # PIL pictures, one a prompt
+                    guidance:float,  # above 1, the empty prompt is asked, too
+                    )->dict:         # an option of the pipeline
+    "What a generator is told by pictures."
+    from diffusers.models.embeddings import ImageProjection
+    vector = isinstance(pipe.unet.encoder_hid_proj.image_projection_layers[0], ImageProjection)
+    told, empty = pipe.encode_image(images, pipe.device, 1, output_hidden_states=not vector)
+    both = torch.cat([empty, told]) if guidance > 1 else told
+    return dict(ip_adapter_image_embeds=[both[:, None]])
 
 # %% ../../nbs/4_self_align/41_generate.ipynb #fa1e20bc
 def too_long(pipe,            # pipeline with a tokenizer

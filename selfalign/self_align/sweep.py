@@ -30,8 +30,8 @@ def best_of(table:pd.DataFrame,  # pictures, with `parent`, `k` and the column t
     some = table[table.k < k]
     return some.loc[some.groupby('parent', sort=False)[by].idxmax()]
 
-# %% ../../nbs/4_self_align/48_sweep.ipynb #0af70686
-def dial_settings(base:dict,         # guidance, steps and strength from which each dial is turned
+# %% ../../nbs/4_self_align/48_sweep.ipynb #aba47137
+def dial_settings(base:dict,         # guidance, steps and so on: from where each dial is turned
                   **dials:list,      # dial to its notches
                   )->pd.DataFrame:   # dial, notch and all that the generator is told; no setting twice
     "Every notch of every dial."
