@@ -1813,6 +1813,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'selfalign.study.runner._prepare': ('0_study/runner.html#_prepare', 'selfalign/study/runner.py'),
                                         'selfalign.study.runner._run_stages': ( '0_study/runner.html#_run_stages',
                                                                                 'selfalign/study/runner.py'),
+                                        'selfalign.study.runner._surroundings': ( '0_study/runner.html#_surroundings',
+                                                                                  'selfalign/study/runner.py'),
                                         'selfalign.study.runner._with_dependents': ( '0_study/runner.html#_with_dependents',
                                                                                      'selfalign/study/runner.py'),
                                         'selfalign.study.runner.describe_run': ( '0_study/runner.html#describe_run',

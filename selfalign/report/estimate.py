@@ -64,7 +64,7 @@ def _select(v, see):
     n = _pairs(see)*see('generate')['k']
     return [Work(f'{n:,} pictures', 'select', n)]
 
-# %% ../../nbs/8_report/8a_estimate.ipynb #572877fb
+# %% ../../nbs/8_report/8a_estimate.ipynb #61b56702
 def _painted(v, n, steps, guidance, strength=0., kind='generate'):
     "So many pictures of one setting."
     size, side = v.get('size', 0), ops.picture_side(v['model'], v.get('size', 0))
@@ -72,7 +72,8 @@ def _painted(v, n, steps, guidance, strength=0., kind='generate'):
                 ops.painting_memory(v['model'], v['batch'], guidance, size, v.get('precision', 'float32')), PNG*n*side**2)
 
 def _generate(v, see):
-    return [_painted(v, _pairs(see)*v['k'], v['steps'], v['guidance'], v['strength'])]
+    s = see('sample'); n = s['size']*(min(v['subsets'], s['subsets']) or s['subsets'])
+    return [_painted(v, n*v['k'], v['steps'], v['guidance'], v['strength'])]
 
 def _models(v, see):
     return [_painted(v | dict(model=v['generator'], batch=32), v['singles'] + v['doubles'], v['steps'], v['guidance'], kind='models')]

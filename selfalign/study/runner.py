@@ -6,10 +6,11 @@
 __all__ = ['RunError', 'run_folder', 'is_current', 'lock_run', 'resume_command', 'explain', 'run_stage', 'gather_results',
            'describe_run', 'shards_done', 'run', 'run_smoke']
 
-# %% ../../nbs/0_study/02_runner.ipynb #930a3c90
+# %% ../../nbs/0_study/02_runner.ipynb #8c33b7b3
 import csv, os, re, shlex, shutil, time
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 from .files import FULL, git_state, hardware, now, publish, read_json, versions, write_json
 from .keys import keys_of, stage_manifest
 from .settings import Settings, StudyError, find_root, inputs_of, nearest, resolve, stages
@@ -72,7 +73,15 @@ def _prepare(
     except Timeout: raise RunError(f"another process still works in {partial}; wait for it to end and run again") from None
     return partial
 
-# %% ../../nbs/0_study/02_runner.ipynb #5c8d5829
+# %% ../../nbs/0_study/02_runner.ipynb #b2ba862e
+def _surroundings(
+    root: Path,  # of the study
+) -> dict:  # names and values
+    "Environment variables of a stage's process"
+    given = os.environ.get("GLIBC_TUNABLES", "")
+    return dict(SELFALIGN_ROOT=str(root), GLIBC_TUNABLES=given if "glibc.malloc.hugetlb" in given else f"{given}:glibc.malloc.hugetlb=1".lstrip(":"))
+
+# %% ../../nbs/0_study/02_runner.ipynb #68567a61
 def _execute(
     notebook: Path,  # a stage notebook
     output: Path,  # where the executed one goes
@@ -80,11 +89,10 @@ def _execute(
 ):
     "Execute a notebook with papermill"
     import papermill
-    root, before = find_root(), os.environ.get("SELFALIGN_ROOT")
-    os.environ["SELFALIGN_ROOT"] = str(root)
-    try: papermill.execute_notebook(notebook, output, values, kernel_name="python3", progress_bar=False, log_output=False, start_timeout=300,
-                                         extra_arguments=["--log-level=CRITICAL"], cwd=notebook.parent)
-    finally: os.environ.pop("SELFALIGN_ROOT") if before is None else os.environ.__setitem__("SELFALIGN_ROOT", before)
+    root = find_root()
+    with patch.dict(os.environ, _surroundings(root)):
+        papermill.execute_notebook(notebook, output, values, kernel_name="python3", progress_bar=False, log_output=False, start_timeout=300,
+                                   extra_arguments=["--log-level=CRITICAL"], cwd=notebook.parent)
     executed = read_json(output)
     executed["metadata"]["papermill"] |= dict(input_path=notebook.relative_to(root).as_posix(), output_path=output.name)
     write_json(output, executed)
