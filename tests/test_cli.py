@@ -246,8 +246,8 @@ def test_doctor_without_a_preset_only_looks():
 
 def test_doctor_knows_the_loaders_libraries():
     from selfalign.models.load import libraries
-    from selfalign.report.doctor import model_libraries
-    assert model_libraries == libraries
+    from selfalign.report.at_hand import LIBRARIES
+    assert LIBRARIES == libraries
 
 def test_doctor_where_torch_is_broken(monkeypatch):
     "A build of torch beside another build of torchvision fails on import; the doctor says so and goes on."

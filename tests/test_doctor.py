@@ -126,7 +126,7 @@ def test_what_is_not_counted_is_said(override, stage):
 def test_downloads(monkeypatch):
     size, check = est.download(VIT)
     assert size == 4*151_277_313 and '0.6 GB to download' in check.found and 'timm/vit_base_patch32_clip_224.openai' in check.remedy
-    monkeypatch.setattr(est, '_cached', lambda repository: repository == 'timm/vit_base_patch32_clip_224.openai')
+    monkeypatch.setattr(est, 'cached', lambda repository: repository == 'timm/vit_base_patch32_clip_224.openai')
     size, check = est.download(VIT)
     assert (size, check.status) == (0, 'OK') and 'cache' in check.found
     size, check = est.download('transformers:someone/something')

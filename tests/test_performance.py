@@ -8,8 +8,10 @@ from selfalign.data.captions import web_caption
 from selfalign.data.images import fit_square, in_threads, open_image
 from selfalign.models.adapters import add_lora
 from selfalign.models.load import _causal_text, _shortest_first, load_dual_encoder, normalise, squares
-from selfalign.report.performance import (Stopwatch, StandIns, agree, architecture, clip_tokenizer, counted, in_transformers, operations, original_cosines, original_scores,
-                                          plain_loss, random_clip, reloaded, shape_operations, tower_shapes)
+from selfalign.models.full_size import clip_tokenizer
+from selfalign.models.operations import operations
+from selfalign.report.performance import (Stopwatch, StandIns, agree, architecture, counted, in_transformers, original_cosines, original_scores, plain_loss,
+                                          random_clip, reloaded, shape_operations, tower_shapes)
 from selfalign.self_align.lora import Pairs, pair_loss
 from selfalign.self_align.score import score_pairs
 from selfalign.study.settings import StudyError

@@ -102,6 +102,7 @@ def toy_run(folder, n=40, source='microworld:study?noise=0.3', captions=(), name
           [new_code_cell('1+1'), new_code_cell('stage.figure(fig, "histogram", title="Scores")', outputs=[picture_output])])
     for where, table, rows in (('sample', 'pairs', pairs), ('generate', 'pairs', made), ('score', 'scores', scores)): pd.DataFrame(rows).to_parquet(run/where/'tables'/f'{table}.parquet')
     bad = [dict(file='<i>00001.tar</i>', row=str(i), what='<script>alert(1)</script> truncated picture', remedy='left out') for i in range(30)]
+    bad[0]['what'] += f' below {find_root()}/data/runs, said in /tmp/ipykernel_12/34.py:9'
     pd.DataFrame(bad).to_parquet(run/'sample/tables/problems.parquet')
     results().to_csv(run/'results.csv', index=False)
     (run/'run.json').write_text(json.dumps(dict(run=name, preset='micro', scale='micro', title='Captions to pictures to scores, in a world of known truth')))
@@ -183,7 +184,8 @@ def test_notebook_pages(report):
 
 
 def test_no_machine_paths(report):
-    assert len(find_root().parts) > 2 and not [f for f in report.parent.rglob('*') if f.is_file() and str(find_root()).encode() in f.read_bytes()]
+    assert len(find_root().parts) > 2 and not [f for f in report.parent.rglob('*') if f.is_file() and (str(find_root()).encode() in f.read_bytes() or b'ipykernel_' in f.read_bytes())]
+    assert 'below data/runs, said in this cell:9' in report.read_text(encoding='utf-8')
 
 
 def test_same_run_same_bytes(report, tmp_path):

@@ -7,14 +7,14 @@ __all__ = ['PACES', 'REFERENCE_RATE', 'PNG', 'QUESTIONS', 'DISTINCT', 'OBJECT', 
            'Pace', 'Work', 'work_seconds', 'count_trainings', 'Line', 'plan', 'references', 'download', 'room', 'spell',
            'spell_operations', 'total', 'Estimate', 'estimate']
 
-# %% ../../nbs/8_report/8a_estimate.ipynb #103b8b4f
+# %% ../../nbs/8_report/8a_estimate.ipynb #c04b6c52
 import shutil
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 from ..models import operations as ops
 from ..models.full_size import SHAPES
-from .at_hand import _cached, _repository
-from .doctor import Check, model_libraries
+from .at_hand import LIBRARIES, cached, outside, repository, wanted
+from .doctor import Check
 from ..self_align.finetune import RATE_OF, trainings
 from ..study.settings import StudyError, at_root, find_root, resolve, stages
 
@@ -209,22 +209,21 @@ def plan(settings,           # from `resolve`
     rate, drawn = rate or ops.measured_rate(), _drawn(settings)
     return [_line(drawn, name, rate) for name in settings.stages]
 
-# %% ../../nbs/8_report/8a_estimate.ipynb #92010c0e
+# %% ../../nbs/8_report/8a_estimate.ipynb #0cc19852
 FILE_BYTES = 4   # a parameter
 def references(settings  # from `resolve`
                )->list:  # hub ids with their library, each once
     "The models that a preset takes from the hub."
-    found = [x for values in settings.values.values() for v in values.values() for x in (v if isinstance(v, list) else [v])]
-    return list(dict.fromkeys(x for x in found if isinstance(x, str) and x.partition(':')[0] in model_libraries and not at_root(x.partition(':')[2]).is_dir() and not x.partition(':')[2].startswith('data/')))
+    return [w.value for w in wanted(settings) if w.prefix in LIBRARIES and not w.path]
 
 def download(reference:str  # with a hub id
              )->tuple:      # (bytes still to fetch, a `Check`)
     "What a model from the hub asks of the network."
     try: size = FILE_BYTES*ops.parameters(reference)
     except Exception as e: return 0, Check(reference, 'NOTE', f'not counted: {(str(e).strip() or type(e).__name__).splitlines()[0]}', 'fetched at first use: needs a network')
-    repository = _repository(*reference.split(':', 1)) or reference
-    if _cached(repository): return 0, Check(reference, 'OK', f'{size/1e9:.1f} GB, in the hub cache')
-    return size, Check(reference, 'NOTE', f'{size/1e9:.1f} GB to download', f'fetched at first use from {repository}: needs a network')
+    name = repository(outside('', reference)) or reference
+    if cached(name): return 0, Check(reference, 'OK', f'{size/1e9:.1f} GB, in the hub cache')
+    return size, Check(reference, 'NOTE', f'{size/1e9:.1f} GB to download', f'fetched at first use from {name}: needs a network')
 
 # %% ../../nbs/8_report/8a_estimate.ipynb #9edd17fb
 PROCESS = 2**30   # Python with its libraries

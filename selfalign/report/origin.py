@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ReportError', 'Run', 'read_part', 'read_run', 'facts', 'warnings_of', 'stage_rows', 'no_machine_paths']
 
-# %% ../../nbs/8_report/87_origin.ipynb #17fcc9f9
-import json
+# %% ../../nbs/8_report/87_origin.ipynb #c79e7778
+import json, re
 from dataclasses import dataclass, field
 from pathlib import Path
 from .offline import plain
@@ -149,14 +149,14 @@ def stage_rows(
                  memory=number(s.get('peak_memory_gb')), commit=plain((s.get('git') or {}).get('commit'))[:10] or '–', page=pages.get(s['name'], ''),
                  parameters=[(plain(k), plain(v)) for k, v in (s.get('parameters') or {}).items()]) for s in run.stages]
 
-# %% ../../nbs/8_report/87_origin.ipynb #7d4d6aef
+# %% ../../nbs/8_report/87_origin.ipynb #d1318826
 def no_machine_paths(
     text: str  # of a page or manifest
-) -> str:      # the same, with the project's folder and the home folder left out
+) -> str:      # the same, with the project's folder, the home folder and the kernel's file names left out
     "Text that does not name the folders of this machine"
     places = [Path.home()]
     try: places.insert(0, find_root().resolve())
     except StudyError: pass
     for place in places:
         if len(place.parts) > 2: text = text.replace(f'{place}/', '').replace(str(place), '.')
-    return text
+    return re.sub(r'[^\s"\'>]*ipykernel_\d+/\d+\.py', 'this cell', text)

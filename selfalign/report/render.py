@@ -166,7 +166,7 @@ def _twin(run, site, shown):
     site.room -= 3*len(found['data']) if found else 0
     return found
 
-# %% ../../nbs/8_report/80_render.ipynb #84d8c341
+# %% ../../nbs/8_report/80_render.ipynb #05376f99
 def _size(n): return f'{n/1e6:.1f} MB' if n >= 1e6 else f'{max(1, n/1e3):.0f} kB'
 
 def _write(run, site):
@@ -201,7 +201,7 @@ def _write(run, site):
     page = _page(run, title=plain(run.info.get('title')) or f'Run {plain(run.folder.name)}', name=plain(run.folder.name), preset=preset, scale=scale,
                  facts=head, versions=versions, notes=warnings_of(run, scale), chapters=tables, figures=figures, gallery=shown, twin=thresholds, columns=columns, edge=tile, border=2,
                  rows=-(-len(shown.pictures)//columns) or 1, problems=found, stages=stage_rows(run, pages), files=files, numbers=any(f['name'] == 'results.csv' for f in files))
-    (site.folder/'index.html').write_text(page, encoding='utf-8')
+    (site.folder/'index.html').write_text(no_machine_paths(page), encoding='utf-8')
 
 # %% ../../nbs/8_report/80_render.ipynb #871eef53
 def _replaceable(out):
