@@ -107,6 +107,7 @@ def test_variants_take_the_parameters_of_their_own_inputs():
     "The stages without noise read a sample of their own."
     lines = {l.stage: l for l in est.plan(resolve('micro-full', ['sample-noise0.size=10', 'sample-noise0.subsets=5', 'sample.size=20']), RATE)}
     assert lines['generate'].operations == 2*lines['generate-noise0'].operations > 0
+    assert lines['generate'].parts[0].units == 5*20 and lines['generate-conditioned'].parts[0].units == 3*20, 'as many subsets as are trained on'
     assert lines['generate-conditioned'].operations < lines['generate'].operations and not any(l.problem for n, l in lines.items() if n != 'augment')
 
 def test_every_preset_is_planned():
