@@ -1418,6 +1418,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'selfalign.report.render._replaceable': ( '8_report/render.html#_replaceable',
                                                                                    'selfalign/report/render.py'),
                                          'selfalign.report.render._size': ('8_report/render.html#_size', 'selfalign/report/render.py'),
+                                         'selfalign.report.render._table_of': ( '8_report/render.html#_table_of',
+                                                                                'selfalign/report/render.py'),
                                          'selfalign.report.render._tables': ('8_report/render.html#_tables', 'selfalign/report/render.py'),
                                          'selfalign.report.render._twin': ('8_report/render.html#_twin', 'selfalign/report/render.py'),
                                          'selfalign.report.render._write': ('8_report/render.html#_write', 'selfalign/report/render.py'),

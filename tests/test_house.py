@@ -113,7 +113,7 @@ def test_no_machine_paths():
 
 def test_reports_do_not_say_where_they_were_made():
     made = re.compile(rb'ipykernel_\d|(?<![\w.])/[\w./-]*/data/runs/')
-    assert not [p.relative_to(ROOT) for p in committed() if p.is_relative_to(ROOT/'reports') and p.suffix in ('.html', '.json', '.csv', '.svg') and made.search(p.read_bytes())]
+    assert not [p.relative_to(ROOT) for p in committed() if p.is_relative_to(ROOT/'reports') and p.suffix in ('.html', '.json', '.csv', '.svg', '.parquet') and made.search(p.read_bytes())]
 
 def test_plain_text_is_utf8():
     for p in committed():

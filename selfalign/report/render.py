@@ -134,7 +134,14 @@ def _figures(run, site, pages):
     records = [(s, o) for s in run.stages for o in read_part(s['folder']/'figures.json', list, run.missing, needed=s['status'] == 'finished') if isinstance(o, dict)]
     return [_figure(run, site, s, o, i, pages) for i, (s, o) in enumerate(records)]
 
-# %% ../../nbs/8_report/80_render.ipynb #fa3ffb31
+# %% ../../nbs/8_report/80_render.ipynb #25576122
+def _table_of(file):
+    "The bytes of a Parquet table; problems, which name files, without the folders of this machine"
+    if file.stem != 'problems': return file.read_bytes()
+    import pandas as pd
+    table = pd.read_parquet(file)
+    return table.map(lambda v: no_machine_paths(v) if isinstance(v, str) else v).to_parquet(index=False)
+
 def _tables(run, site, first):
     "Copy the Parquet tables of every stage that come first (answers, and all small ones), or the others; the small ones first"
     import pyarrow.parquet as pq
@@ -145,7 +152,7 @@ def _tables(run, site, first):
         try: table = pq.ParquetFile(f)
         except Exception: continue
         if any('BYTE_ARRAY' == c.physical_type and str(c.logical_type.type) == 'NONE' for c in map(table.schema.column, range(len(table.schema)))): continue
-        site.add(f'{stage}/tables/{f.name}', f.read_bytes(), f'table of {table.metadata.num_rows:,} rows')
+        site.add(f'{stage}/tables/{f.name}', _table_of(f), f'table of {table.metadata.num_rows:,} rows')
 
 # %% ../../nbs/8_report/80_render.ipynb #13da58cc
 def _page(run, **pieces):
