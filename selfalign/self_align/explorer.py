@@ -138,7 +138,7 @@ def axis_of(scores        # all that will be drawn
     low, high = np.floor(np.min(scores)), np.ceil(np.max(scores))
     return float(low), float(high if high > low else low + 1)
 
-# %% ../../nbs/4_self_align/4c_explorer.ipynb #7d6297d0
+# %% ../../nbs/4_self_align/4c_explorer.ipynb #1a02fb86
 def _hill(scores, edges, top, colour, dash):
     "One histogram as a path, its area pale"
     count = np.histogram(scores, edges)[0]; x = place(edges, edges[0], edges[-1]); y = HEIGHT - 40 - (HEIGHT - 75)*count/top
@@ -150,7 +150,7 @@ def _text(x, y, text, anchor='middle'): return f'<text x="{x:.1f}" y="{y}" text-
 def _legend(groups, dashes):
     "A sample of each line with its name"
     for i, (name, scores) in enumerate(groups.items()):
-        x = MARGIN + i*210
+        x = MARGIN + i*(WIDTH - 2*MARGIN)//max(2, len(groups))
         yield f'<path d="M{x} 14h24" stroke="{PALETTE[i]}" stroke-width="3" stroke-dasharray="{dashes[i]}"/>' + _text(x + 30, 18, f'{name} ({len(scores):,})', 'start')
 
 # %% ../../nbs/4_self_align/4c_explorer.ipynb #9ea8e183
