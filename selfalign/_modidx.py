@@ -1777,6 +1777,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'selfalign.study.figures': { 'selfalign.study.figures.bars': ('0_study/figures.html#bars', 'selfalign/study/figures.py'),
                                          'selfalign.study.figures.compare_histograms': ( '0_study/figures.html#compare_histograms',
                                                                                          'selfalign/study/figures.py'),
+                                         'selfalign.study.figures.legend_above': ( '0_study/figures.html#legend_above',
+                                                                                   'selfalign/study/figures.py'),
                                          'selfalign.study.figures.new_figure': ( '0_study/figures.html#new_figure',
                                                                                  'selfalign/study/figures.py'),
                                          'selfalign.study.figures.save_figure': ( '0_study/figures.html#save_figure',
