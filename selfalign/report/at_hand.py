@@ -35,14 +35,16 @@ def outside(parameter:str,     # stage.parameter
     if place.startswith(('data/', './', '../', '/', '~')) or place and (root/place).exists(): return Wanted(parameter, value, prefix, place, root/Path(place).expanduser())
     return Wanted(parameter, value, prefix, place, None) if prefix in LIBRARIES and place else None
 
-# %% ../../nbs/8_report/89_at_hand.ipynb #8f184cf2
+# %% ../../nbs/8_report/89_at_hand.ipynb #67431bb3
 def wanted(settings:Settings,  # resolved
            root:Path|None=None,  # repository; None: the one this package lives in
            )->list:            # of `Wanted`, each value once, whichever stages name it
     "All that a run takes from outside."
     every = [(f'{stage}.{name}', v) for stage, values in settings.values.items() for name, value in values.items() for v in (value if isinstance(value, (list, tuple)) else [value])]
-    found = [w for parameter, v in every if (w := outside(parameter, v, root))]
-    return list({w.value: w for w in reversed(found)}.values())[::-1]
+    first = {}
+    for parameter, v in every:
+        if v not in first and (want := outside(parameter, v, root)): first[v] = want
+    return list(first.values())
 
 # %% ../../nbs/8_report/89_at_hand.ipynb #f5655d48
 def in_place(want:Wanted  # with a path

@@ -53,7 +53,7 @@ def several_pictures(k:int,    # pictures a caption
     first = pd.concat(tables).groupby('parent', sort=False).head(k)
     return first[first.groupby('parent').parent.transform('size') == k].sort_values('parent', kind='stable', ignore_index=True)
 
-# %% ../../nbs/4_self_align/45_finetune.ipynb #728230cc
+# %% ../../nbs/4_self_align/45_finetune.ipynb #7a5dc2fd
 def arm_rows(arm,         # one of `ARMS`
              pairs,       # originals of this seed's training set: key, image, caption, folder, claims, truth
              generated,   # generated pictures of the same captions, with `parent`
@@ -68,8 +68,8 @@ def arm_rows(arm,         # one of `ARMS`
     if arm in ('lora-originals', 'lora-clean-originals', 'lora-perfect-generator'): return pairs
     if arm == 'lora-mixed': return pd.concat([pairs.iloc[::2], generated[generated.parent.isin(pairs.iloc[1::2].key)].drop_duplicates('parent')], ignore_index=True)
     if arm == 'lora-image-conditioned': return conditioned
-    if arm.endswith('-pictures'):
-        several = several_pictures(OPTIONS[arm]['together'], generated, *([] if conditioned is None else [conditioned]))
+    if k := OPTIONS.get(arm, {}).get('together'):
+        several = several_pictures(k, generated, *([] if conditioned is None else [conditioned]))
         return several if len(several) else None
     if arm in TEXTS_OF and TEXTS_OF[arm] not in (texts or {}): return None
     if arm == 'lora-augmented': return generated[generated.parent.isin(texts['long'])].assign(caption=generated.parent.map(texts['long']))
