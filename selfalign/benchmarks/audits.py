@@ -14,33 +14,39 @@ import pandas as pd
 from .items import Benchmark, BenchmarkError, Encoded, encode, predict
 
 # %% ../../nbs/3_benchmarks/32_audits.ipynb #caa255cb
-def mean_of_others(vectors:np.ndarray   # one unit vector a picture
-                  )->np.ndarray:        # as many unit vectors
+def mean_of_others(
+    vectors: np.ndarray,  # one unit vector a picture
+) -> np.ndarray:  # as many unit vectors
     "For each picture the direction of all the others."
-    if len(vectors) < 2: raise BenchmarkError('one picture has no others; the blind audit needs at least two')
+    if len(vectors) < 2:
+        raise BenchmarkError("one picture has no others; the blind audit needs at least two")
     rest = vectors.sum(0, dtype=np.float64) - vectors
-    return (rest/np.linalg.norm(rest, axis=1, keepdims=True).clip(1e-12)).astype(np.float32)
+    return (rest / np.linalg.norm(rest, axis=1, keepdims=True).clip(1e-12)).astype(np.float32)
 
 # %% ../../nbs/3_benchmarks/32_audits.ipynb #73a087a4
-def blind(encoded:Encoded    # vectors of the model that is audited
-         )->pd.DataFrame:    # a predictions table
+def blind(
+    encoded: Encoded,  # vectors of the model that is audited
+) -> pd.DataFrame:  # a predictions table
     "The same model with the mean of the other pictures in place of each picture."
     return predict(encoded, images=mean_of_others(encoded.images))
 
 # %% ../../nbs/3_benchmarks/32_audits.ipynb #27d3db68
-def derangement(n:int,         # how many
-                rng,           # numpy's source of chance
-               )->np.ndarray:  # position → another position
+def derangement(
+    n: int,  # how many
+    rng,  # numpy's source of chance
+) -> np.ndarray:  # position → another position
     "A random round: everyone moves, nobody stays."
-    if n < 2: raise BenchmarkError('one picture cannot be exchanged for another; a category needs at least two')
+    if n < 2:
+        raise BenchmarkError("one picture cannot be exchanged for another; a category needs at least two")
     order, other = rng.permutation(n), np.empty(n, int)
     other[order] = np.roll(order, -1)
     return other
 
 # %% ../../nbs/3_benchmarks/32_audits.ipynb #40156b1a
-def shuffled(encoded:Encoded,   # vectors of the model that is audited
-             seed:int=0,        # of the exchange
-            )->pd.DataFrame:    # a predictions table, with the picture shown in `seen`
+def shuffled(
+    encoded: Encoded,  # vectors of the model that is audited
+    seed: int = 0,  # of the exchange
+) -> pd.DataFrame:  # a predictions table, with the picture shown in `seen`
     "The same model with another picture of the category in place of each picture."
     rng, image_of = np.random.default_rng(seed), encoded.image_of.copy()
     for category in sorted(encoded.items.category.unique()):
@@ -51,70 +57,94 @@ def shuffled(encoded:Encoded,   # vectors of the model that is audited
     return predict(encoded, image_of=image_of).assign(seen=name.loc[image_of].to_numpy())
 
 # %% ../../nbs/3_benchmarks/32_audits.ipynb #c01f5593
-def words(text:str      # any
-         )->list:       # lower case
+def words(
+    text: str,  # any
+) -> list:  # lower case
     "The words of a text."
     return re.findall(r"[\w'-]+", text.lower())
 
 # %% ../../nbs/3_benchmarks/32_audits.ipynb #e838c8ca
-def word_counts(captions   # any number of texts
-               )->Counter: # word → how often
+def word_counts(
+    captions,  # any number of texts
+) -> Counter:  # word → how often
     "How often each word occurs."
     return Counter(w for caption in captions for w in words(caption))
 
 # %% ../../nbs/3_benchmarks/32_audits.ipynb #94aea8e7
 def _familiar(own, counts):
     "Mean log frequency of some words."
-    return sum(np.log1p(counts[w])*n for w, n in sorted(own.items()))/max(sum(own.values()), 1)
+    return sum(np.log1p(counts[w]) * n for w, n in sorted(own.items())) / max(sum(own.values()), 1)
 
-def more_frequent(positive:str,     # a text
-                  negative:str,     # another
-                  counts:Counter,   # of `word_counts`
-                 )->tuple:          # score of each
+
+def more_frequent(
+    positive: str,  # a text
+    negative: str,  # another
+    counts: Counter,  # of `word_counts`
+) -> tuple:  # score of each
     "How frequent are the words in which two texts differ?"
     p, n = Counter(words(positive)), Counter(words(negative))
-    if p - n and n - p: p, n = p - n, n - p
+    if p - n and n - p:
+        p, n = p - n, n - p
     return _familiar(p, counts), _familiar(n, counts)
 
 # %% ../../nbs/3_benchmarks/32_audits.ipynb #84f8f414
-def text_pairs(items:pd.DataFrame   # with positive and negative
-              )->np.ndarray:        # a label for each item
+def text_pairs(
+    items: pd.DataFrame,  # with positive and negative
+) -> np.ndarray:  # a label for each item
     "The same label for the same two texts."
-    return np.array([' / '.join(sorted(t)) for t in zip(items.positive, items.negative)], object)
+    return np.array([" / ".join(sorted(t)) for t in zip(items.positive, items.negative)], object)
 
 # %% ../../nbs/3_benchmarks/32_audits.ipynb #4e9fa9e8
-def word_frequency(items:pd.DataFrame,   # of a benchmark, or a predictions table of it
-                   captions,             # texts to count words in
-                  )->pd.DataFrame:       # a predictions table; `correct` is 1, 0, or ½ for a tie
+def word_frequency(
+    items: pd.DataFrame,  # of a benchmark, or a predictions table of it
+    captions,  # texts to count words in
+) -> pd.DataFrame:  # a predictions table; `correct` is 1, 0, or ½ for a tie
     "Answer every item by the frequency of its words."
     counts = word_counts(captions)
-    if not counts: raise BenchmarkError('no words in the captions; the rule needs some to count')
+    if not counts:
+        raise BenchmarkError("no words in the captions; the rule needs some to count")
     scores = np.array([more_frequent(p, n, counts) for p, n in zip(items.positive, items.negative)]).reshape(-1, 2)
     difference = scores[:, 0] - scores[:, 1]
-    correct = np.where(np.abs(difference) < 1e-12, .5, difference > 0)
+    correct = np.where(np.abs(difference) < 1e-12, 0.5, difference > 0)
     return items.assign(score_positive=scores[:, 0], score_negative=scores[:, 1], correct=correct)
 
 # %% ../../nbs/3_benchmarks/32_audits.ipynb #dff40165
-def by_words(items:pd.DataFrame   # with positive and negative
-            )->pd.DataFrame:      # a predictions table; `correct` is 1, 0, or ½ for a tie
+def by_words(
+    items: pd.DataFrame,  # with positive and negative
+) -> pd.DataFrame:  # a predictions table; `correct` is 1, 0, or ½ for a tie
     "Answer each item by the words of the other half's true texts."
     pairs = text_pairs(items)
     order = sorted(set(pairs), key=lambda p: hashlib.sha256(p.encode()).digest())
-    if len(order) < 2: return items.assign(score_positive=0., score_negative=0., correct=.5)
+    if len(order) < 2:
+        return items.assign(score_positive=0.0, score_negative=0.0, correct=0.5)
     half = pd.Series(pairs).map({p: i % 2 for i, p in enumerate(order)}).to_numpy()
     return pd.concat([word_frequency(items[half == h], items.positive[half != h]) for h in (0, 1)]).loc[items.index]
 
 # %% ../../nbs/3_benchmarks/32_audits.ipynb #ac4ec707
-def stack_modes(tables:dict          # mode → predictions
-               )->pd.DataFrame:      # one under the other, with `mode`, and `cluster` for intervals
+def stack_modes(
+    tables: dict,  # mode → predictions
+) -> pd.DataFrame:  # one under the other, with `mode`, and `cluster` for intervals
     "The answers of all modes as one table."
-    sees = lambda mode: mode in ('looking', 'shuffled')
-    return pd.concat([t.assign(mode=m, correct=t.correct.astype(float), cluster=t.image if sees(m) else text_pairs(t)) for m, t in tables.items()], ignore_index=True)
+    sees = lambda mode: mode in ("looking", "shuffled")
+    return pd.concat(
+        [
+            t.assign(mode=m, correct=t.correct.astype(float), cluster=t.image if sees(m) else text_pairs(t))
+            for m, t in tables.items()
+        ],
+        ignore_index=True,
+    )
 
-def ask_two_choice(questions:Benchmark,  # two texts a picture
-                   encoder,              # `encode_image`, `encode_text`
-                  )->tuple:              # (predictions of four modes, problems)
+
+def ask_two_choice(
+    questions: Benchmark,  # two texts a picture
+    encoder,  # `encode_image`, `encode_text`
+) -> tuple:  # (predictions of four modes, problems)
     "Ask a model, blindfold it, show it something else, and ask a rule."
     encoded = encode(questions, encoder)
-    found = {'looking': predict(encoded), 'blind': blind(encoded), 'shuffled': shuffled(encoded), 'word frequency': by_words(encoded.items)}
+    found = {
+        "looking": predict(encoded),
+        "blind": blind(encoded),
+        "shuffled": shuffled(encoded),
+        "word frequency": by_words(encoded.items),
+    }
     return stack_modes(found), questions.problems + encoded.problems

@@ -13,77 +13,134 @@ from .power import beside_a_number
 from ..study.statistics import holm, mcnemar, paired_difference, proportion
 
 # %% ../../nbs/3_benchmarks/3f_beside.ipynb #2feaec6b
-def gains(task,                      # of the catalogue, with groups
-          predictions:pd.DataFrame,  # of all modes
-         )->pd.DataFrame:            # row, metric, mode, value, low, high, n
+def gains(
+    task,  # of the catalogue, with groups
+    predictions: pd.DataFrame,  # of all modes
+) -> pd.DataFrame:  # row, metric, mode, value, low, high, n
     "What looking adds to the first audit, row by row."
     against, tests = task.audits[0], []
-    plain = dict(task.groups(predictions[predictions['mode'] == against]))
-    for row, part in task.groups(predictions[predictions['mode'] == 'looking']):
-        other = plain[row].set_index('key').correct.loc[part.key].to_numpy()
-        tests.append((row, paired_difference(part.correct, other, part.get('cluster', part.image)), mcnemar(part.correct, other).p))
+    plain = dict(task.groups(predictions[predictions["mode"] == against]))
+    for row, part in task.groups(predictions[predictions["mode"] == "looking"]):
+        other = plain[row].set_index("key").correct.loc[part.key].to_numpy()
+        tests.append(
+            (
+                row,
+                paired_difference(part.correct, other, part.get("cluster", part.image)),
+                mcnemar(part.correct, other).p,
+            )
+        )
     corrected = holm([p for *_, p in tests])
-    rows = [dict(row=row, metric=f'gain over {against}', mode='', **d._asdict()) for row, d, _ in tests]
-    return pd.DataFrame(rows + [dict(row=row, metric='corrected p', mode='', value=float(p), n=d.n, unit='ratio', better='') for (row, d, _), p in zip(tests, corrected)]).drop(columns='seeds')
+    rows = [dict(row=row, metric=f"gain over {against}", mode="", **d._asdict()) for row, d, _ in tests]
+    return pd.DataFrame(
+        rows
+        + [
+            dict(row=row, metric="corrected p", mode="", value=float(p), n=d.n, unit="ratio", better="")
+            for (row, d, _), p in zip(tests, corrected)
+        ]
+    ).drop(columns="seeds")
 
 # %% ../../nbs/3_benchmarks/3f_beside.ipynb #500bdfc6
-NUMBERS = ['row', 'metric', 'mode', 'value', 'low', 'high', 'n', 'chance', 'unit', 'better']
+NUMBERS = ["row", "metric", "mode", "value", "low", "high", "n", "chance", "unit", "better"]
+
+
 def _table(task, answers, mode):
     "A benchmark's own table of some answers, with what guessing gives."
     table = task.table(answers).assign(mode=mode)
-    return table if 'chance' in table else table.assign(chance=task.chance)
+    return table if "chance" in table else table.assign(chance=task.chance)
 
-def measure(task,                      # of the catalogue
-            predictions:pd.DataFrame,  # of all modes
-            *more:pd.DataFrame,        # further rows, as of `check_leaks`
-           )->pd.DataFrame:            # the columns `NUMBERS`
+
+def measure(
+    task,  # of the catalogue
+    predictions: pd.DataFrame,  # of all modes
+    *more: pd.DataFrame,  # further rows, as of `check_leaks`
+) -> pd.DataFrame:  # the columns `NUMBERS`
     "All numbers of a benchmark."
-    tables = [_table(task, predictions[predictions['mode'] == mode], mode) for mode in ('looking', *task.audits)]
-    own = tables[0][tables[0].get('unit', pd.Series('fraction', tables[0].index)) == 'fraction']
-    if len(own): tables.append(own[['row', 'metric', 'n']].assign(mode='smallest difference', value=beside_a_number(own.value, own.low, own.high, own.n), better='down'))
-    if task.groups and task.audits: tables.append(gains(task, predictions))
-    found = pd.concat([t.dropna(axis=1, how='all') for t in (*tables, *more) if len(t)], ignore_index=True).reindex(columns=NUMBERS)
-    return found.assign(unit=found.unit.astype(object).fillna('fraction'), better=found.better.astype(object).fillna('up'))
+    tables = [_table(task, predictions[predictions["mode"] == mode], mode) for mode in ("looking", *task.audits)]
+    own = tables[0][tables[0].get("unit", pd.Series("fraction", tables[0].index)) == "fraction"]
+    if len(own):
+        tables.append(
+            own[["row", "metric", "n"]].assign(
+                mode="smallest difference", value=beside_a_number(own.value, own.low, own.high, own.n), better="down"
+            )
+        )
+    if task.groups and task.audits:
+        tables.append(gains(task, predictions))
+    found = pd.concat([t.dropna(axis=1, how="all") for t in (*tables, *more) if len(t)], ignore_index=True).reindex(
+        columns=NUMBERS
+    )
+    return found.assign(
+        unit=found.unit.astype(object).fillna("fraction"), better=found.better.astype(object).fillna("up")
+    )
 
 # %% ../../nbs/3_benchmarks/3f_beside.ipynb #0ada0441
-LEAKS = {'hash': 'near picture, by hash', 'mirrored hash': 'near picture, by hash of its mirror image', 'embedding': 'near picture, by embedding',
-         'any': 'near picture, by any of these', 'caption': 'true text, word for word'}
+LEAKS = {
+    "hash": "near picture, by hash",
+    "mirrored hash": "near picture, by hash of its mirror image",
+    "embedding": "near picture, by embedding",
+    "any": "near picture, by any of these",
+    "caption": "true text, word for word",
+}
+
+
 def _leaked(items, text, suspects):
     "Which items leak."
-    words = suspects.check == 'caption'; found = items.image.isin(set(suspects.test[~words]))
-    if not text: return found
+    words = suspects.check == "caption"
+    found = items.image.isin(set(suspects.test[~words]))
+    if not text:
+        return found
     again = items[text].isin(set(suspects.test[words]))
-    return found | again | (items[text] == '') & items.image.isin(set(items.image[again]))
+    return found | again | (items[text] == "") & items.image.isin(set(items.image[again]))
 
-def check_leaks(task,                    # of the catalogue, with `text`
-                questions,               # its items and pictures
-                answers:pd.DataFrame,    # predictions of the mode looking
-                trained:tuple,           # a `collection`: pictures, captions, problems
-                encoder=None,            # `encode_image`; without one only hashes are compared
-               )->tuple:                 # (rows for `measure`, suspects, list of problems)
+
+def check_leaks(
+    task,  # of the catalogue, with `text`
+    questions,  # its items and pictures
+    answers: pd.DataFrame,  # predictions of the mode looking
+    trained: tuple,  # a `collection`: pictures, captions, problems
+    encoder=None,  # `encode_image`; without one only hashes are compared
+) -> tuple:  # (rows for `measure`, suspects, list of problems)
     "How much of a test was in a training set, and what the model answers without that."
-    if not len(questions.pictures): raise BenchmarkError(f'{task.name} was read from stored vectors, which cannot be compared with a training set; name the folder with its pictures')
+    if not len(questions.pictures):
+        raise BenchmarkError(
+            f"{task.name} was read from stored vectors, which cannot be compared with a training set; name the folder with its pictures"
+        )
     seen, said, problems = trained
     asked = OnDemand({n: n for n in answers.image.unique()}, questions.pictures.__getitem__)
-    summary, suspects, more = find_leaks(asked, {t: t for t in answers[task.text].unique() if t} if task.text else {}, seen, said.text, encoder)
-    leaked = _leaked(answers, task.text, suspects); share = proportion(leaked)
+    summary, suspects, more = find_leaks(
+        asked, {t: t for t in answers[task.text].unique() if t} if task.text else {}, seen, said.text, encoder
+    )
+    leaked = _leaked(answers, task.text, suspects)
+    share = proportion(leaked)
     rows = [dict(metric=LEAKS[r.check], value=r.share, low=r.low, high=r.high, n=r.n) for r in summary.itertuples()]
-    rows.append(dict(metric='items with any of these', value=share.value, low=share.low, high=share.high, n=share.n))
-    try: clean = _table(task, answers[~leaked], 'without leaks') if not leaked.all() else pd.DataFrame()
-    except BenchmarkError: clean = pd.DataFrame()
-    return pd.concat([clean, pd.DataFrame(rows).assign(row='leakage', mode='', better='down')], ignore_index=True), suspects, problems + more
+    rows.append(dict(metric="items with any of these", value=share.value, low=share.low, high=share.high, n=share.n))
+    try:
+        clean = _table(task, answers[~leaked], "without leaks") if not leaked.all() else pd.DataFrame()
+    except BenchmarkError:
+        clean = pd.DataFrame()
+    return (
+        pd.concat([clean, pd.DataFrame(rows).assign(row="leakage", mode="", better="down")], ignore_index=True),
+        suspects,
+        problems + more,
+    )
 
 # %% ../../nbs/3_benchmarks/3f_beside.ipynb #b76d5e59
-def side_by_side(table:pd.DataFrame  # of `run_task`
-                )->pd.DataFrame:     # row, metric, value, low, high, n, chance, one column an audit, smallest difference, gain, corrected p
+def side_by_side(
+    table: pd.DataFrame,  # of `run_task`
+) -> (
+    pd.DataFrame
+):  # row, metric, value, low, high, n, chance, one column an audit, smallest difference, gain, corrected p
     "The audits beside each number."
-    here = ['row', 'metric']
-    wide = table[table['mode'] == 'looking'][[*here, 'value', 'low', 'high', 'n', 'chance', 'unit']].reset_index(drop=True)
-    for mode in dict.fromkeys(table['mode']):
-        own = ['value', *(('low', 'high', 'n') if mode == 'without leaks' else ())]; names = {c: mode if c == 'value' else f'{mode}: {c}' for c in own}
-        if mode not in ('looking', ''): wide = wide.merge(table[table['mode'] == mode][[*here, *own]].rename(columns=names), on=here, how='left')
-    rows = table[(table['mode'] == '') & (table.row != 'leakage')]
+    here = ["row", "metric"]
+    wide = table[table["mode"] == "looking"][[*here, "value", "low", "high", "n", "chance", "unit"]].reset_index(
+        drop=True
+    )
+    for mode in dict.fromkeys(table["mode"]):
+        own = ["value", *(("low", "high", "n") if mode == "without leaks" else ())]
+        names = {c: mode if c == "value" else f"{mode}: {c}" for c in own}
+        if mode not in ("looking", ""):
+            wide = wide.merge(table[table["mode"] == mode][[*here, *own]].rename(columns=names), on=here, how="left")
+    rows = table[(table["mode"] == "") & (table.row != "leakage")]
     for metric in dict.fromkeys(rows.metric):
-        found = rows[rows.metric == metric].set_index('row').value
-        wide[metric] = wide.row.map(found).where(~wide.duplicated('row'))
+        found = rows[rows.metric == metric].set_index("row").value
+        wide[metric] = wide.row.map(found).where(~wide.duplicated("row"))
     return wide

@@ -17,9 +17,22 @@ from tqdm.auto import tqdm
 from .audits import ask_two_choice, shuffled, stack_modes
 from .beside import check_leaks, measure
 from .checklist_averages import checklist_rows
-from .classification import ask_classification, classification_groups, classification_table, read_classification
+from selfalign.benchmarks.classification import (
+    ask_classification,
+    classification_groups,
+    classification_table,
+    read_classification,
+)
 from .human_agreement import ask_human_agreement, human_agreement_table, read_human_agreement
-from .items import Benchmark, BenchmarkError, coverage, encode, open_pictures, predict, require_coverage
+from selfalign.benchmarks.items import (
+    Benchmark,
+    BenchmarkError,
+    coverage,
+    encode,
+    open_pictures,
+    predict,
+    require_coverage,
+)
 from .overlap import collection
 from .retrieval import ask_retrieval, read_karpathy, read_source, retrieval_groups, retrieval_table
 from .sugarcrepe import read_sugarcrepe, sugarcrepe_groups, sugarcrepe_table
@@ -36,164 +49,342 @@ from ..study.stage import PROBLEM_COLUMNS, runs_folder, write_results
 @dataclass(frozen=True)
 class Task:
     "A benchmark that can be run by its name."
-    name: str               # on the command line
-    title: str              # what it asks, in a line
-    read: Callable          # (data, images, **options) → questions with `items` (a column `file`), `expected` and `problems`
-    ask: Callable           # (questions, encoder) → (predictions with `file` and, if there are audits, `mode`; problems)
-    table: Callable         # predictions of one mode → row, metric, value, low, high, n and, where they differ, chance, unit, better
-    audits: tuple = ()      # modes beside `looking`; rows are tested against the first
-    chance: float|None = .5 # what guessing gives, where the table does not say it
-    groups: Callable|None = None  # predictions of one mode → pairs of row and its answers, with key, image, correct
-    text: str = 'positive'  # column of the predictions with the true text, for the check of leakage; empty: there is none
+
+    name: str  # on the command line
+    title: str  # what it asks, in a line
+    read: Callable  # (data, images, **options) → questions with `items` (a column `file`), `expected` and `problems`
+    ask: Callable  # (questions, encoder) → (predictions with `file` and, if there are audits, `mode`; problems)
+    table: Callable  # predictions of one mode → row, metric, value, low, high, n and, where they differ, chance, unit, better
+    audits: tuple = ()  # modes beside `looking`; rows are tested against the first
+    chance: float | None = 0.5  # what guessing gives, where the table does not say it
+    groups: Callable | None = None  # predictions of one mode → pairs of row and its answers, with key, image, correct
+    text: str = (
+        "positive"  # column of the predictions with the true text, for the check of leakage; empty: there is none
+    )
+
 
 TASKS = {}
-def register(task:Task  # with a name of its own
-            )->Task:
+
+
+def register(
+    task: Task,  # with a name of its own
+) -> Task:
     "Put a benchmark into the catalogue."
     TASKS[task.name] = task
     return task
 
 # %% ../../nbs/3_benchmarks/3b_catalogue.ipynb #a3550692
-def _read_checklist(data, images='', first=1000, datasets='', version='v1'):
-    return read_checklist(data, images, tuple(filter(None, datasets.split(','))), first, version)
+def _read_checklist(data, images="", first=1000, datasets="", version="v1"):
+    return read_checklist(data, images, tuple(filter(None, datasets.split(","))), first, version)
 
-register(Task('vl-checklist', 'VL-CheckList: object, attribute or relation, two short phrases a picture', _read_checklist, ask_two_choice, checklist_rows, ('blind', 'shuffled', 'word frequency'), groups=_groups))
-register(Task('sugarcrepe', 'SugarCrepe: something added, replaced or swapped in a caption of COCO', read_sugarcrepe, ask_two_choice, sugarcrepe_table, ('blind', 'shuffled', 'word frequency'), groups=sugarcrepe_groups));
+
+register(
+    Task(
+        "vl-checklist",
+        "VL-CheckList: object, attribute or relation, two short phrases a picture",
+        _read_checklist,
+        ask_two_choice,
+        checklist_rows,
+        ("blind", "shuffled", "word frequency"),
+        groups=_groups,
+    )
+)
+register(
+    Task(
+        "sugarcrepe",
+        "SugarCrepe: something added, replaced or swapped in a caption of COCO",
+        read_sugarcrepe,
+        ask_two_choice,
+        sugarcrepe_table,
+        ("blind", "shuffled", "word frequency"),
+        groups=sugarcrepe_groups,
+    )
+);
 
 # %% ../../nbs/3_benchmarks/3b_catalogue.ipynb #41a5a824
 @dataclass
 class StoredBenchmark(Benchmark):
     "A benchmark whose vectors are already there."
+
     encoded: object = None  # an `Encoded`
 
-def _read_winoground(data, images='', first=0):
-    if Path(data).suffix not in ('.npz', '.safetensors', '.parquet'): return read_winoground(data, images, first)
+
+def _read_winoground(data, images="", first=0):
+    if Path(data).suffix not in (".npz", ".safetensors", ".parquet"):
+        return read_winoground(data, images, first)
     benchmark, encoded = stored(data, first)
     return StoredBenchmark(**vars(benchmark), encoded=encoded)
 
-def _ask_winoground(questions, encoder):
-    encoded = getattr(questions, 'encoded', None) or encode(questions, encoder)
-    return stack_modes({m: whole_examples(t) for m, t in (('looking', predict(encoded)), ('shuffled', shuffled(encoded)))}), questions.problems + encoded.problems
 
-register(Task('winoground', 'Winoground: two pictures and two captions of the same words', _read_winoground, _ask_winoground, winoground_table, ('shuffled',), None, winoground_groups));
+def _ask_winoground(questions, encoder):
+    encoded = getattr(questions, "encoded", None) or encode(questions, encoder)
+    return stack_modes(
+        {m: whole_examples(t) for m, t in (("looking", predict(encoded)), ("shuffled", shuffled(encoded)))}
+    ), questions.problems + encoded.problems
+
+
+register(
+    Task(
+        "winoground",
+        "Winoground: two pictures and two captions of the same words",
+        _read_winoground,
+        _ask_winoground,
+        winoground_table,
+        ("shuffled",),
+        None,
+        winoground_groups,
+    )
+);
 
 # %% ../../nbs/3_benchmarks/3b_catalogue.ipynb #c43754ac
-def _read_retrieval(data, images='', first=0, split='test', captions=5):
-    if str(data).endswith('.json'): return read_karpathy(data, images, split, first, captions)
+def _read_retrieval(data, images="", first=0, split="test", captions=5):
+    if str(data).endswith(".json"):
+        return read_karpathy(data, images, split, first, captions)
     return read_source(str(data), first, captions)
 
-register(Task('retrieval', 'Retrieval: find a caption\'s picture and a picture\'s caption in a pool', _read_retrieval, ask_retrieval, retrieval_table, ('shuffled',), None, retrieval_groups, 'text'));
+
+register(
+    Task(
+        "retrieval",
+        "Retrieval: find a caption's picture and a picture's caption in a pool",
+        _read_retrieval,
+        ask_retrieval,
+        retrieval_table,
+        ("shuffled",),
+        None,
+        retrieval_groups,
+        "text",
+    )
+);
 
 # %% ../../nbs/3_benchmarks/3b_catalogue.ipynb #d09cb16e
-register(Task('classification', 'Zero-shot classification: class names as prompts, the nearest is the answer', read_classification, ask_classification, classification_table, ('blind', 'shuffled'), None, classification_groups, ''))
-register(Task('human-agreement', 'Flickr8k: is the score in the order of what experts and a crowd said of captions?', read_human_agreement, ask_human_agreement, human_agreement_table, ('blind', 'shuffled', 'length'), None, text='caption'));
+register(
+    Task(
+        "classification",
+        "Zero-shot classification: class names as prompts, the nearest is the answer",
+        read_classification,
+        ask_classification,
+        classification_table,
+        ("blind", "shuffled"),
+        None,
+        classification_groups,
+        "",
+    )
+)
+register(
+    Task(
+        "human-agreement",
+        "Flickr8k: is the score in the order of what experts and a crowd said of captions?",
+        read_human_agreement,
+        ask_human_agreement,
+        human_agreement_table,
+        ("blind", "shuffled", "length"),
+        None,
+        text="caption",
+    )
+);
 
 # %% ../../nbs/3_benchmarks/3b_catalogue.ipynb #39485ee3
-def task_options(task:Task,   # whose `read` is looked at
-                )->dict:      # name → default
+def task_options(
+    task: Task,  # whose `read` is looked at
+) -> dict:  # name → default
     "What can be set for a benchmark."
-    return {n: p.default for n, p in inspect.signature(task.read).parameters.items() if n not in ('data', 'folder', 'images')}
+    return {
+        n: p.default
+        for n, p in inspect.signature(task.read).parameters.items()
+        if n not in ("data", "folder", "images")
+    }
+
 
 def _checked(task, given):
     "Options of the right type."
     known, found = task_options(task), {}
     for name, value in given.items():
-        if name not in known: raise BenchmarkError(f'{task.name} has no option {name!r}; {nearest(name, known)}')
+        if name not in known:
+            raise BenchmarkError(f"{task.name} has no option {name!r}; {nearest(name, known)}")
         kind = type(known[name])
-        try: found[name] = kind(value) if kind in (int, float, str) else value
-        except (TypeError, ValueError): raise BenchmarkError(f'{task.name}: {name}={value} is no {kind.__name__}') from None
+        try:
+            found[name] = kind(value) if kind in (int, float, str) else value
+        except (TypeError, ValueError):
+            raise BenchmarkError(f"{task.name}: {name}={value} is no {kind.__name__}") from None
     return found
 
 # %% ../../nbs/3_benchmarks/3b_catalogue.ipynb #26b35a8a
-def at_hand(questions         # items and pictures
-           )->tuple:          # (items whose picture is not known to be missing, problems of the others)
+def at_hand(
+    questions,  # items and pictures
+) -> tuple:  # (items whose picture is not known to be missing, problems of the others)
     "What can be asked, as far as one can see without opening a picture."
-    gone = [n for n, p in getattr(questions, 'pictures', {}).items() if isinstance(p, (str, Path)) and not Path(p).is_file()]
-    if not gone: return questions.items, []
-    return questions.items[~questions.items.image.isin(gone)], open_pictures(questions, [n for n in gone if (questions.items.image == n).any()])[1]
+    gone = [
+        n for n, p in getattr(questions, "pictures", {}).items() if isinstance(p, (str, Path)) and not Path(p).is_file()
+    ]
+    if not gone:
+        return questions.items, []
+    return questions.items[~questions.items.image.isin(gone)], open_pictures(
+        questions, [n for n in gone if (questions.items.image == n).any()]
+    )[1]
 
 # %% ../../nbs/3_benchmarks/3b_catalogue.ipynb #d67a038f
 class Watched:
     "An encoder with a progress bar; large numbers of texts go to it in portions."
-    def __init__(self, encoder, pictures): self.encoder, self.bar = encoder, tqdm(total=pictures, desc='pictures', disable=pictures < 500)
-    def __getattr__(self, name): return getattr(self.encoder, name)
+
+    def __init__(self, encoder, pictures):
+        self.encoder, self.bar = encoder, tqdm(total=pictures, desc="pictures", disable=pictures < 500)
+
+    def __getattr__(self, name):
+        return getattr(self.encoder, name)
+
     def encode_image(self, images, **kwargs):
         "The encoder's vectors."
-        found = self.encoder.encode_image(images, **kwargs); self.bar.update(len(images))
-        if self.bar.n >= self.bar.total: self.bar.close()
+        found = self.encoder.encode_image(images, **kwargs)
+        self.bar.update(len(images))
+        if self.bar.n >= self.bar.total:
+            self.bar.close()
         return found
+
     def encode_text(self, texts, **kwargs):
         "The encoder's vectors."
-        texts = list(texts); parts = range(0, max(len(texts), 1), 1024)
-        return np.concatenate([np.asarray(self.encoder.encode_text(texts[i:i + 1024], **kwargs)) for i in tqdm(parts, desc='texts', disable=len(parts) < 3)])
+        texts = list(texts)
+        parts = range(0, max(len(texts), 1), 1024)
+        return np.concatenate(
+            [
+                np.asarray(self.encoder.encode_text(texts[i : i + 1024], **kwargs))
+                for i in tqdm(parts, desc="texts", disable=len(parts) < 3)
+            ]
+        )
 
 # %% ../../nbs/3_benchmarks/3b_catalogue.ipynb #6190529b
-FILES = ('benchmark.json', 'coverage.csv', 'predictions.parquet', 'problems.csv', 'results.csv')   # and leakage.csv, if it was checked
+FILES = (
+    "benchmark.json",
+    "coverage.csv",
+    "predictions.parquet",
+    "problems.csv",
+    "results.csv",
+)  # and leakage.csv, if it was checked
+
+
 def _write(out, **tables):
     "Write tables into a folder that appears whole; `about` goes into benchmark.json."
-    if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - {*FILES, 'leakage.csv'}): raise BenchmarkError(f'{out} holds something else; name a new folder')
-    partial = out.with_name(f'.{out.name}.{os.getpid()}.partial')
-    shutil.rmtree(partial, ignore_errors=True); partial.mkdir(parents=True)
+    if out.exists() and (not out.is_dir() or {p.name for p in out.iterdir()} - {*FILES, "leakage.csv"}):
+        raise BenchmarkError(f"{out} holds something else; name a new folder")
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     try:
         for name, table in tables.items():
-            if name == 'about': write_json(partial/'benchmark.json', table)
-            elif name == 'results': write_results(partial/'results.csv', table)
-            elif name == 'predictions': table.to_parquet(partial/'predictions.parquet', index=False)
-            else: table.to_csv(partial/f'{name}.csv', index=False)
+            if name == "about":
+                write_json(partial / "benchmark.json", table)
+            elif name == "results":
+                write_results(partial / "results.csv", table)
+            elif name == "predictions":
+                table.to_parquet(partial / "predictions.parquet", index=False)
+            else:
+                table.to_csv(partial / f"{name}.csv", index=False)
         publish(partial, out)
-    finally: shutil.rmtree(partial, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 # %% ../../nbs/3_benchmarks/3b_catalogue.ipynb #a583e8f1
 def _require(questions, answered, problems, least, out):
     "Refuse to go on with half a benchmark, and leave a list of what is missing."
-    try: require_coverage(questions, answered, least)
+    try:
+        require_coverage(questions, answered, least)
     except BenchmarkError as e:
-        refused = out.with_name(f'{out.name}.refused')
-        _write(refused, coverage=coverage(questions, answered), problems=pd.DataFrame(problems, columns=PROBLEM_COLUMNS))
-        raise BenchmarkError(f'{e}. See coverage.csv and problems.csv in {refused}') from None
+        refused = out.with_name(f"{out.name}.refused")
+        _write(
+            refused, coverage=coverage(questions, answered), problems=pd.DataFrame(problems, columns=PROBLEM_COLUMNS)
+        )
+        raise BenchmarkError(f"{e}. See coverage.csv and problems.csv in {refused}") from None
+
 
 def _rows(table, task, label, scale):
     "The table in the columns of results.csv."
-    for r in table.astype(object).where(table.notna(), None).to_dict('records'):
-        mode = r.pop('mode')
-        yield dict(run=label, preset='', scale=scale, chapter='benchmarks', table=task.name, seeds=None) | r | dict(metric=r['metric'] + (f', {mode}' if mode not in ('looking', '') else ''))
+    for r in table.astype(object).where(table.notna(), None).to_dict("records"):
+        mode = r.pop("mode")
+        yield (
+            dict(run=label, preset="", scale=scale, chapter="benchmarks", table=task.name, seeds=None)
+            | r
+            | dict(metric=r["metric"] + (f", {mode}" if mode not in ("looking", "") else ""))
+        )
+
 
 def _place(path):
     "A path as one finds it, from here or from the project's root; what is no path, such as a source of pairs, as it is."
-    return path if path.partition(':')[0] in readers or Path(path).exists() or not at_root(path).exists() else str(at_root(path))
+    return (
+        path
+        if path.partition(":")[0] in readers or Path(path).exists() or not at_root(path).exists()
+        else str(at_root(path))
+    )
 
 # %% ../../nbs/3_benchmarks/3b_catalogue.ipynb #a42a419d
-NOT_CHECKED = 'not checked, since nobody said what the model was trained on; name it with --train SOURCE (train=SOURCE)'
-def results_folder(name:str,   # of the benchmark
-                   model:str,  # its reference
-                  )->Path:
-    "Where results go if nobody says otherwise."
-    return runs_folder()/'_benchmarks'/name/file_name(model, '')
+NOT_CHECKED = "not checked, since nobody said what the model was trained on; name it with --train SOURCE (train=SOURCE)"
 
-def run_task(name:str,              # of a benchmark in the catalogue
-             model,                 # reference of a model, or an encoder
-             data:str,              # folder, file or source, see the benchmark's notebook
-             images:str='',         # folder of the pictures, where they lie elsewhere
-             out:str|Path|None=None,  # folder for the results; default: `results_folder`
-             least:float=.99,       # share of every file that must be answered
-             train:str='',          # what the model was trained on, see `collection`; empty: leakage is not checked
-             **options,             # of the benchmark's reader, e.g. first=100
-            )->pd.DataFrame:        # row, metric, mode, value, low, high, n, chance, unit, better
+
+def results_folder(
+    name: str,  # of the benchmark
+    model: str,  # its reference
+) -> Path:
+    "Where results go if nobody says otherwise."
+    return runs_folder() / "_benchmarks" / name / file_name(model, "")
+
+
+def run_task(
+    name: str,  # of a benchmark in the catalogue
+    model,  # reference of a model, or an encoder
+    data: str,  # folder, file or source, see the benchmark's notebook
+    images: str = "",  # folder of the pictures, where they lie elsewhere
+    out: str | Path | None = None,  # folder for the results; default: `results_folder`
+    least: float = 0.99,  # share of every file that must be answered
+    train: str = "",  # what the model was trained on, see `collection`; empty: leakage is not checked
+    **options,  # of the benchmark's reader, e.g. first=100
+) -> pd.DataFrame:  # row, metric, mode, value, low, high, n, chance, unit, better
     "Ask a model a whole benchmark and write what it answered."
-    if name not in TASKS: raise BenchmarkError(f'there is no benchmark {name!r}; {nearest(name, TASKS)}')
-    task, label = TASKS[name], model if isinstance(model, str) else str(getattr(model, 'reference', type(model).__name__))
+    if name not in TASKS:
+        raise BenchmarkError(f"there is no benchmark {name!r}; {nearest(name, TASKS)}")
+    task, label = (
+        TASKS[name],
+        model if isinstance(model, str) else str(getattr(model, "reference", type(model).__name__)),
+    )
     out, options = Path(out) if out else results_folder(name, label), _checked(task, options)
-    questions = task.read(_place(str(data)), _place(str(images)) if images else '', **options)
+    questions = task.read(_place(str(data)), _place(str(images)) if images else "", **options)
     there, missing = at_hand(questions)
     _require(questions, there, questions.problems + missing, least, out)
     trained = collection(_place(str(train))) if train else None
-    if getattr(questions, 'encoded', None) is None: model = Watched(load_dual_encoder(model) if isinstance(model, str) else model, questions.items.image.nunique() if 'image' in questions.items else 0)
+    if getattr(questions, "encoded", None) is None:
+        model = Watched(
+            load_dual_encoder(model) if isinstance(model, str) else model,
+            questions.items.image.nunique() if "image" in questions.items else 0,
+        )
     predictions, problems = task.ask(questions, model)
-    if 'mode' not in predictions: predictions = predictions.assign(mode='looking')
-    looking = predictions[predictions['mode'] == 'looking']
+    if "mode" not in predictions:
+        predictions = predictions.assign(mode="looking")
+    looking = predictions[predictions["mode"] == "looking"]
     _require(questions, looking, problems, least, out)
-    rows, suspects, more = check_leaks(task, questions, looking, trained, getattr(model, 'encoder', None)) if train else (pd.DataFrame(), None, [])
-    table, scale = measure(task, predictions, rows), 'micro' if 'data/micro' in label else 'real'
-    about = dict(benchmark=name, model=label, weights=getattr(model, 'hash', ''), data=str(data), images=str(images), least=least, leakage=str(train) or NOT_CHECKED, options=task_options(task) | options, when=now(), git=git_state(), versions=versions())
-    _write(out, about=about, coverage=coverage(questions, looking), problems=pd.DataFrame(problems + more, columns=PROBLEM_COLUMNS), predictions=predictions, results=_rows(table, task, label, scale), **({} if suspects is None else dict(leakage=suspects)))
+    rows, suspects, more = (
+        check_leaks(task, questions, looking, trained, getattr(model, "encoder", None))
+        if train
+        else (pd.DataFrame(), None, [])
+    )
+    table, scale = measure(task, predictions, rows), "micro" if "data/micro" in label else "real"
+    about = dict(
+        benchmark=name,
+        model=label,
+        weights=getattr(model, "hash", ""),
+        data=str(data),
+        images=str(images),
+        least=least,
+        leakage=str(train) or NOT_CHECKED,
+        options=task_options(task) | options,
+        when=now(),
+        git=git_state(),
+        versions=versions(),
+    )
+    _write(
+        out,
+        about=about,
+        coverage=coverage(questions, looking),
+        problems=pd.DataFrame(problems + more, columns=PROBLEM_COLUMNS),
+        predictions=predictions,
+        results=_rows(table, task, label, scale),
+        **({} if suspects is None else dict(leakage=suspects)),
+    )
     return table

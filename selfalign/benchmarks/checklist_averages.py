@@ -12,9 +12,10 @@ from .vl_checklist import _groups, item_values
 from ..study.statistics import bootstrap
 
 # %% ../../nbs/3_benchmarks/3d_checklist_averages.ipynb #89a8421e
-def broken_negative(positive:str,   # e.g. bicycle ON sidewalk
-                    negative:str,   # e.g. apron
-                   )->bool:         # subject and relation are gone
+def broken_negative(
+    positive: str,  # e.g. bicycle ON sidewalk
+    negative: str,  # e.g. apron
+) -> bool:  # subject and relation are gone
     "Has the false text fallen apart?"
     p, n = positive.split(), negative.split()
     return len(p) > 2 and not set(p[1:-1]) & set(n[1:-1])
@@ -22,18 +23,35 @@ def broken_negative(positive:str,   # e.g. bicycle ON sidewalk
 # %% ../../nbs/3_benchmarks/3d_checklist_averages.ipynb #0eb7a75c
 def _official(part):
     "The usual average of file accuracies that were rounded to four digits."
-    files = part.groupby(['category', 'dataset', 'file']).correct.mean().round(4)
-    return files.groupby(['category', 'dataset']).mean().groupby('category').mean().mean()
+    files = part.groupby(["category", "dataset", "file"]).correct.mean().round(4)
+    return files.groupby(["category", "dataset"]).mean().groupby("category").mean().mean()
 
-def checklist_rows(predictions:pd.DataFrame,  # answers of one mode
-                   **kwargs,                  # repeats, seed, level of `bootstrap`
-                  )->pd.DataFrame:            # row, metric, value, low, high, n
+
+def checklist_rows(
+    predictions: pd.DataFrame,  # answers of one mode
+    **kwargs,  # repeats, seed, level of `bootstrap`
+) -> pd.DataFrame:  # row, metric, value, low, high, n
     "Categories and sections of VL-CheckList, averaged in five ways."
     rows = []
     for name, part in _groups(predictions):
-        broken = part.file.str.endswith('/vg_obj') & np.array([broken_negative(p, n) for p, n in zip(part.positive, part.negative)])
-        usual, whole, distinct = item_values(part), part[~broken], part.drop_duplicates(['image', 'positive', 'negative'])
-        means = {'accuracy': (usual, part), 'official': (usual - usual.mean() + _official(part), part), 'mean over items': (part.correct, part), 'distinct items': (distinct.correct, distinct)}
-        if len(whole): means['without broken negatives'] = item_values(whole), whole
-        rows += [dict(row=name, metric=m, **bootstrap(v, p.get('cluster', p.image), **kwargs)._asdict()) for m, (v, p) in means.items()]
-    return pd.DataFrame(rows).drop(columns='seeds')
+        broken = part.file.str.endswith("/vg_obj") & np.array(
+            [broken_negative(p, n) for p, n in zip(part.positive, part.negative)]
+        )
+        usual, whole, distinct = (
+            item_values(part),
+            part[~broken],
+            part.drop_duplicates(["image", "positive", "negative"]),
+        )
+        means = {
+            "accuracy": (usual, part),
+            "official": (usual - usual.mean() + _official(part), part),
+            "mean over items": (part.correct, part),
+            "distinct items": (distinct.correct, distinct),
+        }
+        if len(whole):
+            means["without broken negatives"] = item_values(whole), whole
+        rows += [
+            dict(row=name, metric=m, **bootstrap(v, p.get("cluster", p.image), **kwargs)._asdict())
+            for m, (v, p) in means.items()
+        ]
+    return pd.DataFrame(rows).drop(columns="seeds")

@@ -20,144 +20,217 @@ from ..study.settings import nearest
 from ..study.statistics import bootstrap
 
 # %% ../../nbs/3_benchmarks/38_classification.ipynb #ac33f962
-def templates_of(name:str='openai'   # openai (80), simple (7), or a sentence with {} in it
-                )->tuple:            # functions, class name → prompt
+def templates_of(
+    name: str = "openai",  # openai (80), simple (7), or a sentence with {} in it
+) -> tuple:  # functions, class name → prompt
     "The sentences a class name is put into."
     from open_clip import zero_shot_metadata as known
+
     lists = dict(openai=known.OPENAI_IMAGENET_TEMPLATES, simple=known.SIMPLE_IMAGENET_TEMPLATES)
-    if '{}' in name: return (lambda c: name.replace('{}', c),)
-    if name not in lists: raise BenchmarkError(f'templates {name!r}: {nearest(name, lists)} Or write a sentence with {{}} in it')
+    if "{}" in name:
+        return (lambda c: name.replace("{}", c),)
+    if name not in lists:
+        raise BenchmarkError(f"templates {name!r}: {nearest(name, lists)} Or write a sentence with {{}} in it")
     return tuple(lists[name])
 
 # %% ../../nbs/3_benchmarks/38_classification.ipynb #6e345c53
-def class_names(path:str|Path   # a text file, or `imagenet`
-               )->tuple:        # (names, list of problems)
+def class_names(
+    path: str | Path,  # a text file, or `imagenet`
+) -> tuple:  # (names, list of problems)
     "Read a list of classes."
-    if str(path) == 'imagenet':
+    if str(path) == "imagenet":
         from open_clip import IMAGENET_CLASSNAMES as found
-        return list(found), _same_names(list(found), 'imagenet')
-    try: lines = Path(path).read_text(encoding='utf-8-sig').rstrip().splitlines()
-    except UnicodeDecodeError as e: raise BenchmarkError(f'{path}: not UTF-8 ({e.reason} at byte {e.start}); save it as UTF-8') from None
-    except OSError as e: raise BenchmarkError(f'{path}: {e.strerror}; give a text file with one class a line') from None
+
+        return list(found), _same_names(list(found), "imagenet")
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").rstrip().splitlines()
+    except UnicodeDecodeError as e:
+        raise BenchmarkError(f"{path}: not UTF-8 ({e.reason} at byte {e.start}); save it as UTF-8") from None
+    except OSError as e:
+        raise BenchmarkError(f"{path}: {e.strerror}; give a text file with one class a line") from None
     cleaned = [clean_caption(line) for line in lines]
     empty = [i for i, (name, _) in enumerate(cleaned, 1) if not name]
-    if not lines: raise BenchmarkError(f'{path}: the list of classes is empty; write one class a line')
-    if empty: raise BenchmarkError(f'{path}: line {empty[0]} holds no name; a class is counted by its line, so take the line out or fill it')
-    problems = [problem(path, i, r, 'the cleaned name was used') for i, (_, remarks) in enumerate(cleaned, 1) for r in remarks]
+    if not lines:
+        raise BenchmarkError(f"{path}: the list of classes is empty; write one class a line")
+    if empty:
+        raise BenchmarkError(
+            f"{path}: line {empty[0]} holds no name; a class is counted by its line, so take the line out or fill it"
+        )
+    problems = [
+        problem(path, i, r, "the cleaned name was used") for i, (_, remarks) in enumerate(cleaned, 1) for r in remarks
+    ]
     return [name for name, _ in cleaned], problems + _same_names([name for name, _ in cleaned], path)
 
 # %% ../../nbs/3_benchmarks/38_classification.ipynb #ffea5e7e
 def _same_names(names, where):
     "A problem for every name that comes again."
     first = {}
-    return [problem(where, i, f'class {name!r} has the name of class {first[name]}', 'no model can tell them apart; pictures of both count as wrong')
-            for i, name in enumerate(names, 1) if first.setdefault(name, i) != i]
+    return [
+        problem(
+            where,
+            i,
+            f"class {name!r} has the name of class {first[name]}",
+            "no model can tell them apart; pictures of both count as wrong",
+        )
+        for i, name in enumerate(names, 1)
+        if first.setdefault(name, i) != i
+    ]
 
 # %% ../../nbs/3_benchmarks/38_classification.ipynb #bec1d68a
 def _pictures_below(folder):
     "The pictures of one class, and what else lies there."
     found, problems = [], []
-    for path in sorted(folder.rglob('*')):
-        if path.is_symlink(): problems.append(problem(path, '', 'a link, which is not followed', 'copy the file'))
-        elif path.is_file() and named_picture(path.name): found.append(path)
-        elif path.is_file(): problems.append(problem(path, '', 'not a picture by its ending', f'left out; pictures end in {", ".join(suffixes)}'))
-    if not found: problems.append(problem(folder, '', 'a class without pictures', 'it can be answered, but it is never right'))
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            problems.append(problem(path, "", "a link, which is not followed", "copy the file"))
+        elif path.is_file() and named_picture(path.name):
+            found.append(path)
+        elif path.is_file():
+            problems.append(
+                problem(path, "", "not a picture by its ending", f"left out; pictures end in {', '.join(suffixes)}")
+            )
+    if not found:
+        problems.append(problem(folder, "", "a class without pictures", "it can be answered, but it is never right"))
     return found, problems
 
 # %% ../../nbs/3_benchmarks/38_classification.ipynb #cca31e59
 def _class_folders(folder):
     "The folders of the classes, sorted as ImageFolder sorts them; hidden ones are none."
-    if not Path(folder).is_dir(): raise BenchmarkError(f'{folder} is no folder; give one that holds a folder of pictures for each class')
-    found = sorted(p for p in Path(folder).iterdir() if p.is_dir() and not p.name.startswith('.'))
+    if not Path(folder).is_dir():
+        raise BenchmarkError(f"{folder} is no folder; give one that holds a folder of pictures for each class")
+    found = sorted(p for p in Path(folder).iterdir() if p.is_dir() and not p.name.startswith("."))
     links = [p for p in found if p.is_symlink()]
-    if links: raise BenchmarkError(f'{links[0]} is a link, which is not followed; copy the folder')
-    if not found: raise BenchmarkError(f'{folder} holds no class folders; put the pictures of each class into a folder of its own')
+    if links:
+        raise BenchmarkError(f"{links[0]} is a link, which is not followed; copy the folder")
+    if not found:
+        raise BenchmarkError(
+            f"{folder} holds no class folders; put the pictures of each class into a folder of its own"
+        )
     return found
 
 # %% ../../nbs/3_benchmarks/38_classification.ipynb #9ce36d2b
-def _plain(name): return name.replace('_', ' ').casefold()
+def _plain(name):
+    return name.replace("_", " ").casefold()
+
 
 def _assign(folders, names, where):
     "The number of the class that each folder holds."
     number, exact = ({form(n): i for i, n in reversed(list(enumerate(names)))} for form in (_plain, str))
     known = [_plain(f.name) in number for f in folders]
-    if all(known): return [exact.get(f.name.replace('_', ' '), number[_plain(f.name)]) for f in folders]
+    if all(known):
+        return [exact.get(f.name.replace("_", " "), number[_plain(f.name)]) for f in folders]
     if any(known):
         odd = folders[known.index(False)]
-        raise BenchmarkError(f'{odd} bears no name of the classes, though {sum(known)} other folders do; {nearest(odd.name, names)}')
-    if len(folders) != len(names): raise BenchmarkError(f'{where}: {len(folders)} class folders for {len(names)} classes, and no folder bears the name of a class; name the folders as the classes, or complete one of the two')
+        raise BenchmarkError(
+            f"{odd} bears no name of the classes, though {sum(known)} other folders do; {nearest(odd.name, names)}"
+        )
+    if len(folders) != len(names):
+        raise BenchmarkError(
+            f"{where}: {len(folders)} class folders for {len(names)} classes, and no folder bears the name of a class; name the folders as the classes, or complete one of the two"
+        )
     return list(range(len(names)))
 
 # %% ../../nbs/3_benchmarks/38_classification.ipynb #0dc67362
 @dataclass(repr=False)
 class ClassQuestions(Benchmark):
     "Pictures to sort, and the classes to sort them into."
-    classes: tuple = ()          # names, in the order of their numbers
-    templates: str = 'openai'    # see `templates_of`
+
+    classes: tuple = ()  # names, in the order of their numbers
+    templates: str = "openai"  # see `templates_of`
 
 # %% ../../nbs/3_benchmarks/38_classification.ipynb #ab792787
-def read_classification(data:str|Path,          # list of classes (text file, or `imagenet`), or a folder of class folders
-                        images:str|Path='',     # folder of class folders; empty: `data` itself
-                        first:int=0,            # pictures a class; 0: all
-                        templates:str='openai', # openai (80), simple (7), or a sentence with {} in it
-                       )->ClassQuestions:       # one item a picture
+def read_classification(
+    data: str | Path,  # list of classes (text file, or `imagenet`), or a folder of class folders
+    images: str | Path = "",  # folder of class folders; empty: `data` itself
+    first: int = 0,  # pictures a class; 0: all
+    templates: str = "openai",  # openai (80), simple (7), or a sentence with {} in it
+) -> ClassQuestions:  # one item a picture
     "Read a classification benchmark."
-    templates_of(templates); home = Path(images or data); folders = _class_folders(home)
-    listed = str(data) == 'imagenet' or not Path(data).is_dir()
-    classes, problems = class_names(data) if listed else ([f.name.replace('_', ' ') for f in _class_folders(data)], [])
+    templates_of(templates)
+    home = Path(images or data)
+    folders = _class_folders(home)
+    listed = str(data) == "imagenet" or not Path(data).is_dir()
+    classes, problems = class_names(data) if listed else ([f.name.replace("_", " ") for f in _class_folders(data)], [])
     items, pictures, expected = [], {}, {}
     for folder, number in zip(folders, _assign(folders, classes, home)):
-        found, wrong = _pictures_below(folder); found = found[:first or None]; problems += wrong; expected[folder.name] = len(found)
+        found, wrong = _pictures_below(folder)
+        found = found[: first or None]
+        problems += wrong
+        expected[folder.name] = len(found)
         for path in found:
-            image = path.relative_to(home).as_posix(); pictures[image] = path
+            image = path.relative_to(home).as_posix()
+            pictures[image] = path
             items.append(dict(key=image, category=classes[number], file=folder.name, image=image, truth=number))
-    if not items: raise BenchmarkError(f'{home}: no pictures in {len(folders)} class folders; pictures end in {", ".join(suffixes)}')
+    if not items:
+        raise BenchmarkError(
+            f"{home}: no pictures in {len(folders)} class folders; pictures end in {', '.join(suffixes)}"
+        )
     return ClassQuestions(pd.DataFrame(items), pictures, expected, problems, tuple(classes), templates)
 
 # %% ../../nbs/3_benchmarks/38_classification.ipynb #7bfb21d7
-def class_vectors(encoder,              # `encode_text`
-                  names,                # class names
-                  templates,            # functions, class name → prompt
-                  batch:int=16,         # classes at a time
-                 )->np.ndarray:         # one unit vector a name
+def class_vectors(
+    encoder,  # `encode_text`
+    names,  # class names
+    templates,  # functions, class name → prompt
+    batch: int = 16,  # classes at a time
+) -> np.ndarray:  # one unit vector a name
     "Normalise, average, normalise."
     vectors = []
     for i in range(0, len(names), batch):
-        part = names[i:i + batch]
+        part = names[i : i + batch]
         prompts = np.asarray(encoder.encode_text([t(c) for c in part for t in templates]), np.float64)
-        mean = (prompts/np.linalg.norm(prompts, axis=1, keepdims=True).clip(1e-12)).reshape(len(part), len(templates), -1).mean(1)
-        vectors.append(mean/np.linalg.norm(mean, axis=1, keepdims=True).clip(1e-12))
+        mean = (
+            (prompts / np.linalg.norm(prompts, axis=1, keepdims=True).clip(1e-12))
+            .reshape(len(part), len(templates), -1)
+            .mean(1)
+        )
+        vectors.append(mean / np.linalg.norm(mean, axis=1, keepdims=True).clip(1e-12))
     return np.concatenate(vectors).astype(np.float32)
 
 # %% ../../nbs/3_benchmarks/38_classification.ipynb #9e144811
-def true_ranks(images:np.ndarray,   # one unit vector a picture
-               vectors:np.ndarray,  # one unit vector a distinct name
-               name_of:np.ndarray,  # class → row of `vectors`
-               truth:np.ndarray,    # picture → class
-               block:int=1024,      # pictures at a time
-              )->tuple:             # (rank of the truth, class predicted, cosine with the truth)
+def true_ranks(
+    images: np.ndarray,  # one unit vector a picture
+    vectors: np.ndarray,  # one unit vector a distinct name
+    name_of: np.ndarray,  # class → row of `vectors`
+    truth: np.ndarray,  # picture → class
+    block: int = 1024,  # pictures at a time
+) -> tuple:  # (rank of the truth, class predicted, cosine with the truth)
     "How many classes score at least as high as the true one?"
     ranks, predicted, scores = [], [], []
     for i in range(0, len(images), block):
-        cosine = (images[i:i + block].astype(np.float64) @ vectors.T.astype(np.float64))[:, name_of]
-        own = cosine[np.arange(len(cosine)), truth[i:i + block]]
-        ranks.append((cosine >= own[:, None]).sum(1)); predicted.append(cosine.argmax(1)); scores.append(own)
+        cosine = (images[i : i + block].astype(np.float64) @ vectors.T.astype(np.float64))[:, name_of]
+        own = cosine[np.arange(len(cosine)), truth[i : i + block]]
+        ranks.append((cosine >= own[:, None]).sum(1))
+        predicted.append(cosine.argmax(1))
+        scores.append(own)
     return tuple(map(np.concatenate, (ranks, predicted, scores)))
 
 # %% ../../nbs/3_benchmarks/38_classification.ipynb #977ec2c8
-def ask_classification(questions:ClassQuestions,  # pictures and classes
-                       encoder,                   # `encode_image`, `encode_text`
-                       batch:int=256,             # pictures opened at a time
-                       seed:int=0,                # of the exchange of pictures
-                      )->tuple:                   # (predictions of three modes, list of problems)
+def ask_classification(
+    questions: ClassQuestions,  # pictures and classes
+    encoder,  # `encode_image`, `encode_text`
+    batch: int = 256,  # pictures opened at a time
+    seed: int = 0,  # of the exchange of pictures
+) -> tuple:  # (predictions of three modes, list of problems)
     "Sort every picture, then the mean picture, then another."
     there, images, problems = _encode_pictures(questions, encoder, batch)
     items = questions.items[questions.items.image.isin(there)].reset_index(drop=True)
     names = pd.Index(questions.classes).unique()
-    vectors, name_of = class_vectors(encoder, list(names), templates_of(questions.templates)), names.get_indexer(questions.classes)
-    images, truth, classes = images[there.get_indexer(items.image)], items.truth.to_numpy(), np.array(questions.classes, object)
+    vectors, name_of = (
+        class_vectors(encoder, list(names), templates_of(questions.templates)),
+        names.get_indexer(questions.classes),
+    )
+    images, truth, classes = (
+        images[there.get_indexer(items.image)],
+        items.truth.to_numpy(),
+        np.array(questions.classes, object),
+    )
     items, tables = items.assign(truth=classes[truth], number=truth, classes=len(classes)), []
-    for mode, shown in (('looking', images), ('blind', np.broadcast_to(images.mean(0), images.shape)), ('shuffled', images[derangement(len(images), np.random.default_rng(seed))])):
+    for mode, shown in (
+        ("looking", images),
+        ("blind", np.broadcast_to(images.mean(0), images.shape)),
+        ("shuffled", images[derangement(len(images), np.random.default_rng(seed))]),
+    ):
         rank, predicted, score = true_ranks(shown, vectors, name_of, truth)
         tables.append(items.assign(mode=mode, predicted=classes[predicted], rank=rank, score=score))
     return pd.concat(tables, ignore_index=True), questions.problems + problems
@@ -166,22 +239,42 @@ def ask_classification(questions:ClassQuestions,  # pictures and classes
 def _class_means(hit, number):
     "One value a picture; their plain mean is the mean of the classes' shares."
     by_class = hit.groupby(number)
-    share, weight = by_class.transform('mean'), 1/(number.nunique()*by_class.transform('size'))
-    return (hit*weight).sum() + len(hit)*weight*(hit - share)
+    share, weight = by_class.transform("mean"), 1 / (number.nunique() * by_class.transform("size"))
+    return (hit * weight).sum() + len(hit) * weight * (hit - share)
 
-def classification_groups(predictions:pd.DataFrame  # of one mode
-                         ):                         # the one pair of row and its pictures, with `correct`
+
+def classification_groups(
+    predictions: pd.DataFrame,  # of one mode
+):  # the one pair of row and its pictures, with `correct`
     "All classes together."
-    yield 'all classes', predictions.assign(correct=predictions['rank'] == 1)
+    yield "all classes", predictions.assign(correct=predictions["rank"] == 1)
 
-def classification_table(predictions:pd.DataFrame,  # of one mode
-                         **kwargs,                  # repeats, seed, level of `bootstrap`
-                        )->pd.DataFrame:            # row, metric, value, low, high, n, chance
+
+def classification_table(
+    predictions: pd.DataFrame,  # of one mode
+    **kwargs,  # repeats, seed, level of `bootstrap`
+) -> pd.DataFrame:  # row, metric, value, low, high, n, chance
     "Top-1, top-5 and mean per class."
     (row, part), k, rows = *classification_groups(predictions), int(predictions.classes.iloc[0]), []
-    first = part.correct.astype(float); values = {'top-1': first, 'top-5': (part['rank'] <= 5).astype(float), 'mean per class': _class_means(first, part.number)}
-    if k <= 5: del values['top-5']
+    first = part.correct.astype(float)
+    values = {
+        "top-1": first,
+        "top-5": (part["rank"] <= 5).astype(float),
+        "mean per class": _class_means(first, part.number),
+    }
+    if k <= 5:
+        del values["top-5"]
     for metric, v in values.items():
         found = bootstrap(v, part.image, **kwargs)
-        rows.append(dict(row=row, metric=metric, value=found.value, low=max(found.low, 0.), high=min(found.high, 1.), n=found.n, chance=(5 if metric == 'top-5' else 1)/k))
+        rows.append(
+            dict(
+                row=row,
+                metric=metric,
+                value=found.value,
+                low=max(found.low, 0.0),
+                high=min(found.high, 1.0),
+                n=found.n,
+                chance=(5 if metric == "top-5" else 1) / k,
+            )
+        )
     return pd.DataFrame(rows)

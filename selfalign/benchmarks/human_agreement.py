@@ -21,133 +21,234 @@ from ..study.settings import nearest
 from ..study.statistics import bootstrap
 
 # %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #be48b61a
-files = dict(expert='ExpertAnnotations.txt', crowd='CrowdFlowerAnnotations.txt')
+files = dict(expert="ExpertAnnotations.txt", crowd="CrowdFlowerAnnotations.txt")
+
 
 def _rows(path, columns, problems):
     "Number and fields of the rows of a file; what cannot be read goes to `problems`."
     for i, line in enumerate(path.read_bytes().splitlines(), 1):
-        try: fields = line.decode('utf-8').split('\t')
-        except UnicodeDecodeError: problems.append(problem(path, i, 'not UTF-8', 'left out; save the file as UTF-8')); continue
-        if len(fields) == columns: yield i, [f.strip() for f in fields]
-        elif line.strip(): problems.append(problem(path, i, f'{len(fields)} columns, not {columns}', 'left out; columns are separated by one tab'))
+        try:
+            fields = line.decode("utf-8").split("\t")
+        except UnicodeDecodeError:
+            problems.append(problem(path, i, "not UTF-8", "left out; save the file as UTF-8"))
+            continue
+        if len(fields) == columns:
+            yield i, [f.strip() for f in fields]
+        elif line.strip():
+            problems.append(
+                problem(path, i, f"{len(fields)} columns, not {columns}", "left out; columns are separated by one tab")
+            )
 
 # %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #3c027d56
 def _told(path):
     "The lines of the token file."
-    try: yield from flickr_lines(path)
-    except Damage as e: raise BenchmarkError(f'{path} holds no captions ({e.what}); a row is a caption id, a tab and the caption') from None
+    try:
+        yield from flickr_lines(path)
+    except Damage as e:
+        raise BenchmarkError(
+            f"{path} holds no captions ({e.what}); a row is a caption id, a tab and the caption"
+        ) from None
 
-def read_captions(path:str|Path   # Flickr8k.token.txt
-                 )->tuple:        # (dict caption id → caption, list of problems)
+
+def read_captions(
+    path: str | Path,  # Flickr8k.token.txt
+) -> tuple:  # (dict caption id → caption, list of problems)
     "The captions by their id."
     found, problems = {}, []
-    if not Path(path).is_file(): raise BenchmarkError(f'{path} is not there; the marks name captions by ids, and this file says what they are')
+    if not Path(path).is_file():
+        raise BenchmarkError(f"{path} is not there; the marks name captions by ids, and this file says what they are")
     for i, image, number, line in _told(Path(path)):
-        key, (text, remarks) = f'{image}#{number}', clean_caption(line)
-        if not image: problems.append(problem(path, i, f'{len((line or "").split(chr(9)))} columns, not 2', 'left out; a row is a caption id such as 1.jpg#0, one tab and the caption'))
-        elif any('\ud800' <= c <= '\udfff' for c in line): problems.append(problem(path, i, 'not UTF-8', 'left out; save the file as UTF-8'))
-        elif key in found: problems.append(problem(path, i, f'{key} comes twice', 'the first caption is used'))
-        elif not text: problems.append(problem(path, i, f'{key} has no caption', 'left out'))
-        else: found[key] = text
-        if text: problems += [problem(path, i, r, 'the cleaned caption was used') for r in remarks]
-    if not found: raise BenchmarkError(f'{path} holds no captions; a row is a caption id, a tab and the caption')
+        key, (text, remarks) = f"{image}#{number}", clean_caption(line)
+        if not image:
+            problems.append(
+                problem(
+                    path,
+                    i,
+                    f"{len((line or '').split(chr(9)))} columns, not 2",
+                    "left out; a row is a caption id such as 1.jpg#0, one tab and the caption",
+                )
+            )
+        elif any("\ud800" <= c <= "\udfff" for c in line):
+            problems.append(problem(path, i, "not UTF-8", "left out; save the file as UTF-8"))
+        elif key in found:
+            problems.append(problem(path, i, f"{key} comes twice", "the first caption is used"))
+        elif not text:
+            problems.append(problem(path, i, f"{key} has no caption", "left out"))
+        else:
+            found[key] = text
+        if text:
+            problems += [problem(path, i, r, "the cleaned caption was used") for r in remarks]
+    if not found:
+        raise BenchmarkError(f"{path} holds no captions; a row is a caption id, a tab and the caption")
     return found, problems
 
 # %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #95ceb6d0
 def _marks(fields):
     "Three marks of experts; or a ValueError that says what is wrong."
-    try: marks = [float(f) for f in fields]
-    except ValueError: raise ValueError(f'marks {", ".join(fields)} are no numbers') from None
-    if any(m not in (1, 2, 3, 4) for m in marks): raise ValueError(f'marks {", ".join(fields)} are not three of 1, 2, 3, 4')
-    return dict(zip(('mark_1', 'mark_2', 'mark_3'), marks))
+    try:
+        marks = [float(f) for f in fields]
+    except ValueError:
+        raise ValueError(f"marks {', '.join(fields)} are no numbers") from None
+    if any(m not in (1, 2, 3, 4) for m in marks):
+        raise ValueError(f"marks {', '.join(fields)} are not three of 1, 2, 3, 4")
+    return dict(zip(("mark_1", "mark_2", "mark_3"), marks))
+
 
 def _votes(fields):
     "The share of yes; or a ValueError that says what is wrong."
-    try: share, yes, no = float(fields[0]), int(fields[1]), int(fields[2])
-    except ValueError: raise ValueError(f'votes {", ".join(fields)} are not a share and two counts') from None
-    if min(yes, no) < 0 or not yes + no: raise ValueError(f'{yes} yes and {no} no; somebody must have voted')
-    if not abs(share - yes/(yes + no)) < 1e-2: raise ValueError(f'share {fields[0]}, but {yes} yes and {no} no give {yes/(yes + no):.3f}')
-    return dict(yes=yes/(yes + no), votes=yes + no)
+    try:
+        share, yes, no = float(fields[0]), int(fields[1]), int(fields[2])
+    except ValueError:
+        raise ValueError(f"votes {', '.join(fields)} are not a share and two counts") from None
+    if min(yes, no) < 0 or not yes + no:
+        raise ValueError(f"{yes} yes and {no} no; somebody must have voted")
+    if not abs(share - yes / (yes + no)) < 1e-2:
+        raise ValueError(f"share {fields[0]}, but {yes} yes and {no} no give {yes / (yes + no):.3f}")
+    return dict(yes=yes / (yes + no), votes=yes + no)
 
 # %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #fe636dee
-own_captions = {'published': ('expert',), 'kept': (), 'left out': ('expert', 'crowd')}   # sets in which they are left out
+own_captions = {
+    "published": ("expert",),
+    "kept": (),
+    "left out": ("expert", "crowd"),
+}  # sets in which they are left out
+
 
 @dataclass(repr=False)
 class RatedQuestions(Benchmark):
     "Pictures and captions that people judged."
-    prompt: str = 'A photo depicts {}'    # what the caption is put into
+
+    prompt: str = "A photo depicts {}"  # what the caption is put into
 
 # %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #4bb71fd7
 def _judged(part, path, captions, home, own, first):
     "Items, pictures and problems of one file."
     items, pictures, problems, seen = [], {}, [], set()
-    texts = pd.Series(captions).groupby(lambda key: key.rpartition('#')[0]).agg(set)
+    texts = pd.Series(captions).groupby(lambda key: key.rpartition("#")[0]).agg(set)
     for i, (image, caption, *judgement) in _rows(path, 5, problems):
-        if first and len(pictures) == first and image not in pictures: continue
+        if first and len(pictures) == first and image not in pictures:
+            continue
         try:
-            place = place_below(home, image, f'row {i}')
-            if place.is_symlink(): raise ValueError(f'{image} is a link, which is not followed')
-            if caption not in captions: raise ValueError(f'unknown caption id {caption!r}')
-            if (image, caption) in seen: raise ValueError(f'{image} and {caption} come twice')
-            found = (_marks if part == 'expert' else _votes)(judgement)
-        except (ValueError, BenchmarkError) as e: problems.append(problem(path, i, str(e), 'left out; rows count from 1')); continue
-        seen.add((image, caption)); pictures[image] = place
-        items.append(dict(key=f'{part}:{i}', category=part, file=path.name, image=image, caption_id=caption, caption=captions[caption], own=captions[caption] in texts.get(image, ()), **found))
-    if part in own_captions[own]: items = [item for item in items if not item['own']]
+            place = place_below(home, image, f"row {i}")
+            if place.is_symlink():
+                raise ValueError(f"{image} is a link, which is not followed")
+            if caption not in captions:
+                raise ValueError(f"unknown caption id {caption!r}")
+            if (image, caption) in seen:
+                raise ValueError(f"{image} and {caption} come twice")
+            found = (_marks if part == "expert" else _votes)(judgement)
+        except (ValueError, BenchmarkError) as e:
+            problems.append(problem(path, i, str(e), "left out; rows count from 1"))
+            continue
+        seen.add((image, caption))
+        pictures[image] = place
+        items.append(
+            dict(
+                key=f"{part}:{i}",
+                category=part,
+                file=path.name,
+                image=image,
+                caption_id=caption,
+                caption=captions[caption],
+                own=captions[caption] in texts.get(image, ()),
+                **found,
+            )
+        )
+    if part in own_captions[own]:
+        items = [item for item in items if not item["own"]]
     return items, pictures, problems
 
 # %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #0cb8face
-def read_human_agreement(data:str|Path,        # folder with the three files
-                         images:str|Path='',   # folder with the pictures; empty: Flicker8k_Dataset in `data`
-                         first:int=0,          # pictures a file, with all their judgements; 0: all
-                         only:str='',          # expert or crowd; empty: both
-                         own:str='published',  # captions beside their own picture: published, kept, left out
-                         prompt:str='A photo depicts {}',  # what the caption is put into; {}: the caption alone
-                        )->RatedQuestions:     # one item a judged pair
+def read_human_agreement(
+    data: str | Path,  # folder with the three files
+    images: str | Path = "",  # folder with the pictures; empty: Flicker8k_Dataset in `data`
+    first: int = 0,  # pictures a file, with all their judgements; 0: all
+    only: str = "",  # expert or crowd; empty: both
+    own: str = "published",  # captions beside their own picture: published, kept, left out
+    prompt: str = "A photo depicts {}",  # what the caption is put into; {}: the caption alone
+) -> RatedQuestions:  # one item a judged pair
     "Read Flickr8k-Expert and Flickr8k-CF."
-    if own not in own_captions: raise BenchmarkError(f'own captions {own!r}: {nearest(own, own_captions)}')
-    if only and only not in files: raise BenchmarkError(f'only {only!r}: {nearest(only, files)}')
-    if '{}' not in prompt: raise BenchmarkError(f'prompt {prompt!r} has no place for the caption; write {{}} where it goes')
-    data = Path(data); home = Path(images or data/'Flicker8k_Dataset'); captions, problems = read_captions(data/'Flickr8k.token.txt')
-    asked = {part: data/name for part, name in files.items() if only in ('', part)}; there = {part: path for part, path in asked.items() if path.is_file()}
-    if not there: raise BenchmarkError(f'{data} holds neither {" nor ".join(files.values())}; give the folder Flickr8k_text' if not only else f'{asked[only]} is not there; fetch it, or ask for the other set')
+    if own not in own_captions:
+        raise BenchmarkError(f"own captions {own!r}: {nearest(own, own_captions)}")
+    if only and only not in files:
+        raise BenchmarkError(f"only {only!r}: {nearest(only, files)}")
+    if "{}" not in prompt:
+        raise BenchmarkError(f"prompt {prompt!r} has no place for the caption; write {{}} where it goes")
+    data = Path(data)
+    home = Path(images or data / "Flicker8k_Dataset")
+    captions, problems = read_captions(data / "Flickr8k.token.txt")
+    asked = {part: data / name for part, name in files.items() if only in ("", part)}
+    there = {part: path for part, path in asked.items() if path.is_file()}
+    if not there:
+        raise BenchmarkError(
+            f"{data} holds neither {' nor '.join(files.values())}; give the folder Flickr8k_text"
+            if not only
+            else f"{asked[only]} is not there; fetch it, or ask for the other set"
+        )
     items, pictures, expected = [], {}, {path.name: 0 for part, path in asked.items() if part not in there}
-    problems += [problem(data/name, '', 'not there', f'fetch it, or ask for {next(iter(there))} only') for name in expected]
+    problems += [
+        problem(data / name, "", "not there", f"fetch it, or ask for {next(iter(there))} only") for name in expected
+    ]
     for part, path in there.items():
         mine, shown, wrong = _judged(part, path, captions, home, own, first)
-        items += mine; pictures |= shown; problems += wrong; expected[path.name] = len(mine) + len(wrong)
-    if not items: raise BenchmarkError(f'{data}: no row of {" and ".join(p.name for p in there.values())} can be used; the first problem: {problems[0]["what"]}' if problems else f'{data}: the files are empty')
+        items += mine
+        pictures |= shown
+        problems += wrong
+        expected[path.name] = len(mine) + len(wrong)
+    if not items:
+        raise BenchmarkError(
+            f"{data}: no row of {' and '.join(p.name for p in there.values())} can be used; the first problem: {problems[0]['what']}"
+            if problems
+            else f"{data}: the files are empty"
+        )
     return RatedQuestions(pd.DataFrame(items), pictures, expected, problems, prompt)
 
 # %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #447a105b
-def ask_human_agreement(questions:RatedQuestions,  # pictures, captions, judgements
-                        encoder,                   # `encode_image`, `encode_text`
-                        batch:int=256,             # pictures opened at a time
-                        seed:int=0,                # of the exchange of pictures
-                       )->tuple:                   # (predictions of four modes, list of problems)
+def ask_human_agreement(
+    questions: RatedQuestions,  # pictures, captions, judgements
+    encoder,  # `encode_image`, `encode_text`
+    batch: int = 256,  # pictures opened at a time
+    seed: int = 0,  # of the exchange of pictures
+) -> tuple:  # (predictions of four modes, list of problems)
     "Score every pair, with its picture and without."
     there, images, problems = _encode_pictures(questions, encoder, batch)
     items = questions.items[questions.items.image.isin(there)].reset_index(drop=True)
     texts = pd.Index(sorted(items.caption.unique(), key=lambda t: (len(t), t)))
-    vectors = np.asarray(encoder.encode_text([questions.prompt.replace('{}', t) for t in texts]), np.float64)[texts.get_indexer(items.caption)]
-    at, shown = there.get_indexer(items.image), dict(looking=images, blind=mean_of_others(images), shuffled=images[derangement(len(images), np.random.default_rng(seed))])
-    scores = {mode: (x[at]*vectors).sum(1) for mode, x in shown.items()} | dict(length=items.caption.map(lambda t: float(len(words(t)))))
-    return pd.concat([items.assign(mode=mode, score=score) for mode, score in scores.items()], ignore_index=True), questions.problems + problems
+    vectors = np.asarray(encoder.encode_text([questions.prompt.replace("{}", t) for t in texts]), np.float64)[
+        texts.get_indexer(items.caption)
+    ]
+    at, shown = (
+        there.get_indexer(items.image),
+        dict(
+            looking=images,
+            blind=mean_of_others(images),
+            shuffled=images[derangement(len(images), np.random.default_rng(seed))],
+        ),
+    )
+    scores = {mode: (x[at] * vectors).sum(1) for mode, x in shown.items()} | dict(
+        length=items.caption.map(lambda t: float(len(words(t))))
+    )
+    return pd.concat(
+        [items.assign(mode=mode, score=score) for mode, score in scores.items()], ignore_index=True
+    ), questions.problems + problems
 
 # %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #15ada400
-def kendall(x,               # one number an item
-            y,               # another
-            variant:str='b', # b or c
-           )->float:         # −1 to 1
+def kendall(
+    x,  # one number an item
+    y,  # another
+    variant: str = "b",  # b or c
+) -> float:  # −1 to 1
     "Kendall's rank correlation; 0 if one of the two is constant."
     from scipy.stats import kendalltau
+
     x, y = np.asarray(x, float), np.asarray(y, float)
-    return 0. if len(np.unique(x)) < 2 or len(np.unique(y)) < 2 else float(kendalltau(x, y, variant=variant).statistic)
+    return 0.0 if len(np.unique(x)) < 2 or len(np.unique(y)) < 2 else float(kendalltau(x, y, variant=variant).statistic)
 
 # %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #9857ac5d
 def _marks_of(part):
     "The columns that hold what people said."
-    return ['mark_1', 'mark_2', 'mark_3'] if part.category.iloc[0] == 'expert' else ['yes']
+    return ["mark_1", "mark_2", "mark_3"] if part.category.iloc[0] == "expert" else ["yes"]
+
 
 def _tau(variant):
     "The correlation of the first column with all others, laid end to end."
@@ -158,24 +259,37 @@ def _between(variant):
     "The mean correlation of two experts."
     return lambda marks: np.mean([kendall(marks[:, i], marks[:, j], variant) for i, j in ((0, 1), (0, 2), (1, 2))])
 
+
 def _rows_of(part):
     "Name, values and statistic of each row, the latter for a variant."
     marks = part[_marks_of(part)].to_numpy(float)
-    yield 'score', np.column_stack([part.score, marks]), _tau
-    if marks.shape[1] == 3 and (part['mode'] == 'looking').all():
-        yield 'another expert', marks, _between
-        yield 'mean of the experts', np.column_stack([marks.mean(1), marks]), _tau
+    yield "score", np.column_stack([part.score, marks]), _tau
+    if marks.shape[1] == 3 and (part["mode"] == "looking").all():
+        yield "another expert", marks, _between
+        yield "mean of the experts", np.column_stack([marks.mean(1), marks]), _tau
 
 # %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #cf4d9172
-def human_agreement_table(predictions:pd.DataFrame,  # of one mode
-                          repeats:int=500,           # of the bootstrap over pictures
-                          **kwargs,                  # seed, level of `bootstrap`
-                         )->pd.DataFrame:            # row, metric, value, low, high, n, chance, unit
+def human_agreement_table(
+    predictions: pd.DataFrame,  # of one mode
+    repeats: int = 500,  # of the bootstrap over pictures
+    **kwargs,  # seed, level of `bootstrap`
+) -> pd.DataFrame:  # row, metric, value, low, high, n, chance, unit
     "Rank correlations with people, of a score, and of people with each other."
     rows = []
-    for category, part in predictions.groupby('category', sort=False):
+    for category, part in predictions.groupby("category", sort=False):
         for name, values, statistic in _rows_of(part):
-            for variant in 'cb' if category == 'expert' else 'b':
+            for variant in "cb" if category == "expert" else "b":
                 found = bootstrap(values, part.image, statistic(variant), repeats, **kwargs)
-                rows.append(dict(row=f'{category}: {name}', metric=f'tau-{variant}', value=found.value, low=found.low, high=found.high, n=found.n, chance=0., unit='ratio'))
+                rows.append(
+                    dict(
+                        row=f"{category}: {name}",
+                        metric=f"tau-{variant}",
+                        value=found.value,
+                        low=found.low,
+                        high=found.high,
+                        n=found.n,
+                        chance=0.0,
+                        unit="ratio",
+                    )
+                )
     return pd.DataFrame(rows)

@@ -19,103 +19,151 @@ from ..study.settings import StudyError
 from ..study.statistics import bootstrap
 
 # %% ../../nbs/3_benchmarks/30_items.ipynb #60fbe523
-ITEM_COLUMNS = ('key', 'category', 'file', 'image', 'positive', 'negative')
-class BenchmarkError(StudyError): "A benchmark that cannot be read or asked."
+ITEM_COLUMNS = ("key", "category", "file", "image", "positive", "negative")
+
+
+class BenchmarkError(StudyError):
+    "A benchmark that cannot be read or asked."
 
 # %% ../../nbs/3_benchmarks/30_items.ipynb #25ff4e82
 @dataclass
 class Benchmark:
     "Questions and the pictures they are about."
-    items: pd.DataFrame                              # `ITEM_COLUMNS`, further columns behind them
-    pictures: dict                                   # image → path or PIL picture
-    expected: dict = field(default_factory=dict)     # file → items in it; 0 if nobody knows
-    problems: list = field(default_factory=list)     # what is wrong: file, row, what, remedy
-    def __len__(self): return len(self.items)
-    def __repr__(self): return f'Benchmark({len(self.items):,} items in {self.items.category.nunique()} categories, {self.items.image.nunique():,} pictures, {len(self.problems)} problems)'
+
+    items: pd.DataFrame  # `ITEM_COLUMNS`, further columns behind them
+    pictures: dict  # image → path or PIL picture
+    expected: dict = field(default_factory=dict)  # file → items in it; 0 if nobody knows
+    problems: list = field(default_factory=list)  # what is wrong: file, row, what, remedy
+
+    def __len__(self):
+        return len(self.items)
+
+    def __repr__(self):
+        return f"Benchmark({len(self.items):,} items in {self.items.category.nunique()} categories, {self.items.image.nunique():,} pictures, {len(self.problems)} problems)"
 
 # %% ../../nbs/3_benchmarks/30_items.ipynb #fa265ded
-def check_items(items:pd.DataFrame,        # of a benchmark
-                name:str='the benchmark',  # its name for the message
-               ):
+def check_items(
+    items: pd.DataFrame,  # of a benchmark
+    name: str = "the benchmark",  # its name for the message
+):
     "Refuse items that lack a column, a row, or a key of their own."
     missing = [c for c in ITEM_COLUMNS if c not in items]
-    if missing: raise BenchmarkError(f'{name}: the items lack {", ".join(missing)}; an item has {", ".join(ITEM_COLUMNS)}')
-    if not len(items): raise BenchmarkError(f'{name} holds no items; check the files that it was read from')
+    if missing:
+        raise BenchmarkError(f"{name}: the items lack {', '.join(missing)}; an item has {', '.join(ITEM_COLUMNS)}")
+    if not len(items):
+        raise BenchmarkError(f"{name} holds no items; check the files that it was read from")
     twice = items.key[items.key.duplicated()]
-    if len(twice): raise BenchmarkError(f'{name}: {len(twice)} keys are not unique, the first is {twice.iloc[0]!r}; give every item its own')
+    if len(twice):
+        raise BenchmarkError(
+            f"{name}: {len(twice)} keys are not unique, the first is {twice.iloc[0]!r}; give every item its own"
+        )
 
 # %% ../../nbs/3_benchmarks/30_items.ipynb #3d00c8e8
-def load_json(path:str|Path,   # a file from elsewhere
-              kind:type=dict,  # what it must hold
-             ):                # a list or dict, not empty
+def load_json(
+    path: str | Path,  # a file from elsewhere
+    kind: type = dict,  # what it must hold
+):  # a list or dict, not empty
     "Read a JSON file; refuse a damaged one."
-    try: found = json.loads(Path(path).read_text(encoding='utf-8'))
-    except (OSError, ValueError, RecursionError) as e: raise BenchmarkError(f'{path}: not JSON ({str(e).splitlines()[0]}); fetch it again') from None
-    if not isinstance(found, kind): raise BenchmarkError(f'{path}: holds a {type(found).__name__}, a {kind.__name__} was expected; fetch it again')
-    if not found: raise BenchmarkError(f'{path}: holds no items; fetch it again')
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise BenchmarkError(f"{path}: not JSON ({str(e).splitlines()[0]}); fetch it again") from None
+    if not isinstance(found, kind):
+        raise BenchmarkError(f"{path}: holds a {type(found).__name__}, a {kind.__name__} was expected; fetch it again")
+    if not found:
+        raise BenchmarkError(f"{path}: holds no items; fetch it again")
     return found
 
 # %% ../../nbs/3_benchmarks/30_items.ipynb #b0fc40d0
-def place_below(folder:str|Path,  # a folder
-                path:str,         # as a file of the benchmark writes it
-                where,            # for the message
-               )->Path:
+def place_below(
+    folder: str | Path,  # a folder
+    path: str,  # as a file of the benchmark writes it
+    where,  # for the message
+) -> Path:
     "`folder/path`, if the path stays below the folder."
-    if not stays_below(path): raise BenchmarkError(f'{where}: the path {path!r} leads out of {folder}; write one relative to it')
-    return Path(folder)/PurePosixPath(path)
+    if not stays_below(path):
+        raise BenchmarkError(f"{where}: the path {path!r} leads out of {folder}; write one relative to it")
+    return Path(folder) / PurePosixPath(path)
 
 # %% ../../nbs/3_benchmarks/30_items.ipynb #dece85d4
 def _open(picture):
     "A path or a picture as a picture, or an `ImageProblem`."
-    if isinstance(picture, ImageProblem): raise picture
-    if not isinstance(picture, (str, Path)): return picture
-    if not Path(picture).is_file(): raise ImageProblem('the picture is not there', f'put it at {picture}')
+    if isinstance(picture, ImageProblem):
+        raise picture
+    if not isinstance(picture, (str, Path)):
+        return picture
+    if not Path(picture).is_file():
+        raise ImageProblem("the picture is not there", f"put it at {picture}")
     return open_image(picture)
+
 
 def _or_problem(find, *args):
     "What a function gives, or the `ImageProblem` that it raises."
-    try: return find(*args)
-    except ImageProblem as e: return e
-    except KeyError: return ImageProblem('no such picture in the benchmark', 'name it in `pictures`')
+    try:
+        return find(*args)
+    except ImageProblem as e:
+        return e
+    except KeyError:
+        return ImageProblem("no such picture in the benchmark", "name it in `pictures`")
 
 # %% ../../nbs/3_benchmarks/30_items.ipynb #ddc92752
-def open_pictures(benchmark:Benchmark,     # the questions
-                  names=None,              # images to open; default: all that items ask about
-                 )->tuple:                 # (dict image → picture, list of problems)
+def open_pictures(
+    benchmark: Benchmark,  # the questions
+    names=None,  # images to open; default: all that items ask about
+) -> tuple:  # (dict image → picture, list of problems)
     "Open pictures; those that cannot be opened are listed."
-    items_of = benchmark.items.image.value_counts(); names = list(items_of.sort_index().index if names is None else names)
-    given, there, problems = [_or_problem(benchmark.pictures.__getitem__, name) for name in names], {}, []   # a source is asked by one thread
+    items_of = benchmark.items.image.value_counts()
+    names = list(items_of.sort_index().index if names is None else names)
+    given, there, problems = (
+        [_or_problem(benchmark.pictures.__getitem__, name) for name in names],
+        {},
+        [],
+    )  # a source is asked by one thread
     for name, found in zip(names, in_threads(lambda picture: _or_problem(_open, picture), given)):
-        if isinstance(found, ImageProblem): problems.append(problem(name, '', f'{found.what} (items that ask about it: {items_of[name]})', found.remedy))
-        else: there[name] = found
+        if isinstance(found, ImageProblem):
+            problems.append(
+                problem(name, "", f"{found.what} (items that ask about it: {items_of[name]})", found.remedy)
+            )
+        else:
+            there[name] = found
     return there, problems
 
 # %% ../../nbs/3_benchmarks/30_items.ipynb #4c64bfe4
 class OnDemand(dict):
     "Pictures by name, opened when they are asked for and not kept."
-    def __init__(self,
-                 places:dict,  # name → whatever `open` understands
-                 open,         # function that gives a path or a picture, or raises an `ImageProblem`
-                 ): super().__init__(places); self.open = open
-    def __getitem__(self, name): return self.open(super().__getitem__(name))
+
+    def __init__(
+        self,
+        places: dict,  # name → whatever `open` understands
+        open,  # function that gives a path or a picture, or raises an `ImageProblem`
+    ):
+        super().__init__(places)
+        self.open = open
+
+    def __getitem__(self, name):
+        return self.open(super().__getitem__(name))
 
 # %% ../../nbs/3_benchmarks/30_items.ipynb #ea087003
-def in_memory(benchmark:Benchmark   # with paths
-             )->Benchmark:          # with the pictures, or with what is wrong with them
+def in_memory(
+    benchmark: Benchmark,  # with paths
+) -> Benchmark:  # with the pictures, or with what is wrong with them
     "Open every picture once and for all."
-    return replace(benchmark, pictures={name: _or_problem(lambda: _open(benchmark.pictures[name])) for name in benchmark.pictures})
+    return replace(
+        benchmark, pictures={name: _or_problem(lambda: _open(benchmark.pictures[name])) for name in benchmark.pictures}
+    )
 
 # %% ../../nbs/3_benchmarks/30_items.ipynb #bd17bae9
 @dataclass
 class Encoded:
     "What a model made of a benchmark: vectors, and which item uses which."
-    items: pd.DataFrame        # those whose picture could be opened
-    images: np.ndarray         # one unit vector a distinct picture
-    texts: np.ndarray          # one unit vector a distinct text
-    image_of: np.ndarray       # item → row of `images`
-    positive_of: np.ndarray    # item → row of `texts`
-    negative_of: np.ndarray    # item → row of `texts`
-    problems: list             # pictures that could not be opened
+
+    items: pd.DataFrame  # those whose picture could be opened
+    images: np.ndarray  # one unit vector a distinct picture
+    texts: np.ndarray  # one unit vector a distinct text
+    image_of: np.ndarray  # item → row of `images`
+    positive_of: np.ndarray  # item → row of `texts`
+    negative_of: np.ndarray  # item → row of `texts`
+    problems: list  # pictures that could not be opened
 
 # %% ../../nbs/3_benchmarks/30_items.ipynb #8966ba8f
 def _encode_pictures(benchmark, encoder, batch):
@@ -123,37 +171,52 @@ def _encode_pictures(benchmark, encoder, batch):
     wanted = sorted(benchmark.items.image.unique())
     names, vectors, problems = [], [], []
     for i in range(0, len(wanted), batch):
-        there, wrong = open_pictures(benchmark, wanted[i:i + batch])
+        there, wrong = open_pictures(benchmark, wanted[i : i + batch])
         problems += wrong
-        if there: names += there; vectors.append(np.asarray(encoder.encode_image(list(there.values())), np.float32))
-    if not names: raise BenchmarkError(f'none of the {len(wanted)} pictures can be opened. The first: {problems[0]["file"]}: {problems[0]["what"]}; {problems[0]["remedy"]}')
+        if there:
+            names += there
+            vectors.append(np.asarray(encoder.encode_image(list(there.values())), np.float32))
+    if not names:
+        raise BenchmarkError(
+            f"none of the {len(wanted)} pictures can be opened. The first: {problems[0]['file']}: {problems[0]['what']}; {problems[0]['remedy']}"
+        )
     return pd.Index(names), np.concatenate(vectors), problems
 
 # %% ../../nbs/3_benchmarks/30_items.ipynb #f5e0318d
-def encode(benchmark:Benchmark,   # the questions
-           encoder,               # `encode_image`, `encode_text`
-           batch:int=256,         # pictures opened at a time
-          )->Encoded:
+def encode(
+    benchmark: Benchmark,  # the questions
+    encoder,  # `encode_image`, `encode_text`
+    batch: int = 256,  # pictures opened at a time
+) -> Encoded:
     "Encode each distinct picture and each distinct text once."
     check_items(benchmark.items)
     names, images, problems = _encode_pictures(benchmark, encoder, batch)
     items = benchmark.items[benchmark.items.image.isin(names)].reset_index(drop=True)
     texts = pd.Index(sorted({*items.positive, *items.negative}, key=lambda t: (len(t), t)))
     vectors = np.asarray(encoder.encode_text(list(texts)), np.float32)
-    return Encoded(items, images, vectors, names.get_indexer(items.image), texts.get_indexer(items.positive), texts.get_indexer(items.negative), problems)
+    return Encoded(
+        items,
+        images,
+        vectors,
+        names.get_indexer(items.image),
+        texts.get_indexer(items.positive),
+        texts.get_indexer(items.negative),
+        problems,
+    )
 
 # %% ../../nbs/3_benchmarks/30_items.ipynb #c3f03bda
 def _cosines(images, texts, block=4096):
     "Row-wise products of two tables of vectors, given as (table, rows)."
     (a, i), (b, j) = images, texts
-    parts = [(a[i[k:k + block]].astype(np.float64)*b[j[k:k + block]]).sum(1) for k in range(0, len(i), block)]
+    parts = [(a[i[k : k + block]].astype(np.float64) * b[j[k : k + block]]).sum(1) for k in range(0, len(i), block)]
     return np.concatenate(parts) if parts else np.empty(0)
 
 # %% ../../nbs/3_benchmarks/30_items.ipynb #f40a8c40
-def predict(encoded:Encoded,               # vectors of a model
-            images:np.ndarray|None=None,   # vectors to use in place of `encoded.images`
-            image_of:np.ndarray|None=None, # item → row, in place of `encoded.image_of`
-           )->pd.DataFrame:                # the items with `score_positive`, `score_negative`, `correct`
+def predict(
+    encoded: Encoded,  # vectors of a model
+    images: np.ndarray | None = None,  # vectors to use in place of `encoded.images`
+    image_of: np.ndarray | None = None,  # item → row, in place of `encoded.image_of`
+) -> pd.DataFrame:  # the items with `score_positive`, `score_negative`, `correct`
     "One row an item: which text does the model find closer to the picture?"
     at = encoded.images if images is None else images, encoded.image_of if image_of is None else image_of
     positive = _cosines(at, (encoded.texts, encoded.positive_of))
@@ -161,42 +224,57 @@ def predict(encoded:Encoded,               # vectors of a model
     return encoded.items.assign(score_positive=positive, score_negative=negative, correct=positive > negative)
 
 # %% ../../nbs/3_benchmarks/30_items.ipynb #fc9ded01
-def evaluate(benchmark:Benchmark,   # the questions
-             encoder,               # `encode_image`, `encode_text`
-            )->tuple:               # (predictions table, list of problems)
+def evaluate(
+    benchmark: Benchmark,  # the questions
+    encoder,  # `encode_image`, `encode_text`
+) -> tuple:  # (predictions table, list of problems)
     "Ask a model all questions."
     encoded = encode(benchmark, encoder)
     return predict(encoded), benchmark.problems + encoded.problems
 
 # %% ../../nbs/3_benchmarks/30_items.ipynb #e652149f
-def coverage(benchmark:Benchmark,         # the questions
-             predictions:pd.DataFrame,    # the answers
-            )->pd.DataFrame:              # file, items, answered, share
+def coverage(
+    benchmark: Benchmark,  # the questions
+    predictions: pd.DataFrame,  # the answers
+) -> pd.DataFrame:  # file, items, answered, share
     "How much of each file was answered."
     held, answered = benchmark.items.file.value_counts(), predictions.file.value_counts()
     files = sorted({*benchmark.expected, *held.index})
-    table = pd.DataFrame(dict(file=files, items=[max(benchmark.expected.get(f, 0), held.get(f, 0)) for f in files],
-                              answered=[answered.get(f, 0) for f in files]))
-    return table.assign(share=(table.answered/table['items'].clip(lower=1)).where(table['items'] > 0, 0.))
+    table = pd.DataFrame(
+        dict(
+            file=files,
+            items=[max(benchmark.expected.get(f, 0), held.get(f, 0)) for f in files],
+            answered=[answered.get(f, 0) for f in files],
+        )
+    )
+    return table.assign(share=(table.answered / table["items"].clip(lower=1)).where(table["items"] > 0, 0.0))
 
 # %% ../../nbs/3_benchmarks/30_items.ipynb #3a7e9cde
-def require_coverage(benchmark:Benchmark,         # the questions
-                     predictions:pd.DataFrame,    # the answers
-                     least:float=0.99,            # share of every file that must be answered
-                    ):
+def require_coverage(
+    benchmark: Benchmark,  # the questions
+    predictions: pd.DataFrame,  # the answers
+    least: float = 0.99,  # share of every file that must be answered
+):
     "Refuse to go on with half a benchmark."
-    low = coverage(benchmark, predictions).query('share < @least').sort_values('share')
-    if not len(low): return
+    low = coverage(benchmark, predictions).query("share < @least").sort_values("share")
+    if not len(low):
+        return
     first = low.iloc[0]
-    raise BenchmarkError(f'{len(low)} files are answered to less than {least:.0%}; the worst is {first.file}: {first.answered} of {first["items"] or "unknown"} items. '
-                         'Put the missing files and pictures in place (the problems name them), or lower `least` and say so beside the number')
+    raise BenchmarkError(
+        f"{len(low)} files are answered to less than {least:.0%}; the worst is {first.file}: {first.answered} of {first['items'] or 'unknown'} items. "
+        "Put the missing files and pictures in place (the problems name them), or lower `least` and say so beside the number"
+    )
 
 # %% ../../nbs/3_benchmarks/30_items.ipynb #16b55a00
-def accuracy(predictions:pd.DataFrame,   # of any model or audit
-             by:str='category',          # column that makes the rows
-             column:str='correct',       # what is averaged
-             **kwargs,                   # repeats, seed, level of `bootstrap`
-            )->pd.DataFrame:             # row, value, low, high, n, pictures
+def accuracy(
+    predictions: pd.DataFrame,  # of any model or audit
+    by: str = "category",  # column that makes the rows
+    column: str = "correct",  # what is averaged
+    **kwargs,  # repeats, seed, level of `bootstrap`
+) -> pd.DataFrame:  # row, value, low, high, n, pictures
     "Share of correct answers by category, with intervals over pictures."
-    rows = [dict(row=name, **bootstrap(part[column], part.image, **kwargs)._asdict(), pictures=part.image.nunique()) for name, part in predictions.groupby(by, sort=False)]
-    return pd.DataFrame(rows, columns=['row', 'value', 'low', 'high', 'n', 'pictures'])
+    rows = [
+        dict(row=name, **bootstrap(part[column], part.image, **kwargs)._asdict(), pictures=part.image.nunique())
+        for name, part in predictions.groupby(by, sort=False)
+    ]
+    return pd.DataFrame(rows, columns=["row", "value", "low", "high", "n", "pictures"])

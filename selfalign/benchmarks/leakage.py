@@ -25,173 +25,253 @@ from ..study.statistics import proportion
 def _low(image):
     "The 64 lowest frequencies of a picture."
     from scipy.fft import dctn
-    return dctn(np.asarray(image.convert('L').resize((32, 32), Image.Resampling.LANCZOS), np.float64))[:8, :8]
 
-def _bits(low): return int.from_bytes(np.packbits(low.ravel() > np.median(low)).tobytes(), 'big')
+    return dctn(np.asarray(image.convert("L").resize((32, 32), Image.Resampling.LANCZOS), np.float64))[:8, :8]
 
-def perceptual_hash(image   # PIL picture
-                   )->int:  # 64 bits
+
+def _bits(low):
+    return int.from_bytes(np.packbits(low.ravel() > np.median(low)).tobytes(), "big")
+
+
+def perceptual_hash(
+    image,  # PIL picture
+) -> int:  # 64 bits
     "Which of the low frequencies are stronger than their median?"
     return _bits(_low(image))
 
-def both_hashes(image     # PIL picture
-               )->tuple:  # its hash, and that of its mirror image
+
+def both_hashes(
+    image,  # PIL picture
+) -> tuple:  # its hash, and that of its mirror image
     "A mirrored picture has the same frequencies, with the other sign where a wave is odd from left to right."
     low = _low(image)
-    return _bits(low), _bits(low*np.tile([1, -1], 4))
+    return _bits(low), _bits(low * np.tile([1, -1], 4))
 
 # %% ../../nbs/3_benchmarks/3a_leakage.ipynb #0dac34ff
-def near_hashes(test:np.ndarray,   # uint64, one a picture
-                train:np.ndarray,  # uint64, one a picture
-                most:int=6,        # bits that may differ, 0 to 64
-                block:int=32,      # test pictures at a time
-               )->np.ndarray:      # (pairs, 3): test, train, bits
+def near_hashes(
+    test: np.ndarray,  # uint64, one a picture
+    train: np.ndarray,  # uint64, one a picture
+    most: int = 6,  # bits that may differ, 0 to 64
+    block: int = 32,  # test pictures at a time
+) -> np.ndarray:  # (pairs, 3): test, train, bits
     "All pairs of hashes that differ in few bits."
-    if not 0 <= most <= 64: raise BenchmarkError(f'most is {most}; a hash has 64 bits')
+    if not 0 <= most <= 64:
+        raise BenchmarkError(f"most is {most}; a hash has 64 bits")
     found = [np.empty((0, 3), np.int64)]
     for i in range(0, len(test), block):
-        bits = np.bitwise_count(test[i:i + block, None] ^ train[None])
+        bits = np.bitwise_count(test[i : i + block, None] ^ train[None])
         a, b = np.nonzero(bits <= most)
         found.append(np.stack([a + i, b, bits[a, b]], 1))
     return np.concatenate(found)
 
 # %% ../../nbs/3_benchmarks/3a_leakage.ipynb #0a9a9a33
-def near_vectors(test:np.ndarray,   # unit vectors, one a picture
-                 train:np.ndarray,  # unit vectors, one a picture
-                 least:float=.98,   # cosine, −1 to 1
-                 block:int=256,     # test pictures at a time
-                )->tuple:           # (pairs as (n, 2) of test and train, their cosines)
+def near_vectors(
+    test: np.ndarray,  # unit vectors, one a picture
+    train: np.ndarray,  # unit vectors, one a picture
+    least: float = 0.98,  # cosine, −1 to 1
+    block: int = 256,  # test pictures at a time
+) -> tuple:  # (pairs as (n, 2) of test and train, their cosines)
     "All pairs of vectors that are nearly the same."
-    if test.shape[1:] != train.shape[1:]: raise BenchmarkError(f'vectors of {test.shape[1:]} and {train.shape[1:]} numbers; encode both sides with the same encoder')
+    if test.shape[1:] != train.shape[1:]:
+        raise BenchmarkError(
+            f"vectors of {test.shape[1:]} and {train.shape[1:]} numbers; encode both sides with the same encoder"
+        )
     pairs, cosines = [np.empty((0, 2), np.int64)], [np.empty(0, np.float32)]
     for i in range(0, len(test), block):
-        cosine = test[i:i + block] @ train.T
+        cosine = test[i : i + block] @ train.T
         a, b = np.nonzero(cosine >= least)
-        pairs.append(np.stack([a + i, b], 1)); cosines.append(cosine[a, b])
+        pairs.append(np.stack([a + i, b], 1))
+        cosines.append(cosine[a, b])
     return np.concatenate(pairs), np.concatenate(cosines)
 
 # %% ../../nbs/3_benchmarks/3a_leakage.ipynb #f6936ddf
 @dataclass
 class Fingerprints:
     "What is kept of a collection of pictures."
-    names: list            # of the pictures that could be opened
-    hashes: np.ndarray     # uint64
-    mirrored: np.ndarray   # uint64, of the mirror images
-    vectors: np.ndarray    # unit vectors; no columns without an encoder
-    problems: list         # pictures that could not be opened
+
+    names: list  # of the pictures that could be opened
+    hashes: np.ndarray  # uint64
+    mirrored: np.ndarray  # uint64, of the mirror images
+    vectors: np.ndarray  # unit vectors; no columns without an encoder
+    problems: list  # pictures that could not be opened
 
 # %% ../../nbs/3_benchmarks/3a_leakage.ipynb #a56d10a9
 def _opened(pictures, names, problems):
     "Name and picture of those that open."
-    for name in tqdm(names, desc='pictures', disable=len(names) < 500):
-        try: yield name, _open(pictures[name])
-        except ImageProblem as e: problems.append(problem(name, '', e.what, e.remedy))
+    for name in tqdm(names, desc="pictures", disable=len(names) < 500):
+        try:
+            yield name, _open(pictures[name])
+        except ImageProblem as e:
+            problems.append(problem(name, "", e.what, e.remedy))
+
 
 def _require_some(opened, asked, problems):
     "Refuse a collection of which nothing opens."
-    if not opened: raise BenchmarkError(f'none of {asked} pictures can be opened' + (f'. The first: {problems[0]["file"]}: {problems[0]["what"]}' if problems else '; name some'))
+    if not opened:
+        raise BenchmarkError(
+            f"none of {asked} pictures can be opened"
+            + (f". The first: {problems[0]['file']}: {problems[0]['what']}" if problems else "; name some")
+        )
 
 # %% ../../nbs/3_benchmarks/3a_leakage.ipynb #2ddc3f56
 def _fingerprints(pictures, wanted, encoder, batch=256):
     "Those of some pictures; perhaps none."
     problems, names, hashes, vectors, waiting = [], [], [], [], []
-    def encode():
-        if waiting and encoder: vectors.append(np.asarray(encoder.encode_image(list(waiting)), np.float32))
-        waiting.clear()
-    for name, picture in _opened(pictures, wanted, problems):
-        names.append(name); hashes.append(both_hashes(picture)); waiting.append(picture)
-        if len(waiting) == batch: encode()
-    encode()
-    return Fingerprints(names, *np.array(hashes, np.uint64).reshape(-1, 2).T, np.concatenate(vectors) if vectors else np.empty((len(names), 0), np.float32), problems)
 
-def fingerprints(pictures:dict,    # name → path or PIL picture
-                 encoder=None,     # `encode_image`; without one only hashes are made
-                 batch:int=256,    # pictures opened at a time
-                )->Fingerprints:
+    def encode():
+        if waiting and encoder:
+            vectors.append(np.asarray(encoder.encode_image(list(waiting)), np.float32))
+        waiting.clear()
+
+    for name, picture in _opened(pictures, wanted, problems):
+        names.append(name)
+        hashes.append(both_hashes(picture))
+        waiting.append(picture)
+        if len(waiting) == batch:
+            encode()
+    encode()
+    return Fingerprints(
+        names,
+        *np.array(hashes, np.uint64).reshape(-1, 2).T,
+        np.concatenate(vectors) if vectors else np.empty((len(names), 0), np.float32),
+        problems,
+    )
+
+
+def fingerprints(
+    pictures: dict,  # name → path or PIL picture
+    encoder=None,  # `encode_image`; without one only hashes are made
+    batch: int = 256,  # pictures opened at a time
+) -> Fingerprints:
     "Hashes and vectors of a collection."
     made = _fingerprints(pictures, list(pictures), encoder, batch)
     _require_some(len(made.names), len(pictures), made.problems)
     return made
 
 # %% ../../nbs/3_benchmarks/3a_leakage.ipynb #74714053
-def suspected(test:Fingerprints,    # pictures of a benchmark
-              train:Fingerprints,   # pictures a model was trained on
-              most:int=6,           # bits in which hashes may differ
-              least:float=.98,      # cosine from which vectors count as the same
-             )->pd.DataFrame:       # check, test, train, value
+def suspected(
+    test: Fingerprints,  # pictures of a benchmark
+    train: Fingerprints,  # pictures a model was trained on
+    most: int = 6,  # bits in which hashes may differ
+    least: float = 0.98,  # cosine from which vectors count as the same
+) -> pd.DataFrame:  # check, test, train, value
     "Pairs that may be the same picture."
-    parts = [('hash', near_hashes(test.hashes, train.hashes, most)), ('mirrored hash', near_hashes(test.hashes, train.mirrored, most))]
+    parts = [
+        ("hash", near_hashes(test.hashes, train.hashes, most)),
+        ("mirrored hash", near_hashes(test.hashes, train.mirrored, most)),
+    ]
     if test.vectors.size or train.vectors.size:
         pairs, cosines = near_vectors(test.vectors, train.vectors, least)
-        parts.append(('embedding', np.column_stack([pairs, cosines])))
-    rows = [dict(check=check, test=test.names[int(a)], train=train.names[int(b)], value=float(v)) for check, found in parts for a, b, v in found]
-    return pd.DataFrame(rows, columns=['check', 'test', 'train', 'value'])
+        parts.append(("embedding", np.column_stack([pairs, cosines])))
+    rows = [
+        dict(check=check, test=test.names[int(a)], train=train.names[int(b)], value=float(v))
+        for check, found in parts
+        for a, b, v in found
+    ]
+    return pd.DataFrame(rows, columns=["check", "test", "train", "value"])
 
 # %% ../../nbs/3_benchmarks/3a_leakage.ipynb #2a0e92af
-def near_copies(test:Fingerprints,   # pictures of a benchmark
-                pictures:dict,       # of the training set: name → path or PIL picture
-                encoder=None,        # as for the test pictures
-                most:int=4,          # bits in which hashes may differ
-                least:float=.98,     # cosine from which vectors count as the same
-                portion:int=10_000,  # training pictures whose fingerprints are kept at a time
-               )->tuple:             # (rows of `suspected`, list of problems)
+def near_copies(
+    test: Fingerprints,  # pictures of a benchmark
+    pictures: dict,  # of the training set: name → path or PIL picture
+    encoder=None,  # as for the test pictures
+    most: int = 4,  # bits in which hashes may differ
+    least: float = 0.98,  # cosine from which vectors count as the same
+    portion: int = 10_000,  # training pictures whose fingerprints are kept at a time
+) -> tuple:  # (rows of `suspected`, list of problems)
     "Suspects among any number of training pictures."
     names, found, problems, opened = list(pictures), [], [], 0
     for i in range(0, len(names), portion):
-        part = _fingerprints(pictures, names[i:i + portion], encoder); problems += part.problems; opened += len(part.names)
-        if part.names: found.append(suspected(test, part, most, least))
+        part = _fingerprints(pictures, names[i : i + portion], encoder)
+        problems += part.problems
+        opened += len(part.names)
+        if part.names:
+            found.append(suspected(test, part, most, least))
     _require_some(opened, len(names), problems)
     return pd.concat(found, ignore_index=True), problems
 
 # %% ../../nbs/3_benchmarks/3a_leakage.ipynb #b03af1d2
-def plain_caption(text:str   # any caption
-                 )->str:     # its words, lower case
+def plain_caption(
+    text: str,  # any caption
+) -> str:  # its words, lower case
     "A caption reduced to its words."
-    return ' '.join(words(unicodedata.normalize('NFKC', clean_caption(text)[0]).casefold()))
+    return " ".join(words(unicodedata.normalize("NFKC", clean_caption(text)[0]).casefold()))
 
-def caption_overlap(test,                # name → caption: a dictionary or a column
-                    train,               # name → caption
-                   )->pd.DataFrame:      # check, test, train (the first), value (how many), words
+
+def caption_overlap(
+    test,  # name → caption: a dictionary or a column
+    train,  # name → caption
+) -> pd.DataFrame:  # check, test, train (the first), value (how many), words
     "Test captions that the training set holds word for word."
     asked, held = {name: plain_caption(text) for name, text in test.items()}, {}
-    wanted = set(asked.values()) - {''}
+    wanted = set(asked.values()) - {""}
     for name, text in train.items():
-        if (p := plain_caption(text)) in wanted: held.setdefault(p, []).append(name)
+        if (p := plain_caption(text)) in wanted:
+            held.setdefault(p, []).append(name)
     same = {name: p for name, p in asked.items() if p in held}
-    return pd.DataFrame([dict(check='caption', test=name, train=held[p][0], value=float(len(held[p])), words=len(p.split())) for name, p in same.items()], columns=['check', 'test', 'train', 'value', 'words'])
+    return pd.DataFrame(
+        [
+            dict(check="caption", test=name, train=held[p][0], value=float(len(held[p])), words=len(p.split()))
+            for name, p in same.items()
+        ],
+        columns=["check", "test", "train", "value", "words"],
+    )
 
 # %% ../../nbs/3_benchmarks/3a_leakage.ipynb #e79ffc02
-def leakage_summary(suspects:pd.DataFrame,  # rows of `suspected` and `caption_overlap`
-                    names,                  # all test pictures (or captions) that were checked
-                    checks=('hash', 'mirrored hash', 'embedding'),   # that were made, also those that found nothing
-                    level:float=.95,        # of confidence
-                   )->pd.DataFrame:         # check, pairs, items, share, low, high, n
+def leakage_summary(
+    suspects: pd.DataFrame,  # rows of `suspected` and `caption_overlap`
+    names,  # all test pictures (or captions) that were checked
+    checks=("hash", "mirrored hash", "embedding"),  # that were made, also those that found nothing
+    level: float = 0.95,  # of confidence
+) -> pd.DataFrame:  # check, pairs, items, share, low, high, n
     "Counts by check."
     names, rows = list(names), []
-    if not names: raise BenchmarkError('no test pictures were checked; a share of nothing is no number')
+    if not names:
+        raise BenchmarkError("no test pictures were checked; a share of nothing is no number")
     checks = dict.fromkeys([*checks, *suspects.check])
-    for check, part in [*((c, suspects[suspects.check == c]) for c in checks), ('any', suspects)]:
-        hit = set(part.test); share = proportion([n in hit for n in names], level)
-        rows.append(dict(check=check, pairs=len(part), items=sum(n in hit for n in names), share=share.value, low=share.low, high=share.high, n=len(names)))
+    for check, part in [*((c, suspects[suspects.check == c]) for c in checks), ("any", suspects)]:
+        hit = set(part.test)
+        share = proportion([n in hit for n in names], level)
+        rows.append(
+            dict(
+                check=check,
+                pairs=len(part),
+                items=sum(n in hit for n in names),
+                share=share.value,
+                low=share.low,
+                high=share.high,
+                n=len(names),
+            )
+        )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/3_benchmarks/3a_leakage.ipynb #d9ef3e2d
-def find_leaks(asked:dict,       # test: name → path or picture
-               told,             # test: name → caption
-               seen:dict,        # training: name → path or picture
-               said,             # training: name → caption
-               encoder=None,     # `encode_image`; without one only hashes are compared
-               most:int=4,       # bits in which hashes may differ
-               least:float=.98,  # cosine from which vectors count as the same
-              )->tuple:          # (summary, rows of `suspected` and `caption_overlap`, list of problems)
+def find_leaks(
+    asked: dict,  # test: name → path or picture
+    told,  # test: name → caption
+    seen: dict,  # training: name → path or picture
+    said,  # training: name → caption
+    encoder=None,  # `encode_image`; without one only hashes are compared
+    most: int = 4,  # bits in which hashes may differ
+    least: float = 0.98,  # cosine from which vectors count as the same
+) -> tuple:  # (summary, rows of `suspected` and `caption_overlap`, list of problems)
     "What of a test set was in a training set?"
     summaries, found, problems = [], [], []
     if len(asked) and len(seen):
-        ours = fingerprints(asked, encoder); near, problems = near_copies(ours, seen, encoder, most, least)
-        problems = problems + ours.problems; found.append(near)
-        summaries.append(leakage_summary(near, ours.names, ('hash', 'mirrored hash', 'embedding') if encoder else ('hash', 'mirrored hash')))
+        ours = fingerprints(asked, encoder)
+        near, problems = near_copies(ours, seen, encoder, most, least)
+        problems = problems + ours.problems
+        found.append(near)
+        summaries.append(
+            leakage_summary(
+                near, ours.names, ("hash", "mirrored hash", "embedding") if encoder else ("hash", "mirrored hash")
+            )
+        )
     if len(told) and len(said):
         found.append(again := caption_overlap(told, said))
-        summaries.append(leakage_summary(again, told.keys(), ('caption',)).query('check == "caption"'))
-    if not found: raise BenchmarkError('nothing can be compared: the two have neither pictures nor captions in common; check both sources')
+        summaries.append(leakage_summary(again, told.keys(), ("caption",)).query('check == "caption"'))
+    if not found:
+        raise BenchmarkError(
+            "nothing can be compared: the two have neither pictures nor captions in common; check both sources"
+        )
     return pd.concat(summaries, ignore_index=True), pd.concat(found, ignore_index=True), problems

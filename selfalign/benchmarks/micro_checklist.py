@@ -24,72 +24,103 @@ from ..study.files import publish
 # %% ../../nbs/3_benchmarks/33_micro_checklist.ipynb #ede3bcd5
 class Fact(NamedTuple):
     "What can be asked of a scene."
-    number: int      # of the scene in its pool
-    category: str    # one of VL-CheckList's thirteen
-    context: tuple   # the words that stay
-    value: str       # the word that a negative replaces
+
+    number: int  # of the scene in its pool
+    category: str  # one of VL-CheckList's thirteen
+    context: tuple  # the words that stay
+    value: str  # the word that a negative replaces
 
 # %% ../../nbs/3_benchmarks/33_micro_checklist.ipynb #8f64afc0
-inverse = {'left of': 'right of', 'right of': 'left of', 'above': 'below', 'below': 'above'}
-deeds = ('carrying', 'pulling', 'chasing')
+inverse = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+deeds = ("carrying", "pulling", "chasing")
 
 # %% ../../nbs/3_benchmarks/33_micro_checklist.ipynb #211bd1b0
 def _facts_of_thing(number, t):
     "What can be asked about one thing."
-    for category in (f'Object/Location/{t.location}', f'Object/Size/{t.size}'): yield Fact(number, category, (t.colour,), t.object)
-    yield Fact(number, 'Attribute/color', (t.object,), t.colour)
-    yield Fact(number, 'Attribute/size', (t.object,), t.size)
-    yield Fact(number, 'Attribute/state', (t.object,), t.state or 'upright')
-    if t.pattern != 'plain': yield Fact(number, 'Attribute/material', (t.object,), t.pattern)
-    if t.action: yield Fact(number, 'Attribute/action', (t.object,), t.action)
+    for category in (f"Object/Location/{t.location}", f"Object/Size/{t.size}"):
+        yield Fact(number, category, (t.colour,), t.object)
+    yield Fact(number, "Attribute/color", (t.object,), t.colour)
+    yield Fact(number, "Attribute/size", (t.object,), t.size)
+    yield Fact(number, "Attribute/state", (t.object,), t.state or "upright")
+    if t.pattern != "plain":
+        yield Fact(number, "Attribute/material", (t.object,), t.pattern)
+    if t.action:
+        yield Fact(number, "Attribute/action", (t.object,), t.action)
 
 # %% ../../nbs/3_benchmarks/33_micro_checklist.ipynb #8d2d3d18
-def facts_of(number:int,   # of the scene
-             scene,        # a `Scene`
-            )->list:       # of `Fact`
+def facts_of(
+    number: int,  # of the scene
+    scene,  # a `Scene`
+) -> list:  # of `Fact`
     "Everything that the benchmark can ask about a scene."
     facts = [fact for t in scene.things for fact in _facts_of_thing(number, t)]
     names = tuple(t.object for t in scene.things)
-    if scene.relation in deeds: facts.append(Fact(number, 'Relation/action', names, scene.relation))
+    if scene.relation in deeds:
+        facts.append(Fact(number, "Relation/action", names, scene.relation))
     if scene.relation in inverse:
-        facts.append(Fact(number, 'Relation/spatial', names, scene.relation))
-        facts.append(Fact(number, 'Relation/spatial', names[::-1], inverse[scene.relation]))
+        facts.append(Fact(number, "Relation/spatial", names, scene.relation))
+        facts.append(Fact(number, "Relation/spatial", names[::-1], inverse[scene.relation]))
     return facts
 
 # %% ../../nbs/3_benchmarks/33_micro_checklist.ipynb #c545b2f9
-_key = {'Attribute/color': 'colour', 'Attribute/material': 'pattern', 'Attribute/size': 'size', 'Attribute/state': 'state', 'Attribute/action': 'action'}
+_key = {
+    "Attribute/color": "colour",
+    "Attribute/material": "pattern",
+    "Attribute/size": "size",
+    "Attribute/state": "state",
+    "Attribute/action": "action",
+}
 
-def phrase(category:str,    # of the fact
-           context:tuple,   # of the fact
-           value:str,       # the fact's own, or one that is to be false
-           rng=None,        # source of chance for synonyms; without one, the usual word
-          )->Caption:       # text and claims
+
+def phrase(
+    category: str,  # of the fact
+    context: tuple,  # of the fact
+    value: str,  # the fact's own, or one that is to be false
+    rng=None,  # source of chance for synonyms; without one, the usual word
+) -> Caption:  # text and claims
     "Say it in a few words."
     around, said = [word(w) for w in context], word(value, rng)
-    if section_of(category) == 'Object': return Caption(f'{around[0]} {said}', dict(things=[dict(object=value, colour=context[0])]))
-    if section_of(category) == 'Relation': return Caption(f'{around[0]} {said} {around[1]}', dict(things=[dict(object=o) for o in context], relation=value))
-    claims = dict(things=[{'object': context[0], _key[category]: '' if value == 'upright' else value}])
-    return Caption(f'{around[0]} {said}' if category in ('Attribute/state', 'Attribute/action') else f'{said} {around[0]}', claims)
+    if section_of(category) == "Object":
+        return Caption(f"{around[0]} {said}", dict(things=[dict(object=value, colour=context[0])]))
+    if section_of(category) == "Relation":
+        return Caption(
+            f"{around[0]} {said} {around[1]}", dict(things=[dict(object=o) for o in context], relation=value)
+        )
+    claims = dict(things=[{"object": context[0], _key[category]: "" if value == "upright" else value}])
+    return Caption(
+        f"{around[0]} {said}" if category in ("Attribute/state", "Attribute/action") else f"{said} {around[0]}", claims
+    )
 
 # %% ../../nbs/3_benchmarks/33_micro_checklist.ipynb #0e6c013b
-_values = {'Attribute/color': tuple(colours), 'Attribute/material': patterns[1:], 'Attribute/size': tuple(sizes), 'Attribute/state': ('upright', 'upside down'),
-           'Attribute/action': ('moving', 'jumping'), 'Relation/action': deeds}
+_values = {
+    "Attribute/color": tuple(colours),
+    "Attribute/material": patterns[1:],
+    "Attribute/size": tuple(sizes),
+    "Attribute/state": ("upright", "upside down"),
+    "Attribute/action": ("moving", "jumping"),
+    "Relation/action": deeds,
+}
 
-def alternatives(category:str,   # of a fact
-                 value:str,      # its value
-                )->list:         # other values
+
+def alternatives(
+    category: str,  # of a fact
+    value: str,  # its value
+) -> list:  # other values
     "What might be said falsely in place of a value."
-    if category == 'Relation/spatial': return [inverse[value]]
+    if category == "Relation/spatial":
+        return [inverse[value]]
     return [v for v in _values.get(category, objects) if v != value]
 
 # %% ../../nbs/3_benchmarks/33_micro_checklist.ipynb #d5ed27cd
-def holds(claims:dict,   # of a phrase
-          scene,         # what the picture shows
-         )->bool:
+def holds(
+    claims: dict,  # of a phrase
+    scene,  # what the picture shows
+) -> bool:
     "Whether the phrase is true of some of the things, read from either end."
     for order in permutations(scene.things):
-        relation = scene.relation if order == tuple(scene.things) else inverse.get(scene.relation, '')
-        if is_true(claims, replace(scene, things=order, relation=relation)): return True
+        relation = scene.relation if order == tuple(scene.things) else inverse.get(scene.relation, "")
+        if is_true(claims, replace(scene, things=order, relation=relation)):
+            return True
     return False
 
 # %% ../../nbs/3_benchmarks/33_micro_checklist.ipynb #51102631
@@ -98,8 +129,10 @@ def _partner(fact, waiting, used, scenes):
     found = []
     for value in alternatives(fact.category, fact.value):
         queue = waiting.get((fact.category, fact.context, value), ())
-        while queue and (fact.category, queue[0].number) in used: queue.popleft()
-        if queue: found.append(queue[0])
+        while queue and (fact.category, queue[0].number) in used:
+            queue.popleft()
+        if queue:
+            found.append(queue[0])
     false_of = lambda a, b: not holds(phrase(*a[1:]).claims, scenes[b.number])
     fits = [f for f in found if f.number != fact.number and false_of(fact, f) and false_of(f, fact)]
     return min(fits, default=None)
@@ -107,42 +140,67 @@ def _partner(fact, waiting, used, scenes):
 # %% ../../nbs/3_benchmarks/33_micro_checklist.ipynb #949bf377
 def _join(fact, pairs, waiting, used, scenes):
     "Make a pair of this fact and one that waits, or let it wait."
-    if (fact.category, fact.number) in used: return
+    if (fact.category, fact.number) in used:
+        return
     other = _partner(fact, waiting, used, scenes)
-    if other is None: waiting.setdefault(fact[1:], deque()).append(fact); return
-    pairs.append((other, fact)); used.update((f.category, f.number) for f in (other, fact))
+    if other is None:
+        waiting.setdefault(fact[1:], deque()).append(fact)
+        return
+    pairs.append((other, fact))
+    used.update((f.category, f.number) for f in (other, fact))
 
 # %% ../../nbs/3_benchmarks/33_micro_checklist.ipynb #2cb4861e
-def gather(items:int=300,            # a category, an even number
-           pool:str='evaluation',    # of scenes
-           limit:int=100_000,        # scenes to look at before giving up
-          )->tuple:                  # scenes by number, category → pairs of facts, category → all facts
+def gather(
+    items: int = 300,  # a category, an even number
+    pool: str = "evaluation",  # of scenes
+    limit: int = 100_000,  # scenes to look at before giving up
+) -> tuple:  # scenes by number, category → pairs of facts, category → all facts
     "Walk through a pool until every category has its items."
-    if items < 2 or items % 2: raise BenchmarkError(f'{items} items a category; they come in pairs, so ask for an even number')
+    if items < 2 or items % 2:
+        raise BenchmarkError(f"{items} items a category; they come in pairs, so ask for an even number")
     scenes, pairs, facts, waiting, used = {}, {c: [] for c in categories}, {c: [] for c in categories}, {}, set()
     for number in range(limit):
         scenes[number] = make_scene(pool, number)
         for fact in facts_of(number, scenes[number]):
             facts[fact.category].append(fact)
-            if 2*len(pairs[fact.category]) < items: _join(fact, pairs[fact.category], waiting, used, scenes)
-        if all(2*len(pairs[c]) == items and 2*len(facts[c]) >= 3*items for c in categories): return scenes, pairs, facts
+            if 2 * len(pairs[fact.category]) < items:
+                _join(fact, pairs[fact.category], waiting, used, scenes)
+        if all(2 * len(pairs[c]) == items and 2 * len(facts[c]) >= 3 * items for c in categories):
+            return scenes, pairs, facts
     short = min(categories, key=lambda c: len(pairs[c]))
-    raise BenchmarkError(f'{limit} scenes of pool {pool} give only {2*len(pairs[short])} items of {short}; ask for fewer items or raise the limit')
+    raise BenchmarkError(
+        f"{limit} scenes of pool {pool} give only {2 * len(pairs[short])} items of {short}; ask for fewer items or raise the limit"
+    )
 
 # %% ../../nbs/3_benchmarks/33_micro_checklist.ipynb #636596c0
-def _row(number, positive, negative, pool): return [f'{pool}-{number:07d}.png', dict(POS=[positive], NEG=[negative])]
+def _row(number, positive, negative, pool):
+    return [f"{pool}-{number:07d}.png", dict(POS=[positive], NEG=[negative])]
 
-def balanced_rows(pairs:list,   # of facts, one category
-                  pool:str,     # of the scenes
-                 )->list:       # rows of an annotation file
+
+def balanced_rows(
+    pairs: list,  # of facts, one category
+    pool: str,  # of the scenes
+) -> list:  # rows of an annotation file
     "Two items a pair, the texts exchanged."
     texts = [[phrase(*f[1:]).text for f in pair] for pair in pairs]
     return [_row(pair[i].number, t[i], t[1 - i], pool) for pair, t in zip(pairs, texts) for i in (0, 1)]
 
 # %% ../../nbs/3_benchmarks/33_micro_checklist.ipynb #e8a35b0a
-published_bias = {'Object/Location/center': .77, 'Object/Location/mid': .79, 'Object/Location/margin': .79, 'Object/Size/large': .79, 'Object/Size/medium': .77,
-                  'Object/Size/small': .77, 'Attribute/color': .78, 'Attribute/material': .72, 'Attribute/size': .67, 'Attribute/state': .60,
-                  'Attribute/action': .64, 'Relation/action': .91, 'Relation/spatial': .94}
+published_bias = {
+    "Object/Location/center": 0.77,
+    "Object/Location/mid": 0.79,
+    "Object/Location/margin": 0.79,
+    "Object/Size/large": 0.79,
+    "Object/Size/medium": 0.77,
+    "Object/Size/small": 0.77,
+    "Attribute/color": 0.78,
+    "Attribute/material": 0.72,
+    "Attribute/size": 0.67,
+    "Attribute/state": 0.60,
+    "Attribute/action": 0.64,
+    "Relation/action": 0.91,
+    "Relation/spatial": 0.94,
+}
 
 # %% ../../nbs/3_benchmarks/33_micro_checklist.ipynb #a30cead4
 def _worded(fact, scene, common, counts, rng, tries=32):
@@ -150,40 +208,51 @@ def _worded(fact, scene, common, counts, rng, tries=32):
     others, tried = alternatives(fact.category, fact.value), set()
     for _ in range(tries):
         true, false = phrase(*fact[1:], rng), phrase(*fact[1:3], others[rng.integers(len(others))], rng)
-        if (true.text, false.text) in tried: continue
+        if (true.text, false.text) in tried:
+            continue
         tried.add((true.text, false.text))
         p, n = more_frequent(true.text, false.text, counts)
-        if (p - n if common else n - p) > np.log(1.5) and not holds(false.claims, scene): return true.text, false.text
+        if (p - n if common else n - p) > np.log(1.5) and not holds(false.claims, scene):
+            return true.text, false.text
 
 # %% ../../nbs/3_benchmarks/33_micro_checklist.ipynb #ec053f12
-def biased_rows(facts:list,     # of one category
-                scenes:dict,    # number → scene
-                share:float,    # of items whose true text has the more frequent words
-                items:int,      # how many
-                counts,         # of words, see `word_counts`
-                pool:str,       # of the scenes
-                seed:int=0,     # of all that is drawn
-               )->list:         # rows of an annotation file
+def biased_rows(
+    facts: list,  # of one category
+    scenes: dict,  # number → scene
+    share: float,  # of items whose true text has the more frequent words
+    items: int,  # how many
+    counts,  # of words, see `word_counts`
+    pool: str,  # of the scenes
+    seed: int = 0,  # of all that is drawn
+) -> list:  # rows of an annotation file
     "Items with a frequency bias."
     rng, used, rows = np.random.default_rng((seed, categories.index(facts[0].category))), set(), []
-    left = {True: round(share*items), False: items - round(share*items)}
+    left = {True: round(share * items), False: items - round(share * items)}
     for fact in facts:
-        first = bool(rng.random() < left[True]/max(sum(left.values()), 1))
+        first = bool(rng.random() < left[True] / max(sum(left.values()), 1))
         for common in (first, not first) if fact.number not in used else ():
             texts = _worded(fact, scenes[fact.number], common, counts, rng) if left[common] else None
-            if texts: rows.append(_row(fact.number, *texts, pool)); used.add(fact.number); left[common] -= 1; break
-        if len(rows) == items: return rows
-    raise BenchmarkError(f'{len(scenes)} scenes give only {len(rows)} biased items of {facts[0].category}, {left[True]} with frequent and {left[False]} with rare words in the true text are missing; gather more')
+            if texts:
+                rows.append(_row(fact.number, *texts, pool))
+                used.add(fact.number)
+                left[common] -= 1
+                break
+        if len(rows) == items:
+            return rows
+    raise BenchmarkError(
+        f"{len(scenes)} scenes give only {len(rows)} biased items of {facts[0].category}, {left[True]} with frequent and {left[False]} with rare words in the true text are missing; gather more"
+    )
 
 # %% ../../nbs/3_benchmarks/33_micro_checklist.ipynb #05d0f5c7
-def make_rows(items:int=300,            # a category and variant, an even number
-              pool:str='evaluation',    # of scenes
-              captions:list|None=None,  # what counts as frequent; default: 1 000 web captions of pool `study`
-              seed:int=0,               # of the biased texts
-             )->tuple:                  # scenes by number, variant → category → rows
+def make_rows(
+    items: int = 300,  # a category and variant, an even number
+    pool: str = "evaluation",  # of scenes
+    captions: list | None = None,  # what counts as frequent; default: 1 000 web captions of pool `study`
+    seed: int = 0,  # of the biased texts
+) -> tuple:  # scenes by number, variant → category → rows
     "All items of both variants."
     scenes, pairs, facts = gather(items, pool)
-    counts = word_counts([web_caption('study', i)[0].text for i in range(1000)] if captions is None else captions)
+    counts = word_counts([web_caption("study", i)[0].text for i in range(1000)] if captions is None else captions)
     shown = {f.number for ps in pairs.values() for pair in ps for f in pair}
     order = {c: sorted(facts[c], key=lambda f: (f.number not in shown, f.number)) for c in categories}
     biased = {c: biased_rows(order[c], scenes, published_bias[c], items, counts, pool, seed) for c in categories}
@@ -192,29 +261,36 @@ def make_rows(items:int=300,            # a category and variant, an even number
 # %% ../../nbs/3_benchmarks/33_micro_checklist.ipynb #0e7cb080
 def _write(folder, scenes, variants, pool, size):
     "The whole layout below a folder."
-    (folder/'micro').mkdir(parents=True)
+    (folder / "micro").mkdir(parents=True)
     names = {row[0] for by_category in variants.values() for rows in by_category.values() for row in rows}
-    for name in sorted(names): render(scenes[int(name[len(pool) + 1:-4])], size).save(folder/'micro'/name)
+    for name in sorted(names):
+        render(scenes[int(name[len(pool) + 1 : -4])], size).save(folder / "micro" / name)
     for variant, by_category in variants.items():
         for category, rows in by_category.items():
-            data, corpus = f'data/{category}/{variant}.json', folder/f'corpus/v1/{category}/{variant}.yaml'
-            for path in (corpus, folder/data): path.parent.mkdir(parents=True, exist_ok=True)
-            corpus.write_text(f'ANNO_PATH: "{data}"\nIMG_ROOT: "micro/"\nTYPE: "TUPLE_JSON"\n', encoding='utf-8')
-            (folder/data).write_text(json.dumps(rows, indent=0), encoding='utf-8')
+            data, corpus = f"data/{category}/{variant}.json", folder / f"corpus/v1/{category}/{variant}.yaml"
+            for path in (corpus, folder / data):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            corpus.write_text(f'ANNO_PATH: "{data}"\nIMG_ROOT: "micro/"\nTYPE: "TUPLE_JSON"\n', encoding="utf-8")
+            (folder / data).write_text(json.dumps(rows, indent=0), encoding="utf-8")
 
 # %% ../../nbs/3_benchmarks/33_micro_checklist.ipynb #c02df93d
-def write_micro_checklist(folder:str|Path,          # appears whole
-                          items:int=300,            # a category and variant, an even number
-                          pool:str='evaluation',    # of scenes
-                          captions:list|None=None,  # what counts as frequent; default: 1 000 web captions of pool `study`
-                          size:int=64,              # side of the pictures in pixels
-                          seed:int=0,               # of the biased texts
-                         )->Path:
+def write_micro_checklist(
+    folder: str | Path,  # appears whole
+    items: int = 300,  # a category and variant, an even number
+    pool: str = "evaluation",  # of scenes
+    captions: list | None = None,  # what counts as frequent; default: 1 000 web captions of pool `study`
+    size: int = 64,  # side of the pictures in pixels
+    seed: int = 0,  # of the biased texts
+) -> Path:
     "Write the micro benchmark, both variants, in VL-CheckList's layout."
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()) and not (folder/'corpus/v1').is_dir(): raise BenchmarkError(f'{folder} holds something else; name an empty or a new folder')
-    partial = folder.with_name(f'.{folder.name}.{os.getpid()}.partial')
+    if folder.exists() and any(folder.iterdir()) and not (folder / "corpus/v1").is_dir():
+        raise BenchmarkError(f"{folder} holds something else; name an empty or a new folder")
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    try: _write(partial, *make_rows(items, pool, captions, seed), pool, size); publish(partial, folder)
-    finally: shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _write(partial, *make_rows(items, pool, captions, seed), pool, size)
+        publish(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return folder

@@ -16,47 +16,72 @@ from .retrieval import DIRECTIONS, read_source
 from ..data.sources import look, readers
 
 # %% ../../nbs/3_benchmarks/3g_overlap.ipynb #0714450a
-def collection(place:str,    # a source of pairs, a tar archive, a folder of archives or of pictures
-               first:int=0,  # pictures; 0: all
-              )->tuple:      # (name → picture, table of captions: image and text, list of problems)
+def collection(
+    place: str,  # a source of pairs, a tar archive, a folder of archives or of pictures
+    first: int = 0,  # pictures; 0: all
+) -> tuple:  # (name → picture, table of captions: image and text, list of problems)
     "Pictures and captions wherever they lie."
     path = Path(place)
-    if place.partition(':')[0] not in readers and path.is_dir() and not look(path):
+    if place.partition(":")[0] not in readers and path.is_dir() and not look(path):
         found, problems = _pictures_below(path)
-        if not found: raise BenchmarkError(f'{place} holds neither pictures nor tar archives')
-        return {p.relative_to(path).as_posix(): p for p in found[:first or None]}, pd.DataFrame(columns=['image', 'text']), problems
+        if not found:
+            raise BenchmarkError(f"{place} holds neither pictures nor tar archives")
+        return (
+            {p.relative_to(path).as_posix(): p for p in found[: first or None]},
+            pd.DataFrame(columns=["image", "text"]),
+            problems,
+        )
     found = read_source(str(path.resolve()) if path.exists() else place, first, captions=0)
     told = found.items[found.items.category == DIRECTIONS[1]]
-    return found.pictures, told[['image', 'text']].set_index(told.key), found.problems
+    return found.pictures, told[["image", "text"]].set_index(told.key), found.problems
 
 # %% ../../nbs/3_benchmarks/3g_overlap.ipynb #83088218
 def _plain_captions(told):
     "Image → its captions, reduced to words."
     return told.text.map(plain_caption).groupby(told.image).agg(set).to_dict()
 
-def suspicious_pairs(suspects:pd.DataFrame,  # rows of `suspected` and `caption_overlap`, with names of pictures
-                     test:dict,              # picture → set of its captions, reduced to words
-                     train:dict,             # likewise
-                    )->pd.DataFrame:         # test, train, agree (checks), hash and mirrored hash (bits), embedding (cosine), words (of the longest shared caption)
+
+def suspicious_pairs(
+    suspects: pd.DataFrame,  # rows of `suspected` and `caption_overlap`, with names of pictures
+    test: dict,  # picture → set of its captions, reduced to words
+    train: dict,  # likewise
+) -> pd.DataFrame:  # test, train, agree (checks), hash and mirrored hash (bits), embedding (cosine), words (of the longest shared caption)
     "One row a pair of pictures, the most suspicious first."
-    wide = suspects.pivot_table(index=['test', 'train'], columns='check', values='value').reindex(columns=['hash', 'mirrored hash', 'embedding'])
-    wide = wide.reindex(pd.MultiIndex.from_frame(suspects[['test', 'train']].drop_duplicates()))
-    wide['words'] = [max((len(t.split()) for t in test.get(a, set()) & train.get(b, set())), default=np.nan) for a, b in wide.index]
-    wide.insert(0, 'agree', wide.notna().sum(axis=1))
-    return wide.reset_index().sort_values(['agree', 'hash', 'mirrored hash', 'embedding', 'words'], ascending=[False, True, True, False, False], kind='stable', ignore_index=True)
+    wide = suspects.pivot_table(index=["test", "train"], columns="check", values="value").reindex(
+        columns=["hash", "mirrored hash", "embedding"]
+    )
+    wide = wide.reindex(pd.MultiIndex.from_frame(suspects[["test", "train"]].drop_duplicates()))
+    wide["words"] = [
+        max((len(t.split()) for t in test.get(a, set()) & train.get(b, set())), default=np.nan) for a, b in wide.index
+    ]
+    wide.insert(0, "agree", wide.notna().sum(axis=1))
+    return wide.reset_index().sort_values(
+        ["agree", "hash", "mirrored hash", "embedding", "words"],
+        ascending=[False, True, True, False, False],
+        kind="stable",
+        ignore_index=True,
+    )
 
 # %% ../../nbs/3_benchmarks/3g_overlap.ipynb #bad556e6
-def overlap(train:str,          # see `collection`
-            test:str,           # see `collection`
-            first:int=0,        # pictures of each; 0: all
-            encoder=None,       # `encode_image`; without one only hashes are compared
-            most:int=4,         # bits in which hashes may differ
-            least:float=.98,    # cosine from which vectors count as the same
-           )->tuple:            # (summary, pairs, list of problems)
+def overlap(
+    train: str,  # see `collection`
+    test: str,  # see `collection`
+    first: int = 0,  # pictures of each; 0: all
+    encoder=None,  # `encode_image`; without one only hashes are compared
+    most: int = 4,  # bits in which hashes may differ
+    least: float = 0.98,  # cosine from which vectors count as the same
+) -> tuple:  # (summary, pairs, list of problems)
     "How much of a test set was in the training set?"
     (asked, told, wrong), (seen, said, problems) = (collection(p, first) for p in (test, train))
     summary, found, more = find_leaks(asked, told.text, seen, said.text, encoder, most, least)
-    words = found.check == 'caption'
-    found = pd.concat([found[~words], found[words].assign(test=found.test[words].map(told.image), train=found.train[words].map(said.image))])
-    pairs = suspicious_pairs(found, *(_plain_captions(c[c.image.isin(names)]) for c, names in ((told, found.test), (said, found.train))))
+    words = found.check == "caption"
+    found = pd.concat(
+        [
+            found[~words],
+            found[words].assign(test=found.test[words].map(told.image), train=found.train[words].map(said.image)),
+        ]
+    )
+    pairs = suspicious_pairs(
+        found, *(_plain_captions(c[c.image.isin(names)]) for c, names in ((told, found.test), (said, found.train)))
+    )
     return summary, pairs, problems + wrong + more

@@ -17,48 +17,76 @@ from ..study.statistics import proportion
 # %% ../../nbs/3_benchmarks/3e_planted_copies.ipynb #2460c7a7
 def _encoded(image, quality):
     "The picture after a JPEG."
-    out = io.BytesIO(); image.convert('RGB').save(out, 'JPEG', quality=quality); out.seek(0)
-    return Image.open(out).convert('RGB')
+    out = io.BytesIO()
+    image.convert("RGB").save(out, "JPEG", quality=quality)
+    out.seek(0)
+    return Image.open(out).convert("RGB")
+
 
 def _cropped(image, share):
     "The picture without a margin."
-    w, h = image.size; x, y = max(1, round(w*share)), max(1, round(h*share))
+    w, h = image.size
+    x, y = max(1, round(w * share)), max(1, round(h * share))
     return image.crop((x, y, w - x, h - y))
 
 # %% ../../nbs/3_benchmarks/3e_planted_copies.ipynb #6b3dd7fa
-disguises = {'same': lambda p: p, 'jpeg': lambda p: _encoded(p, 50), 'half size': lambda p: p.resize((max(1, p.width//2), max(1, p.height//2)), Image.Resampling.BICUBIC),
-             'double size': lambda p: p.resize((2*p.width, 2*p.height), Image.Resampling.BICUBIC), 'cropped 5 %': lambda p: _cropped(p, .05),
-             'brighter': lambda p: ImageEnhance.Brightness(p).enhance(1.25), 'mirrored': ImageOps.mirror}
+disguises = {
+    "same": lambda p: p,
+    "jpeg": lambda p: _encoded(p, 50),
+    "half size": lambda p: p.resize((max(1, p.width // 2), max(1, p.height // 2)), Image.Resampling.BICUBIC),
+    "double size": lambda p: p.resize((2 * p.width, 2 * p.height), Image.Resampling.BICUBIC),
+    "cropped 5 %": lambda p: _cropped(p, 0.05),
+    "brighter": lambda p: ImageEnhance.Brightness(p).enhance(1.25),
+    "mirrored": ImageOps.mirror,
+}
 
 # %% ../../nbs/3_benchmarks/3e_planted_copies.ipynb #662d9509
-def nearest_pairs(test:Fingerprints,    # some pictures
-                  train:Fingerprints,   # others
-                 )->dict:               # check → how near the nearest is to each test picture (bits or cosine)
+def nearest_pairs(
+    test: Fingerprints,  # some pictures
+    train: Fingerprints,  # others
+) -> dict:  # check → how near the nearest is to each test picture (bits or cosine)
     "The nearest training picture of each test picture, by each check."
     bits = lambda hashes: np.array([np.bitwise_count(h ^ hashes).min() for h in test.hashes])
-    found = {'hash': bits(train.hashes), 'hash and mirrored': np.minimum(bits(train.hashes), bits(train.mirrored))}
-    if test.vectors.size: found['embedding'] = np.array([(train.vectors @ v).max() for v in test.vectors])
+    found = {"hash": bits(train.hashes), "hash and mirrored": np.minimum(bits(train.hashes), bits(train.mirrored))}
+    if test.vectors.size:
+        found["embedding"] = np.array([(train.vectors @ v).max() for v in test.vectors])
     return found
 
 # %% ../../nbs/3_benchmarks/3e_planted_copies.ipynb #4fd52a2c
-def sensitivity(originals:dict,    # name → picture of the training set
-                unrelated:dict,    # name → picture that is not in it
-                train:Fingerprints,  # of the whole training set
-                encoder=None,      # `encode_image`
-                most=tuple(range(0, 17, 2)),                   # thresholds of the hash, bits
-                least=(.999, .995, .99, .98, .97, .95, .9),    # thresholds of the embedding
-               )->pd.DataFrame:    # check, threshold, disguise, found, low, high, n
+def sensitivity(
+    originals: dict,  # name → picture of the training set
+    unrelated: dict,  # name → picture that is not in it
+    train: Fingerprints,  # of the whole training set
+    encoder=None,  # `encode_image`
+    most=tuple(range(0, 17, 2)),  # thresholds of the hash, bits
+    least=(0.999, 0.995, 0.99, 0.98, 0.97, 0.95, 0.9),  # thresholds of the embedding
+) -> pd.DataFrame:  # check, threshold, disguise, found, low, high, n
     "What each threshold finds; `disguise` 'false alarm' is what it finds without a copy."
     rows = []
+
     def add(check, near, disguise):
-        for t in least if check == 'embedding' else most:
-            share = proportion(near >= t if check == 'embedding' else near <= t)
-            rows.append(dict(check=check, threshold=t, disguise=disguise, found=share.value, low=share.low, high=share.high, n=share.n))
+        for t in least if check == "embedding" else most:
+            share = proportion(near >= t if check == "embedding" else near <= t)
+            rows.append(
+                dict(
+                    check=check,
+                    threshold=t,
+                    disguise=disguise,
+                    found=share.value,
+                    low=share.low,
+                    high=share.high,
+                    n=share.n,
+                )
+            )
+
     own = fingerprints(originals, encoder)
     for name, disguise in disguises.items():
         copy = fingerprints({n: disguise(_open(p)) for n, p in originals.items()}, encoder)
         plain, mirror = np.bitwise_count(copy.hashes ^ own.hashes), np.bitwise_count(copy.hashes ^ own.mirrored)
-        add('hash', plain, name); add('hash and mirrored', np.minimum(plain, mirror), name)
-        if encoder: add('embedding', (copy.vectors*own.vectors).sum(1), name)
-    for check, near in nearest_pairs(fingerprints(unrelated, encoder), train).items(): add(check, near, 'false alarm')
+        add("hash", plain, name)
+        add("hash and mirrored", np.minimum(plain, mirror), name)
+        if encoder:
+            add("embedding", (copy.vectors * own.vectors).sum(1), name)
+    for check, near in nearest_pairs(fingerprints(unrelated, encoder), train).items():
+        add(check, near, "false alarm")
     return pd.DataFrame(rows)

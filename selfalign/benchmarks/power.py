@@ -16,123 +16,179 @@ from .sugarcrepe import COUNTS
 def _share(value, name, zero=False, one=True):
     "Refuse a number that is no share; some shares may be 0 or 1."
     x = np.asarray(value, float)
-    if not np.all(((x > 0) | zero & (x == 0)) & ((x < 1) | one & (x == 1))): raise BenchmarkError(f'{name} is {value}; it must be {"at least" if zero else "above"} 0 and {"at most" if one else "below"} 1')
+    if not np.all(((x > 0) | zero & (x == 0)) & ((x < 1) | one & (x == 1))):
+        raise BenchmarkError(
+            f"{name} is {value}; it must be {'at least' if zero else 'above'} 0 and {'at most' if one else 'below'} 1"
+        )
 
 # %% ../../nbs/3_benchmarks/3c_power.ipynb #f425a88a
-def independent(accuracy   # share of right answers, one or many
-               )->float:   # share of items on which two such models disagree
+def independent(
+    accuracy,  # share of right answers, one or many
+) -> float:  # share of items on which two such models disagree
     "How often do two unrelated models of the same accuracy disagree?"
-    _share(accuracy, 'accuracy', zero=True)
-    return 2*np.asarray(accuracy, float)*(1 - np.asarray(accuracy, float))
+    _share(accuracy, "accuracy", zero=True)
+    return 2 * np.asarray(accuracy, float) * (1 - np.asarray(accuracy, float))
 
 # %% ../../nbs/3_benchmarks/3c_power.ipynb #a5f25b37
-def design_effect(clusters,            # size of a cluster, or one size each
-                  correlation:float,   # of the outcomes within a cluster, 0 to 1
-                 )->float:             # how many times the variance grows
+def design_effect(
+    clusters,  # size of a cluster, or one size each
+    correlation: float,  # of the outcomes within a cluster, 0 to 1
+) -> float:  # how many times the variance grows
     "What it costs that items come in clusters."
-    _share(correlation, 'correlation', zero=True); sizes = np.atleast_1d(np.asarray(clusters, float))
-    if not len(sizes) or (sizes < 1).any(): raise BenchmarkError('a cluster holds at least one item; give the sizes of the clusters')
-    return float(1 + ((sizes**2).sum()/sizes.sum() - 1)*correlation)
+    _share(correlation, "correlation", zero=True)
+    sizes = np.atleast_1d(np.asarray(clusters, float))
+    if not len(sizes) or (sizes < 1).any():
+        raise BenchmarkError("a cluster holds at least one item; give the sizes of the clusters")
+    return float(1 + ((sizes**2).sum() / sizes.sum() - 1) * correlation)
 
 # %% ../../nbs/3_benchmarks/3c_power.ipynb #4c860269
-def measured(a,               # truth values of one model
-             b,               # of the other, in the same order
-             clusters=None,   # one label an item, such as its image
-            )->tuple:         # (share of discordant items, correlation of the differences within a cluster)
+def measured(
+    a,  # truth values of one model
+    b,  # of the other, in the same order
+    clusters=None,  # one label an item, such as its image
+) -> tuple:  # (share of discordant items, correlation of the differences within a cluster)
     "What `smallest_difference` needs, from two predictions tables."
     a, b = np.asarray(a, float), np.asarray(b, float)
-    if a.shape != b.shape or not len(a): raise BenchmarkError(f'answers must come in pairs: {len(a)} against {len(b)}')
-    if not np.isin([a, b], (0, 1)).all(): raise BenchmarkError('an answer is true or false; other values have no McNemar test')
-    if clusters is not None and len(clusters) != len(a): raise BenchmarkError(f'{len(clusters)} labels of clusters for {len(a)} items')
-    difference = pd.Series(a - b); rest = difference - difference.mean()
-    by = rest.groupby(np.arange(len(a)) if clusters is None else np.asarray(clusters)); sizes = by.size()
-    pairs, together = (sizes*(sizes - 1)).sum(), (by.sum()**2).sum() - (rest**2).sum()
-    correlation = together/(pairs*rest.var(ddof=0)) if pairs and rest.var(ddof=0) else 0.
+    if a.shape != b.shape or not len(a):
+        raise BenchmarkError(f"answers must come in pairs: {len(a)} against {len(b)}")
+    if not np.isin([a, b], (0, 1)).all():
+        raise BenchmarkError("an answer is true or false; other values have no McNemar test")
+    if clusters is not None and len(clusters) != len(a):
+        raise BenchmarkError(f"{len(clusters)} labels of clusters for {len(a)} items")
+    difference = pd.Series(a - b)
+    rest = difference - difference.mean()
+    by = rest.groupby(np.arange(len(a)) if clusters is None else np.asarray(clusters))
+    sizes = by.size()
+    pairs, together = (sizes * (sizes - 1)).sum(), (by.sum() ** 2).sum() - (rest**2).sum()
+    correlation = together / (pairs * rest.var(ddof=0)) if pairs and rest.var(ddof=0) else 0.0
     return float((difference != 0).mean()), float(np.clip(correlation, 0, 1))
 
 # %% ../../nbs/3_benchmarks/3c_power.ipynb #3684ad4b
-def smallest_difference(n,                     # items, one number or many
-                        discordant=.1,         # share of items on which the two models disagree
-                        clusters=1,            # items a cluster, or the size of each cluster
-                        correlation:float=.2,  # of the differences within a cluster
-                        power:float=.8,        # probability of finding the difference
-                        level:float=.05,       # of the two-sided test
-                       ):                      # difference of two shares, as many as `n`
+def smallest_difference(
+    n,  # items, one number or many
+    discordant=0.1,  # share of items on which the two models disagree
+    clusters=1,  # items a cluster, or the size of each cluster
+    correlation: float = 0.2,  # of the differences within a cluster
+    power: float = 0.8,  # probability of finding the difference
+    level: float = 0.05,  # of the two-sided test
+):  # difference of two shares, as many as `n`
     "The smallest true difference that a paired test finds with this power."
     from scipy.stats import norm
-    _share(discordant, 'discordant'); _share(power, 'power', one=False); _share(level, 'level', one=False)
-    n, d = np.asarray(n, float)/design_effect(clusters, correlation), np.asarray(discordant, float)
-    if (n < 1).any(): raise BenchmarkError('a benchmark has at least one item after its clusters are allowed for')
-    a, b = norm.ppf(1 - level/2), norm.ppf(power)
-    root = np.sqrt((a**2*d*n - (n + b**2)*d*(a**2 - b**2)).clip(0))
-    delta = (a*np.sqrt(d*n) + root)/(n + b**2)
+
+    _share(discordant, "discordant")
+    _share(power, "power", one=False)
+    _share(level, "level", one=False)
+    n, d = np.asarray(n, float) / design_effect(clusters, correlation), np.asarray(discordant, float)
+    if (n < 1).any():
+        raise BenchmarkError("a benchmark has at least one item after its clusters are allowed for")
+    a, b = norm.ppf(1 - level / 2), norm.ppf(power)
+    root = np.sqrt((a**2 * d * n - (n + b**2) * d * (a**2 - b**2)).clip(0))
+    delta = (a * np.sqrt(d * n) + root) / (n + b**2)
     found = np.where(delta <= d, delta, np.nan)
     return float(found) if not found.ndim else found
 
 # %% ../../nbs/3_benchmarks/3c_power.ipynb #81198dbd
-def beside_a_number(value,           # share of right answers, one or many
-                    low,             # its 95 % interval
-                    high,            # upper end
-                    n,               # items behind it
-                    discordant=.1,   # share of items on which two models of one study disagree
-                    **kwargs,        # power, level of `smallest_difference`
-                   ):                # difference of two shares, as many as `value`
+def beside_a_number(
+    value,  # share of right answers, one or many
+    low,  # its 95 % interval
+    high,  # upper end
+    n,  # items behind it
+    discordant=0.1,  # share of items on which two models of one study disagree
+    **kwargs,  # power, level of `smallest_difference`
+):  # difference of two shares, as many as `value`
     "The smallest difference that the items behind a number can show."
     value, low, high, n = (np.asarray(x, float) for x in (value, low, high, n))
-    with np.errstate(divide='ignore', invalid='ignore'): sure = np.minimum(n, value*(1 - value)*(3.92/(high - low))**2)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        sure = np.minimum(n, value * (1 - value) * (3.92 / (high - low)) ** 2)
     known = (value > 0) & (value < 1) & (sure >= 1)
-    apart = np.minimum(discordant, independent(np.where(known, value, .5)))
+    apart = np.minimum(discordant, independent(np.where(known, value, 0.5)))
     found = np.where(known, smallest_difference(np.where(known, sure, 1e6), apart, **kwargs), np.nan)
     return float(found) if not found.ndim else found
 
 # %% ../../nbs/3_benchmarks/3c_power.ipynb #713bc31d
-def simulated_power(n:int,                  # items
-                    discordant:float,       # share of items on which the models disagree
-                    difference:float,       # of their shares of right answers
-                    repeats:int=20_000,     # benchmarks drawn
-                    level:float=.05,        # of McNemar's test
-                    exact:bool=False,       # the exact test in place of the usual approximation
-                    seed:int=0,             # of the drawing
-                   )->float:                # share of repeats in which the test finds a difference
+def simulated_power(
+    n: int,  # items
+    discordant: float,  # share of items on which the models disagree
+    difference: float,  # of their shares of right answers
+    repeats: int = 20_000,  # benchmarks drawn
+    level: float = 0.05,  # of McNemar's test
+    exact: bool = False,  # the exact test in place of the usual approximation
+    seed: int = 0,  # of the drawing
+) -> float:  # share of repeats in which the test finds a difference
     "How often McNemar's test finds a difference."
     from scipy.stats import binom, norm
-    _share(discordant, 'discordant'); rng = np.random.default_rng(seed)
-    if abs(difference) > discordant: raise BenchmarkError(f'models that disagree on {discordant:.3g} of the items cannot differ by {difference:.3g}')
-    won, lost, _ = rng.multinomial(n, [(discordant + difference)/2, (discordant - difference)/2, 1 - discordant], repeats).T
-    p = 2*binom.cdf(np.minimum(won, lost), won + lost, .5) if exact else 2*norm.sf(np.abs(won - lost)/np.sqrt((won + lost).clip(1)))
+
+    _share(discordant, "discordant")
+    rng = np.random.default_rng(seed)
+    if abs(difference) > discordant:
+        raise BenchmarkError(f"models that disagree on {discordant:.3g} of the items cannot differ by {difference:.3g}")
+    won, lost, _ = rng.multinomial(
+        n, [(discordant + difference) / 2, (discordant - difference) / 2, 1 - discordant], repeats
+    ).T
+    p = (
+        2 * binom.cdf(np.minimum(won, lost), won + lost, 0.5)
+        if exact
+        else 2 * norm.sf(np.abs(won - lost) / np.sqrt((won + lost).clip(1)))
+    )
     return float((p < level).mean())
 
 # %% ../../nbs/3_benchmarks/3c_power.ipynb #afc3daa2
-def smallest_over_seeds(seeds:int,         # pairs of runs
-                        spread:float=1.,   # standard deviation of the difference from seed to seed
-                        power:float=.8,    # probability of finding the difference
-                        level:float=.05,   # of the two-sided test
-                       )->float:           # in the unit of `spread`
+def smallest_over_seeds(
+    seeds: int,  # pairs of runs
+    spread: float = 1.0,  # standard deviation of the difference from seed to seed
+    power: float = 0.8,  # probability of finding the difference
+    level: float = 0.05,  # of the two-sided test
+) -> float:  # in the unit of `spread`
     "The smallest true difference of two recipes that a paired t test over seeds finds."
     from statsmodels.stats.power import TTestPower
-    if seeds < 2: raise BenchmarkError('one seed has no spread; the test needs at least two')
-    if spread < 0: raise BenchmarkError(f'spread is {spread}; a standard deviation is not negative')
-    size = TTestPower().solve_power(nobs=seeds, alpha=level, power=power, alternative='two-sided')
-    return float(np.ravel(size)[0])*spread
+
+    if seeds < 2:
+        raise BenchmarkError("one seed has no spread; the test needs at least two")
+    if spread < 0:
+        raise BenchmarkError(f"spread is {spread}; a standard deviation is not negative")
+    size = TTestPower().solve_power(nobs=seeds, alpha=level, power=power, alternative="two-sided")
+    return float(np.ravel(size)[0]) * spread
 
 # %% ../../nbs/3_benchmarks/3c_power.ipynb #541b9ac4
-benchmarks = {   # name: (n, items a cluster, accuracy)
-    'VL-CheckList: a file': (1000, 1000/272, .8), 'VL-CheckList: Object': (round(.8*.2/.0035**2), 1, .8), **{f'SugarCrepe: {k}': (n, 1, .8) for k, n in COUNTS.items()},
-    'Winoground: text score': (400, 1, .285), 'Winoground: image score': (400, 1, .1125), 'Winoground: group score': (400, 1, .0825),
-    'COCO 5k: text to image R@1': (25_000, 5, .377), 'COCO 5k: image to text R@1': (5000, 1, .563),
-    'Flickr 1k: text to image R@1': (5000, 5, .702), 'Flickr 1k: image to text R@1': (1000, 1, .876),
-    'ImageNet: top-1': (50_000, 1, .762), 'micro checklist: a category': (300, 1, .8), 'micro checklist: Object': (1800, 1.8, .8)}
+benchmarks = {  # name: (n, items a cluster, accuracy)
+    "VL-CheckList: a file": (1000, 1000 / 272, 0.8),
+    "VL-CheckList: Object": (round(0.8 * 0.2 / 0.0035**2), 1, 0.8),
+    **{f"SugarCrepe: {k}": (n, 1, 0.8) for k, n in COUNTS.items()},
+    "Winoground: text score": (400, 1, 0.285),
+    "Winoground: image score": (400, 1, 0.1125),
+    "Winoground: group score": (400, 1, 0.0825),
+    "COCO 5k: text to image R@1": (25_000, 5, 0.377),
+    "COCO 5k: image to text R@1": (5000, 1, 0.563),
+    "Flickr 1k: text to image R@1": (5000, 5, 0.702),
+    "Flickr 1k: image to text R@1": (1000, 1, 0.876),
+    "ImageNet: top-1": (50_000, 1, 0.762),
+    "micro checklist: a category": (300, 1, 0.8),
+    "micro checklist: Object": (1800, 1.8, 0.8),
+}
 
 # %% ../../nbs/3_benchmarks/3c_power.ipynb #b75c53d0
-def power_table(sizes:dict=benchmarks,     # name → (n, items a cluster, accuracy)
-                discordant:float=.1,       # share of items on which two models of one study disagree
-                correlation:float=.2,      # of the differences within a cluster
-                **kwargs,                  # power, level of `smallest_difference`
-               )->pd.DataFrame:            # row, n, items, effective, accuracy, discordant, paired, unpaired
+def power_table(
+    sizes: dict = benchmarks,  # name → (n, items a cluster, accuracy)
+    discordant: float = 0.1,  # share of items on which two models of one study disagree
+    correlation: float = 0.2,  # of the differences within a cluster
+    **kwargs,  # power, level of `smallest_difference`
+) -> pd.DataFrame:  # row, n, items, effective, accuracy, discordant, paired, unpaired
     "The smallest difference each benchmark can show."
     rows = []
     for name, (n, items, accuracy) in sizes.items():
-        apart = float(independent(accuracy)); d = min(discordant, apart)
+        apart = float(independent(accuracy))
+        d = min(discordant, apart)
         paired, unpaired = (smallest_difference(n, x, items, correlation, **kwargs) for x in (d, apart))
-        rows.append(dict(row=name, n=n, items=items, effective=n/design_effect(items, correlation), accuracy=accuracy, discordant=d, paired=paired, unpaired=unpaired))
+        rows.append(
+            dict(
+                row=name,
+                n=n,
+                items=items,
+                effective=n / design_effect(items, correlation),
+                accuracy=accuracy,
+                discordant=d,
+                paired=paired,
+                unpaired=unpaired,
+            )
+        )
     return pd.DataFrame(rows)

@@ -24,148 +24,211 @@ from ..study.settings import nearest
 from ..study.statistics import bootstrap
 
 # %% ../../nbs/3_benchmarks/37_retrieval.ipynb #eae5c2b6
-def ranks(queries,       # (n, d) vectors
-          answers,       # (m, d) vectors: the pool
-          group,         # (n,) which group each query belongs to
-          group_of,      # (m,) which group each answer belongs to; those of the query's group are its own
-          block:int=2_000_000,  # scores in memory at a time
-         )->np.ndarray:  # (n,) from 1; ties count against us
+def ranks(
+    queries,  # (n, d) vectors
+    answers,  # (m, d) vectors: the pool
+    group,  # (n,) which group each query belongs to
+    group_of,  # (m,) which group each answer belongs to; those of the query's group are its own
+    block: int = 2_000_000,  # scores in memory at a time
+) -> np.ndarray:  # (n,) from 1; ties count against us
     "The rank of each query's best own answer."
     answers, group, group_of, found = np.asarray(answers, np.float64), np.asarray(group), np.asarray(group_of), []
-    step = max(1, block//len(answers))
+    step = max(1, block // len(answers))
     for i in range(0, len(queries), step):
-        scores = np.asarray(queries[i:i + step], np.float64) @ answers.T
-        own = group[i:i + step, None] == group_of
+        scores = np.asarray(queries[i : i + step], np.float64) @ answers.T
+        own = group[i : i + step, None] == group_of
         best = np.where(own, scores, -np.inf).max(1, keepdims=True)
         found.append(1 + ((scores >= best - 1e-9) & ~own).sum(1))
     return np.concatenate(found)
 
 # %% ../../nbs/3_benchmarks/37_retrieval.ipynb #49e4636b
-COLUMNS = ['key', 'category', 'file', 'image', 'text']
-DIRECTIONS = ('image to text', 'text to image')
-def queries(file:str,        # where it was read
-            captions:dict,   # image → texts
-            problems:list,   # gets what is wrong with a text
-            keep:int=5,      # captions a picture; 0: all
-           )->tuple:         # (table of queries, how many there should be)
+COLUMNS = ["key", "category", "file", "image", "text"]
+DIRECTIONS = ("image to text", "text to image")
+
+
+def queries(
+    file: str,  # where it was read
+    captions: dict,  # image → texts
+    problems: list,  # gets what is wrong with a text
+    keep: int = 5,  # captions a picture; 0: all
+) -> tuple:  # (table of queries, how many there should be)
     "One row a picture and one a caption."
     rows, wanted = [], 0
     for image, texts in captions.items():
-        texts = list(texts)[:keep or None]; wanted += 1 + len(texts)
-        rows.append(dict(key=image, category=DIRECTIONS[0], file=file, image=image, text=''))
+        texts = list(texts)[: keep or None]
+        wanted += 1 + len(texts)
+        rows.append(dict(key=image, category=DIRECTIONS[0], file=file, image=image, text=""))
         for j, raw in enumerate(texts):
             text, remarks = clean_caption(raw)
-            problems += [problem(file, f'{image}#{j}', r, 'the cleaned text is used' if text else 'left out; repair the file') for r in remarks]
-            if text: rows.append(dict(key=f'{image}#{j}', category=DIRECTIONS[1], file=file, image=image, text=text))
+            problems += [
+                problem(file, f"{image}#{j}", r, "the cleaned text is used" if text else "left out; repair the file")
+                for r in remarks
+            ]
+            if text:
+                rows.append(dict(key=f"{image}#{j}", category=DIRECTIONS[1], file=file, image=image, text=text))
     return pd.DataFrame(rows, columns=COLUMNS), wanted
 
 # %% ../../nbs/3_benchmarks/37_retrieval.ipynb #0e5f35bc
 def _entry(row, root):
     "Place of the picture and captions of one entry; or a ValueError that says what is wrong."
     where, texts = karpathy_entry(row)
-    place = place_below(root, where, 'filename')
-    flat = place_below(root, row['filename'], 'filename')
+    place = place_below(root, where, "filename")
+    flat = place_below(root, row["filename"], "filename")
     return flat if not place.is_file() and flat.is_file() else place, texts
 
 # %% ../../nbs/3_benchmarks/37_retrieval.ipynb #632f1bd9
-def read_karpathy(path:str|Path,      # dataset_coco.json or dataset_flickr30k.json
-                  images:str|Path='', # holds the pictures, with or without the folders that the file names; empty: beside the file
-                  split:str='test',   # train, restval, val or test
-                  first:int=0,        # pictures; 0: all
-                  captions:int=5,     # a picture; 0: all
-                 )->Benchmark:
+def read_karpathy(
+    path: str | Path,  # dataset_coco.json or dataset_flickr30k.json
+    images: str
+    | Path = "",  # holds the pictures, with or without the folders that the file names; empty: beside the file
+    split: str = "test",  # train, restval, val or test
+    first: int = 0,  # pictures; 0: all
+    captions: int = 5,  # a picture; 0: all
+) -> Benchmark:
     "Read a split of Karpathy's files."
-    path = Path(path); root, rows = Path(images or path.parent), load_json(path).get('images')
-    if not isinstance(rows, list): raise BenchmarkError(f'{path}: has no list "images"; give Karpathy\'s dataset_coco.json or dataset_flickr30k.json')
-    splits = {str(r.get('split')) for r in rows if isinstance(r, dict)}
-    if split not in splits: raise BenchmarkError(f'{path}: has no split {split!r}; {nearest(split, sorted(splits))}')
+    path = Path(path)
+    root, rows = Path(images or path.parent), load_json(path).get("images")
+    if not isinstance(rows, list):
+        raise BenchmarkError(
+            f'{path}: has no list "images"; give Karpathy\'s dataset_coco.json or dataset_flickr30k.json'
+        )
+    splits = {str(r.get("split")) for r in rows if isinstance(r, dict)}
+    if split not in splits:
+        raise BenchmarkError(f"{path}: has no split {split!r}; {nearest(split, sorted(splits))}")
     texts, pictures, problems = {}, {}, []
-    chosen = [(i, r) for i, r in enumerate(rows) if not isinstance(r, dict) or r.get('split') == split][:first or None]
+    chosen = [(i, r) for i, r in enumerate(rows) if not isinstance(r, dict) or r.get("split") == split][: first or None]
     for i, row in chosen:
-        try: place, found = _entry(row, root)
-        except (ValueError, BenchmarkError) as e: problems.append(problem(path, i, str(e), 'entries count from 0; repair the entry or fetch the file again')); continue
-        image = place.relative_to(root).as_posix(); texts[image], pictures[image] = found, place
+        try:
+            place, found = _entry(row, root)
+        except (ValueError, BenchmarkError) as e:
+            problems.append(problem(path, i, str(e), "entries count from 0; repair the entry or fetch the file again"))
+            continue
+        image = place.relative_to(root).as_posix()
+        texts[image], pictures[image] = found, place
     items, wanted = queries(path.name, texts, problems, captions)
-    return Benchmark(items, pictures, {path.name: wanted + (1 + (captions or 5))*(len(chosen) - len(texts))}, problems)
+    return Benchmark(
+        items, pictures, {path.name: wanted + (1 + (captions or 5)) * (len(chosen) - len(texts))}, problems
+    )
 
 # %% ../../nbs/3_benchmarks/37_retrieval.ipynb #bcaf5504
 def _picture(record):
     "The picture of a record, or what is wrong with it."
-    if record['problem']: raise ImageProblem(record['problem']['what'], record['problem']['remedy'])
-    return record['image']
+    if record["problem"]:
+        raise ImageProblem(record["problem"]["what"], record["problem"]["remedy"])
+    return record["image"]
+
 
 def _captions(record):
     "All captions of a record."
-    try: found = json.loads(record['captions'] or '[]')
-    except ValueError: found = []
+    try:
+        found = json.loads(record["captions"] or "[]")
+    except ValueError:
+        found = []
     found = list(found.values()) if isinstance(found, dict) else found
-    return [t for t in found if isinstance(t, str)] if isinstance(found, list) and found else [record['caption']]
+    return [t for t in found if isinstance(t, str)] if isinstance(found, list) and found else [record["caption"]]
 
-def read_source(source:str,      # of `open_pairs`
-                first:int=0,     # pictures; 0: all
-                captions:int=5,  # a picture; 0: all
-               )->Benchmark:
+
+def read_source(
+    source: str,  # of `open_pairs`
+    first: int = 0,  # pictures; 0: all
+    captions: int = 5,  # a picture; 0: all
+) -> Benchmark:
     "Make any source of pairs a collection to search in."
-    pairs = open_pairs(source); keys = list(islice(pairs.keys, first or None)); problems = list(pairs.problems)
-    texts = {k: _captions(pairs.told(i)) for i, k in enumerate(tqdm(keys, desc='captions', disable=len(keys) < 500))}
+    pairs = open_pairs(source)
+    keys = list(islice(pairs.keys, first or None))
+    problems = list(pairs.problems)
+    texts = {k: _captions(pairs.told(i)) for i, k in enumerate(tqdm(keys, desc="captions", disable=len(keys) < 500))}
     items, wanted = queries(source, texts, problems, captions)
-    return Benchmark(items, OnDemand({k: i for i, k in enumerate(keys)}, lambda i: _picture(pairs[i])), {source: wanted}, problems)
+    return Benchmark(
+        items, OnDemand({k: i for i, k in enumerate(keys)}, lambda i: _picture(pairs[i])), {source: wanted}, problems
+    )
 
 # %% ../../nbs/3_benchmarks/37_retrieval.ipynb #4467189c
-def search(images,    # (m, d), one vector a picture
-           texts,     # (n, d), one vector a caption
-           owner,     # (n,) caption → picture
-          )->dict:    # direction → ranks
+def search(
+    images,  # (m, d), one vector a picture
+    texts,  # (n, d), one vector a caption
+    owner,  # (n,) caption → picture
+) -> dict:  # direction → ranks
     "Ranks in both directions."
     every = np.arange(len(images))
     return dict(zip(DIRECTIONS, (ranks(images, texts, every, owner), ranks(texts, images, owner, every))))
 
 # %% ../../nbs/3_benchmarks/37_retrieval.ipynb #06a120b2
-def ask_retrieval(questions:Benchmark,  # of `read_karpathy` or `read_source`
-                  encoder,              # `encode_image`, `encode_text`
-                  batch:int=256,        # pictures opened at a time
-                  seed:int=0,           # of the exchange of pictures
-                 )->tuple:              # (predictions: one row a query and mode, with rank, pool and own; problems)
+def ask_retrieval(
+    questions: Benchmark,  # of `read_karpathy` or `read_source`
+    encoder,  # `encode_image`, `encode_text`
+    batch: int = 256,  # pictures opened at a time
+    seed: int = 0,  # of the exchange of pictures
+) -> tuple:  # (predictions: one row a query and mode, with rank, pool and own; problems)
     "Rank every caption's picture and every picture's captions."
     names, images, problems = _encode_pictures(questions, encoder, batch)
-    asked = questions.items[questions.items.image.isin(names)]; captions = asked[asked.category == DIRECTIONS[1]]
-    told = set(captions.image); asked = asked[asked.image.isin(told)]; here = names.isin(told); names, images = names[here], images[here]
+    asked = questions.items[questions.items.image.isin(names)]
+    captions = asked[asked.category == DIRECTIONS[1]]
+    told = set(captions.image)
+    asked = asked[asked.image.isin(told)]
+    here = names.isin(told)
+    names, images = names[here], images[here]
     texts = pd.Index(sorted(set(captions.text), key=lambda t: (len(t), t)))
     vectors = np.asarray(encoder.encode_text(list(texts)), np.float32)[texts.get_indexer(captions.text)]
     owner, place = names.get_indexer(captions.image), names.get_indexer(asked.image[asked.category == DIRECTIONS[0]])
     shown, size, tables = dict(looking=images), np.bincount(owner, minlength=len(names)), []
-    if len(names) > 1: shown['shuffled'] = images[derangement(len(names), np.random.default_rng(seed))]
+    if len(names) > 1:
+        shown["shuffled"] = images[derangement(len(names), np.random.default_rng(seed))]
     for mode, x in shown.items():
         found = search(x, vectors, owner)
-        pictures = asked[asked.category == DIRECTIONS[0]].assign(rank=found[DIRECTIONS[0]][place], pool=len(owner), own=size[place])
-        tables.append(pd.concat([pictures, captions.assign(rank=found[DIRECTIONS[1]], pool=len(names), own=1)]).assign(mode=mode))
+        pictures = asked[asked.category == DIRECTIONS[0]].assign(
+            rank=found[DIRECTIONS[0]][place], pool=len(owner), own=size[place]
+        )
+        tables.append(
+            pd.concat([pictures, captions.assign(rank=found[DIRECTIONS[1]], pool=len(names), own=1)]).assign(mode=mode)
+        )
     return pd.concat(tables, ignore_index=True), questions.problems + problems
 
 # %% ../../nbs/3_benchmarks/37_retrieval.ipynb #91a61200
-def chance_of_hit(k:int,     # answers looked at
-                  pool,      # answers in all
-                  own,       # of them right; like `pool` a number or an array
-                 )->float:   # mean over the queries
+def chance_of_hit(
+    k: int,  # answers looked at
+    pool,  # answers in all
+    own,  # of them right; like `pool` a number or an array
+) -> float:  # mean over the queries
     "The hit rate of guessing."
     from scipy.stats import hypergeom
+
     return float(np.mean(hypergeom.sf(0, pool, own, np.minimum(k, pool))))
 
 # %% ../../nbs/3_benchmarks/37_retrieval.ipynb #292498bc
-def retrieval_groups(predictions:pd.DataFrame,  # one row a query
-                     k:int=1,                   # answers looked at
-                    ):                          # pairs of row and its queries, with `correct`
+def retrieval_groups(
+    predictions: pd.DataFrame,  # one row a query
+    k: int = 1,  # answers looked at
+):  # pairs of row and its queries, with `correct`
     "Both directions, with the pool's size in the row's name."
     for direction in DIRECTIONS:
         part = predictions[predictions.category == direction]
-        if len(part): yield f'{direction}, pool of {part.pool.iloc[0]:,}', part.assign(correct=part['rank'] <= k)
+        if len(part):
+            yield f"{direction}, pool of {part.pool.iloc[0]:,}", part.assign(correct=part["rank"] <= k)
 
 # %% ../../nbs/3_benchmarks/37_retrieval.ipynb #0ce9b245
-def retrieval_table(predictions:pd.DataFrame,  # one row a query
-                    **kwargs,                  # repeats, seed, level of `bootstrap`
-                   )->pd.DataFrame:            # row, metric, value, low, high, n, chance, unit, better
+def retrieval_table(
+    predictions: pd.DataFrame,  # one row a query
+    **kwargs,  # repeats, seed, level of `bootstrap`
+) -> pd.DataFrame:  # row, metric, value, low, high, n, chance, unit, better
     "R@1, R@5, R@10 and the median rank in both directions."
     rows = []
     for k in (1, 5, 10):
-        rows += [dict(row=row, metric=f'R@{k}', **bootstrap(part.correct, part.image, **kwargs)._asdict(), chance=chance_of_hit(k, part.pool, part.own), unit='fraction', better='up') for row, part in retrieval_groups(predictions, k)]
-    rows += [dict(row=row, metric='median rank', value=float(part['rank'].median()), n=len(part), unit='count', better='down') for row, part in retrieval_groups(predictions)]
-    return pd.DataFrame(rows).drop(columns='seeds')
+        rows += [
+            dict(
+                row=row,
+                metric=f"R@{k}",
+                **bootstrap(part.correct, part.image, **kwargs)._asdict(),
+                chance=chance_of_hit(k, part.pool, part.own),
+                unit="fraction",
+                better="up",
+            )
+            for row, part in retrieval_groups(predictions, k)
+        ]
+    rows += [
+        dict(
+            row=row, metric="median rank", value=float(part["rank"].median()), n=len(part), unit="count", better="down"
+        )
+        for row, part in retrieval_groups(predictions)
+    ]
+    return pd.DataFrame(rows).drop(columns="seeds")

@@ -15,64 +15,95 @@ from ..data.readers import problem
 from ..study.statistics import bootstrap
 
 # %% ../../nbs/3_benchmarks/35_sugarcrepe.ipynb #e39cafae
-COUNTS = dict(add_att=692, add_obj=2062, replace_att=788, replace_obj=1652, replace_rel=1406, swap_att=666, swap_obj=245)
-KINDS = ('add', 'replace', 'swap')
+COUNTS = dict(
+    add_att=692, add_obj=2062, replace_att=788, replace_obj=1652, replace_rel=1406, swap_att=666, swap_obj=245
+)
+KINDS = ("add", "replace", "swap")
 
 # %% ../../nbs/3_benchmarks/35_sugarcrepe.ipynb #69f980c9
 def _row(row, root):
     "Place of the picture, both texts and remarks; or a ValueError that says what is wrong."
-    if not isinstance(row, dict) or not {'filename', 'caption', 'negative_caption'} <= set(row): raise ValueError('not {"filename", "caption", "negative_caption"}')
-    (positive, first), (negative, second) = clean_caption(row['caption']), clean_caption(row['negative_caption'])
-    if not (positive and negative): raise ValueError('a caption is missing')
-    return place_below(root, row['filename'], 'filename'), positive, negative, first + second
+    if not isinstance(row, dict) or not {"filename", "caption", "negative_caption"} <= set(row):
+        raise ValueError('not {"filename", "caption", "negative_caption"}')
+    (positive, first), (negative, second) = clean_caption(row["caption"]), clean_caption(row["negative_caption"])
+    if not (positive and negative):
+        raise ValueError("a caption is missing")
+    return place_below(root, row["filename"], "filename"), positive, negative, first + second
 
 # %% ../../nbs/3_benchmarks/35_sugarcrepe.ipynb #40210b16
 def _items_of(file, path, root, first):
     "Items, pictures and problems of one file."
     items, pictures, problems = [], {}, []
-    for i, row in list(load_json(path).items())[:first or None]:
-        try: place, positive, negative, remarks = _row(row, root)
-        except (ValueError, BenchmarkError) as e: problems.append(problem(path, i, str(e), 'repair the row or fetch the file again')); continue
-        problems += [problem(path, i, r, 'the cleaned text was used') for r in remarks]
-        image = place.relative_to(root).as_posix(); pictures[image] = place
-        items.append(dict(key=f'{file}:{i}', category=file, file=file, image=image, positive=positive, negative=negative))
+    for i, row in list(load_json(path).items())[: first or None]:
+        try:
+            place, positive, negative, remarks = _row(row, root)
+        except (ValueError, BenchmarkError) as e:
+            problems.append(problem(path, i, str(e), "repair the row or fetch the file again"))
+            continue
+        problems += [problem(path, i, r, "the cleaned text was used") for r in remarks]
+        image = place.relative_to(root).as_posix()
+        pictures[image] = place
+        items.append(
+            dict(key=f"{file}:{i}", category=file, file=file, image=image, positive=positive, negative=negative)
+        )
     return items, pictures, problems
 
 # %% ../../nbs/3_benchmarks/35_sugarcrepe.ipynb #5e2bf550
-def read_sugarcrepe(folder:str|Path,     # holds add_att.json and the others, or data/ with them
-                    images:str|Path='',  # holds COCO's val2017 pictures; empty: val2017/ in the folder
-                    first:int=0,         # items a file; 0: all
-                   )->Benchmark:
+def read_sugarcrepe(
+    folder: str | Path,  # holds add_att.json and the others, or data/ with them
+    images: str | Path = "",  # holds COCO's val2017 pictures; empty: val2017/ in the folder
+    first: int = 0,  # items a file; 0: all
+) -> Benchmark:
     "Read SugarCrepe."
-    homes = [p for p in (Path(folder), Path(folder)/'data') if any((p/f'{f}.json').is_file() for f in COUNTS)]
-    if not homes: raise BenchmarkError(f'{folder}: none of {", ".join(COUNTS)} (.json) is there; give the folder data/ of the benchmark\'s repository')
-    root, items, pictures, problems = Path(images or Path(folder)/'val2017'), [], {}, []
+    homes = [p for p in (Path(folder), Path(folder) / "data") if any((p / f"{f}.json").is_file() for f in COUNTS)]
+    if not homes:
+        raise BenchmarkError(
+            f"{folder}: none of {', '.join(COUNTS)} (.json) is there; give the folder data/ of the benchmark's repository"
+        )
+    root, items, pictures, problems = Path(images or Path(folder) / "val2017"), [], {}, []
     for file in COUNTS:
-        path = homes[0]/f'{file}.json'
-        if not path.is_file(): problems.append(problem(path, '', f'{path.name} is not there', 'fetch it from the benchmark\'s repository')); continue
+        path = homes[0] / f"{file}.json"
+        if not path.is_file():
+            problems.append(problem(path, "", f"{path.name} is not there", "fetch it from the benchmark's repository"))
+            continue
         mine, shown, wrong = _items_of(file, path, root, first)
-        items += mine; pictures |= shown; problems += wrong
-    return Benchmark(pd.DataFrame(items, columns=list(ITEM_COLUMNS)), pictures, {f: min(n, first or n) for f, n in COUNTS.items()}, problems)
+        items += mine
+        pictures |= shown
+        problems += wrong
+    return Benchmark(
+        pd.DataFrame(items, columns=list(ITEM_COLUMNS)),
+        pictures,
+        {f: min(n, first or n) for f, n in COUNTS.items()},
+        problems,
+    )
 
 # %% ../../nbs/3_benchmarks/35_sugarcrepe.ipynb #9ce08aa3
-def sugarcrepe_groups(predictions:pd.DataFrame  # answers
-                     ):                         # pairs of row and the answers behind it
+def sugarcrepe_groups(
+    predictions: pd.DataFrame,  # answers
+):  # pairs of row and the answers behind it
     "Each file, each kind, and everything."
     for file in COUNTS:
-        if (predictions.category == file).any(): yield file, predictions[predictions.category == file]
+        if (predictions.category == file).any():
+            yield file, predictions[predictions.category == file]
     for kind in KINDS:
-        part = predictions[predictions.category.str.startswith(f'{kind}_')]
-        if len(part): yield kind, part
-    yield 'overall', predictions
+        part = predictions[predictions.category.str.startswith(f"{kind}_")]
+        if len(part):
+            yield kind, part
+    yield "overall", predictions
 
 # %% ../../nbs/3_benchmarks/35_sugarcrepe.ipynb #77bfa8f2
-def sugarcrepe_table(predictions:pd.DataFrame,  # of a model or an audit
-                     **kwargs,                  # repeats, seed, level of `bootstrap`
-                    )->pd.DataFrame:            # row, metric, value, low, high, n, chance
+def sugarcrepe_table(
+    predictions: pd.DataFrame,  # of a model or an audit
+    **kwargs,  # repeats, seed, level of `bootstrap`
+) -> pd.DataFrame:  # row, metric, value, low, high, n, chance
     "Files, kinds and overall, with intervals over pictures."
     rows = []
     for row, part in sugarcrepe_groups(predictions):
         means = dict(accuracy=part.correct.astype(float))
-        if row not in COUNTS: means['mean over files'] = item_values(part.assign(category='all', dataset='all'))
-        rows += [dict(row=row, metric=m, **bootstrap(v, part.get('cluster', part.image), **kwargs)._asdict(), chance=.5) for m, v in means.items()]
-    return pd.DataFrame(rows).drop(columns='seeds')
+        if row not in COUNTS:
+            means["mean over files"] = item_values(part.assign(category="all", dataset="all"))
+        rows += [
+            dict(row=row, metric=m, **bootstrap(v, part.get("cluster", part.image), **kwargs)._asdict(), chance=0.5)
+            for m, v in means.items()
+        ]
+    return pd.DataFrame(rows).drop(columns="seeds")

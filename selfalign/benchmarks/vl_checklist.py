@@ -15,44 +15,72 @@ from ..study.settings import nearest
 from ..study.statistics import bootstrap
 
 # %% ../../nbs/3_benchmarks/31_vl_checklist.ipynb #c773ce46
-sections = {'Object/Location': ('center', 'mid', 'margin'), 'Object/Size': ('large', 'medium', 'small'),
-            'Attribute': ('color', 'material', 'size', 'state', 'action'), 'Relation': ('action', 'spatial')}
-categories = tuple(f'{section}/{name}' for section, names in sections.items() for name in names)
+sections = {
+    "Object/Location": ("center", "mid", "margin"),
+    "Object/Size": ("large", "medium", "small"),
+    "Attribute": ("color", "material", "size", "state", "action"),
+    "Relation": ("action", "spatial"),
+}
+categories = tuple(f"{section}/{name}" for section, names in sections.items() for name in names)
 
 # %% ../../nbs/3_benchmarks/31_vl_checklist.ipynb #d7fe2878
 def _corpus(path):
     "The entries of a corpus file."
     import yaml
-    try: entries = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e: raise BenchmarkError(f'{path}: not a corpus file: {str(e).splitlines()[0]}; fetch it again') from None
-    lacking = [k for k in ('ANNO_PATH', 'IMG_ROOT') if not isinstance(entries, dict) or k not in entries]
-    if lacking: raise BenchmarkError(f'{path}: lacks {" and ".join(lacking)}; a corpus file has ANNO_PATH, IMG_ROOT and TYPE')
-    if entries.get('TYPE', 'TUPLE_JSON') != 'TUPLE_JSON': raise BenchmarkError(f'{path}: TYPE is {entries["TYPE"]!r}, only TUPLE_JSON can be read')
+
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise BenchmarkError(f"{path}: not a corpus file: {str(e).splitlines()[0]}; fetch it again") from None
+    lacking = [k for k in ("ANNO_PATH", "IMG_ROOT") if not isinstance(entries, dict) or k not in entries]
+    if lacking:
+        raise BenchmarkError(f"{path}: lacks {' and '.join(lacking)}; a corpus file has ANNO_PATH, IMG_ROOT and TYPE")
+    if entries.get("TYPE", "TUPLE_JSON") != "TUPLE_JSON":
+        raise BenchmarkError(f"{path}: TYPE is {entries['TYPE']!r}, only TUPLE_JSON can be read")
     return entries
 
 # %% ../../nbs/3_benchmarks/31_vl_checklist.ipynb #3b74dd5d
 def _row(row):
     "Picture, true text and false text of a row, and remarks; or a ValueError that says what is wrong."
-    try: (image, texts), (positive, negative) = row, (row[1][k][0] for k in ('POS', 'NEG'))
-    except (TypeError, ValueError, KeyError, IndexError): raise ValueError('not [picture, {"POS": [text, …], "NEG": [text, …]}]') from None
+    try:
+        (image, texts), (positive, negative) = row, (row[1][k][0] for k in ("POS", "NEG"))
+    except (TypeError, ValueError, KeyError, IndexError):
+        raise ValueError('not [picture, {"POS": [text, …], "NEG": [text, …]}]') from None
     (positive, first), (negative, second) = clean_caption(positive), clean_caption(negative)
-    if not (positive and negative): raise ValueError('a text is missing')
+    if not (positive and negative):
+        raise ValueError("a text is missing")
     return image, positive, negative, [*first, *second]
 
 # %% ../../nbs/3_benchmarks/31_vl_checklist.ipynb #590306bd
 def _items_of(file, path, root, home):
     "Items, pictures, problems and number of rows of one annotation file."
-    category, _, name = file.rpartition('/')
+    category, _, name = file.rpartition("/")
     items, pictures, problems = [], {}, []
     for i, row in enumerate(load_json(path, list)):
         try:
             image, positive, negative, remarks = _row(row)
-            place = place_below(root, image, f'row {i}')
-        except (ValueError, BenchmarkError) as e: problems.append(problem(path, i, str(e), 'rows count from 0; repair the row or fetch the file again')); continue
-        problems += [problem(path, i, r, 'the cleaned text was used') for r in remarks]
-        if positive == negative: problems.append(problem(path, i, f'both texts are {positive!r}', 'nobody can answer this item; it counts as wrong'))
-        image = place.relative_to(home).as_posix(); pictures[image] = place
-        items.append(dict(key=f'{file}:{i}', category=category, file=file, dataset=name.split('_')[0], image=image, positive=positive, negative=negative))
+            place = place_below(root, image, f"row {i}")
+        except (ValueError, BenchmarkError) as e:
+            problems.append(problem(path, i, str(e), "rows count from 0; repair the row or fetch the file again"))
+            continue
+        problems += [problem(path, i, r, "the cleaned text was used") for r in remarks]
+        if positive == negative:
+            problems.append(
+                problem(path, i, f"both texts are {positive!r}", "nobody can answer this item; it counts as wrong")
+            )
+        image = place.relative_to(home).as_posix()
+        pictures[image] = place
+        items.append(
+            dict(
+                key=f"{file}:{i}",
+                category=category,
+                file=file,
+                dataset=name.split("_")[0],
+                image=image,
+                positive=positive,
+                negative=negative,
+            )
+        )
     return items, pictures, problems, i + 1
 
 # %% ../../nbs/3_benchmarks/31_vl_checklist.ipynb #f7af1e9e
@@ -60,26 +88,41 @@ def _first(items, pictures, problems, k):
     "The first k items whose picture is there; the skipped ones are listed."
     kept = []
     for item in items:
-        if len(kept) == k: break
-        if pictures[item['image']].is_file(): kept.append(item)
-        else: problems.append(problem(item['file'], item['key'], f'{item["image"]} is not there', 'put it in place; a later item stands in for this one'))
+        if len(kept) == k:
+            break
+        if pictures[item["image"]].is_file():
+            kept.append(item)
+        else:
+            problems.append(
+                problem(
+                    item["file"],
+                    item["key"],
+                    f"{item['image']} is not there",
+                    "put it in place; a later item stands in for this one",
+                )
+            )
     return kept
 
 # %% ../../nbs/3_benchmarks/31_vl_checklist.ipynb #7a89cf56
 def _names(file):
     "A corpus file's own name and that of its data set: vg_obj and vg."
-    name = file.rpartition('/')[2]
-    return {name, name.split('_')[0]}
+    name = file.rpartition("/")[2]
+    return {name, name.split("_")[0]}
+
 
 def _corpus_files(folder, version, datasets):
     "The corpus files in the order of the categories."
-    base = Path(folder)/'corpus'/version
-    found = {p.relative_to(base).with_suffix('').as_posix(): p for p in base.rglob('*.yaml')}
-    there = {f: found[f] for c in categories for f in sorted(found) if f.rpartition('/')[0] == c}
-    if not there: raise BenchmarkError(f'{folder}: no corpus file such as corpus/{version}/Attribute/color/vg.yaml; give the folder that holds corpus/ and data/')
+    base = Path(folder) / "corpus" / version
+    found = {p.relative_to(base).with_suffix("").as_posix(): p for p in base.rglob("*.yaml")}
+    there = {f: found[f] for c in categories for f in sorted(found) if f.rpartition("/")[0] == c}
+    if not there:
+        raise BenchmarkError(
+            f"{folder}: no corpus file such as corpus/{version}/Attribute/color/vg.yaml; give the folder that holds corpus/ and data/"
+        )
     names = sorted({n for f in there for n in _names(f)})
     for d in datasets:
-        if d not in names: raise BenchmarkError(f'{folder}: no corpus file is named {d}; {nearest(d, names)}')
+        if d not in names:
+            raise BenchmarkError(f"{folder}: no corpus file is named {d}; {nearest(d, names)}")
     return {f: p for f, p in there.items() if not datasets or _names(f) & set(datasets)}
 
 # %% ../../nbs/3_benchmarks/31_vl_checklist.ipynb #28f42ceb
@@ -87,68 +130,97 @@ def _annotation_files(folder, version, datasets=()):
     "Name, corpus file, its entries and its annotation file, in the order of the categories."
     for file, path in _corpus_files(folder, version, datasets).items():
         entries = _corpus(path)
-        yield file, path, entries, place_below(folder, entries['ANNO_PATH'], path)
+        yield file, path, entries, place_below(folder, entries["ANNO_PATH"], path)
 
 # %% ../../nbs/3_benchmarks/31_vl_checklist.ipynb #91c396c3
-def read_checklist(folder:str|Path,         # holds corpus/ and data/
-                   images:str|Path='',      # holds vg/, swig/, hake/; empty: the same folder
-                   datasets:tuple=(),       # corpus files to read, e.g. ('vg_obj',) or ('vg',); empty: all
-                   first_k:int=0,           # items a file, of those whose picture is there; 0: all items
-                   version:str='v1',        # folder below corpus/
-                  )->Benchmark:
+def read_checklist(
+    folder: str | Path,  # holds corpus/ and data/
+    images: str | Path = "",  # holds vg/, swig/, hake/; empty: the same folder
+    datasets: tuple = (),  # corpus files to read, e.g. ('vg_obj',) or ('vg',); empty: all
+    first_k: int = 0,  # items a file, of those whose picture is there; 0: all items
+    version: str = "v1",  # folder below corpus/
+) -> Benchmark:
     "Read VL-CheckList, or anything laid out like it."
     home, items, pictures, expected, problems = Path(images or folder), [], {}, {}, []
-    for file, path, entries, annotations in _annotation_files(folder, version, [datasets] if isinstance(datasets, str) else datasets):
-        root = place_below(home, entries['IMG_ROOT'], path)
+    for file, path, entries, annotations in _annotation_files(
+        folder, version, [datasets] if isinstance(datasets, str) else datasets
+    ):
+        root = place_below(home, entries["IMG_ROOT"], path)
         if not annotations.is_file():
-            problems.append(problem(path, '', f'{entries["ANNO_PATH"]} is not there', 'fetch it from the benchmark\'s repository')); expected[file] = 0; continue
+            problems.append(
+                problem(path, "", f"{entries['ANNO_PATH']} is not there", "fetch it from the benchmark's repository")
+            )
+            expected[file] = 0
+            continue
         mine, shown, wrong, rows = _items_of(file, annotations, root, home)
         expected[file] = min(rows, first_k or rows)
-        if first_k: mine = _first(mine, shown, wrong, first_k)
-        items += mine; pictures |= shown; problems += wrong
-    columns = ['key', 'category', 'file', 'dataset', 'image', 'positive', 'negative']
+        if first_k:
+            mine = _first(mine, shown, wrong, first_k)
+        items += mine
+        pictures |= shown
+        problems += wrong
+    columns = ["key", "category", "file", "dataset", "image", "positive", "negative"]
     return Benchmark(pd.DataFrame(items, columns=columns), pictures, expected, problems)
 
 # %% ../../nbs/3_benchmarks/31_vl_checklist.ipynb #9fa915b9
-def section_of(category:str   # one of `categories`
-              )->str:         # Object, Attribute or Relation
+def section_of(
+    category: str,  # one of `categories`
+) -> str:  # Object, Attribute or Relation
     "The section of a category."
-    return category.split('/')[0]
+    return category.split("/")[0]
 
 # %% ../../nbs/3_benchmarks/31_vl_checklist.ipynb #e15871b2
-def item_weights(predictions:pd.DataFrame   # answers, with category, dataset and file
-                )->pd.Series:               # sums to 1 in each section
+def item_weights(
+    predictions: pd.DataFrame,  # answers, with category, dataset and file
+) -> pd.Series:  # sums to 1 in each section
     "What each item contributes to its section."
     p = predictions.assign(section=predictions.category.map(section_of))
-    categories_in = p.groupby('section').category.transform('nunique')
-    datasets_in, files_in = p.groupby('category').dataset.transform('nunique'), p.groupby(['category', 'dataset']).file.transform('nunique')
-    return 1/(categories_in*datasets_in*files_in*p.groupby('file').key.transform('size'))
+    categories_in = p.groupby("section").category.transform("nunique")
+    datasets_in, files_in = (
+        p.groupby("category").dataset.transform("nunique"),
+        p.groupby(["category", "dataset"]).file.transform("nunique"),
+    )
+    return 1 / (categories_in * datasets_in * files_in * p.groupby("file").key.transform("size"))
 
 # %% ../../nbs/3_benchmarks/31_vl_checklist.ipynb #9e8e5c76
-def item_values(predictions:pd.DataFrame   # answers of one section or category
-               )->pd.Series:               # their plain mean is the weighted accuracy
+def item_values(
+    predictions: pd.DataFrame,  # answers of one section or category
+) -> pd.Series:  # their plain mean is the weighted accuracy
     "One number an item, for intervals and paired tests of a weighted average."
     correct, weight = predictions.correct.astype(float), item_weights(predictions)
-    weight = weight/weight.sum()
-    return (correct*weight).sum() + len(correct)*weight*(correct - correct.groupby(predictions.file).transform('mean'))
+    weight = weight / weight.sum()
+    return (correct * weight).sum() + len(correct) * weight * (
+        correct - correct.groupby(predictions.file).transform("mean")
+    )
 
 # %% ../../nbs/3_benchmarks/31_vl_checklist.ipynb #1405fb6b
 def _groups(predictions):
     "Names of the rows and the answers behind each."
     for c in categories:
-        if (predictions.category == c).any(): yield c, predictions[predictions.category == c]
-    for s in (*[s for s in sections if '/' in s], 'Object', 'Attribute', 'Relation'):
-        part = predictions[predictions.category.str.startswith(f'{s}/')]
-        if len(part): yield s, part
+        if (predictions.category == c).any():
+            yield c, predictions[predictions.category == c]
+    for s in (*[s for s in sections if "/" in s], "Object", "Attribute", "Relation"):
+        part = predictions[predictions.category.str.startswith(f"{s}/")]
+        if len(part):
+            yield s, part
 
 # %% ../../nbs/3_benchmarks/31_vl_checklist.ipynb #a907bf40
-def checklist_table(predictions:pd.DataFrame,  # of any model or audit, of one data set's worth of files
-                    **kwargs,                  # repeats, seed, level of `bootstrap`
-                   )->pd.DataFrame:            # row, value, low, high, n, pictures, item_mean, distinct
+def checklist_table(
+    predictions: pd.DataFrame,  # of any model or audit, of one data set's worth of files
+    **kwargs,  # repeats, seed, level of `bootstrap`
+) -> pd.DataFrame:  # row, value, low, high, n, pictures, item_mean, distinct
     "Categories and sections, averaged in the usual way with intervals, and plainly."
     rows = []
     for name, part in _groups(predictions):
         interval = bootstrap(item_values(part), part.image, **kwargs)
-        distinct = part.drop_duplicates(['image', 'positive', 'negative'])
-        rows.append(dict(row=name, **interval._asdict(), pictures=part.image.nunique(), item_mean=float(part.correct.mean()), distinct=float(distinct.correct.mean())))
-    return pd.DataFrame(rows).drop(columns='seeds')
+        distinct = part.drop_duplicates(["image", "positive", "negative"])
+        rows.append(
+            dict(
+                row=name,
+                **interval._asdict(),
+                pictures=part.image.nunique(),
+                item_mean=float(part.correct.mean()),
+                distinct=float(distinct.correct.mean()),
+            )
+        )
+    return pd.DataFrame(rows).drop(columns="seeds")

@@ -18,118 +18,213 @@ from ..study.settings import nearest
 from ..study.statistics import bootstrap
 
 # %% ../../nbs/3_benchmarks/36_winoground.ipynb #f0ff2165
-SCORES = dict(text=1/4, image=1/4, group=1/6)   # what guessing gives
+SCORES = dict(text=1 / 4, image=1 / 4, group=1 / 6)  # what guessing gives
 
 # %% ../../nbs/3_benchmarks/36_winoground.ipynb #e961fdcb
 def _example(line, root):
     "Id, tag, places of both pictures, both captions and remarks; or a ValueError that says what is wrong."
-    row, fields = json.loads(line), ('image_0', 'image_1', 'caption_0', 'caption_1')
-    if not isinstance(row, dict) or any(not isinstance(row.get(f), str) for f in fields): raise ValueError(f'not an example with the texts {", ".join(fields)}')
-    names = [n if Path(n).suffix else f'{n}.png' for n in (row['image_0'], row['image_1'])]
-    (zero, first), (one, second) = clean_caption(row['caption_0']), clean_caption(row['caption_1'])
-    if not (zero and one): raise ValueError('a caption is missing')
-    return str(row.get('id', '')), str(row.get('tag') or ''), [place_below(root, n, 'image') for n in names], (zero, one), first + second
+    row, fields = json.loads(line), ("image_0", "image_1", "caption_0", "caption_1")
+    if not isinstance(row, dict) or any(not isinstance(row.get(f), str) for f in fields):
+        raise ValueError(f"not an example with the texts {', '.join(fields)}")
+    names = [n if Path(n).suffix else f"{n}.png" for n in (row["image_0"], row["image_1"])]
+    (zero, first), (one, second) = clean_caption(row["caption_0"]), clean_caption(row["caption_1"])
+    if not (zero and one):
+        raise ValueError("a caption is missing")
+    return (
+        str(row.get("id", "")),
+        str(row.get("tag") or ""),
+        [place_below(root, n, "image") for n in names],
+        (zero, one),
+        first + second,
+    )
 
 # %% ../../nbs/3_benchmarks/36_winoground.ipynb #87c0184f
-COLUMNS = ['key', 'category', 'file', 'image', 'positive', 'negative', 'example', 'tag']
+COLUMNS = ["key", "category", "file", "image", "positive", "negative", "example", "tag"]
+
+
 def _items_of(path, root, first):
     "Items, pictures and problems of examples.jsonl."
     items, pictures, problems = [], {}, []
-    try: lines = [l for l in path.read_text(encoding='utf-8').splitlines() if l.strip()]
-    except UnicodeDecodeError as e: raise BenchmarkError(f'{path}: not UTF-8 ({e}); fetch it again') from None
-    for i, line in enumerate(lines[:first or None], 1):
-        try: name, tag, places, captions, remarks = _example(line, root)
-        except (ValueError, RecursionError, BenchmarkError) as e: problems.append(problem(path, i, str(e).splitlines()[0], 'lines count from 1; repair the line or fetch the file again')); continue
-        problems += [problem(path, i, r, 'the cleaned text was used') for r in remarks]
-        shown = {p.relative_to(root).as_posix(): p for p in places}; pictures |= shown
-        items += [dict(key=f'{name or i}/{j}', category='winoground', file=path.name, image=image, positive=captions[j], negative=captions[1 - j], example=name or str(i), tag=tag) for j, image in enumerate(shown)]
+    try:
+        lines = [l for l in path.read_text(encoding="utf-8").splitlines() if l.strip()]
+    except UnicodeDecodeError as e:
+        raise BenchmarkError(f"{path}: not UTF-8 ({e}); fetch it again") from None
+    for i, line in enumerate(lines[: first or None], 1):
+        try:
+            name, tag, places, captions, remarks = _example(line, root)
+        except (ValueError, RecursionError, BenchmarkError) as e:
+            problems.append(
+                problem(path, i, str(e).splitlines()[0], "lines count from 1; repair the line or fetch the file again")
+            )
+            continue
+        problems += [problem(path, i, r, "the cleaned text was used") for r in remarks]
+        shown = {p.relative_to(root).as_posix(): p for p in places}
+        pictures |= shown
+        items += [
+            dict(
+                key=f"{name or i}/{j}",
+                category="winoground",
+                file=path.name,
+                image=image,
+                positive=captions[j],
+                negative=captions[1 - j],
+                example=name or str(i),
+                tag=tag,
+            )
+            for j, image in enumerate(shown)
+        ]
     return items, pictures, problems
 
 # %% ../../nbs/3_benchmarks/36_winoground.ipynb #0c254cf4
-def read_winoground(folder:str|Path,     # holds examples.jsonl, or data/ with it
-                    images:str|Path='',  # holds the pictures; empty: images/ beside examples.jsonl
-                    first:int=0,         # examples; 0: all
-                   )->Benchmark:         # two items an example
+def read_winoground(
+    folder: str | Path,  # holds examples.jsonl, or data/ with it
+    images: str | Path = "",  # holds the pictures; empty: images/ beside examples.jsonl
+    first: int = 0,  # examples; 0: all
+) -> Benchmark:  # two items an example
     "Read Winoground as it is on the hub, its pictures unpacked."
-    path = next((p for p in (Path(folder)/'examples.jsonl', Path(folder)/'data/examples.jsonl') if p.is_file()), None)
-    if path is None: raise BenchmarkError(f'{folder}: no examples.jsonl; give the folder of the data set facebook/winoground, with images.zip unpacked in it')
-    items, pictures, problems = _items_of(path, Path(images or path.parent/'images'), first)
-    return Benchmark(pd.DataFrame(items, columns=COLUMNS), pictures, {path.name: 2*min(400, first or 400)}, problems)
+    path = next(
+        (p for p in (Path(folder) / "examples.jsonl", Path(folder) / "data/examples.jsonl") if p.is_file()), None
+    )
+    if path is None:
+        raise BenchmarkError(
+            f"{folder}: no examples.jsonl; give the folder of the data set facebook/winoground, with images.zip unpacked in it"
+        )
+    items, pictures, problems = _items_of(path, Path(images or path.parent / "images"), first)
+    return Benchmark(pd.DataFrame(items, columns=COLUMNS), pictures, {path.name: 2 * min(400, first or 400)}, problems)
 
 # %% ../../nbs/3_benchmarks/36_winoground.ipynb #c6763769
-def whole_examples(predictions:pd.DataFrame  # of items
-                  )->pd.DataFrame:           # those of examples with both items
+def whole_examples(
+    predictions: pd.DataFrame,  # of items
+) -> pd.DataFrame:  # those of examples with both items
     "Leave out examples of which only one picture could be asked about."
-    return predictions[predictions.groupby('example').example.transform('size') == 2].reset_index(drop=True)
+    return predictions[predictions.groupby("example").example.transform("size") == 2].reset_index(drop=True)
 
 # %% ../../nbs/3_benchmarks/36_winoground.ipynb #39910619
-def winoground_scores(predictions:pd.DataFrame  # of items
-                     )->pd.DataFrame:           # one row an example: example, tag, the four scores, text, image, group
+def winoground_scores(
+    predictions: pd.DataFrame,  # of items
+) -> pd.DataFrame:  # one row an example: example, tag, the four scores, text, image, group
     "Text, image and group score of each example by the official definition."
     p = whole_examples(predictions)
-    if not len(p): raise BenchmarkError('not one example has both of its pictures; put the missing ones in place')
-    zero, one = (p[p.key.str.endswith(f'/{j}')].set_index('example') for j in (0, 1))
+    if not len(p):
+        raise BenchmarkError("not one example has both of its pictures; put the missing ones in place")
+    zero, one = (p[p.key.str.endswith(f"/{j}")].set_index("example") for j in (0, 1))
     one = one.loc[zero.index]
-    s = pd.DataFrame(dict(tag=zero.tag, c0_i0=zero.score_positive, c1_i0=zero.score_negative, c1_i1=one.score_positive, c0_i1=one.score_negative))
+    s = pd.DataFrame(
+        dict(
+            tag=zero.tag,
+            c0_i0=zero.score_positive,
+            c1_i0=zero.score_negative,
+            c1_i1=one.score_positive,
+            c0_i1=one.score_negative,
+        )
+    )
     text, image = (s.c0_i0 > s.c1_i0) & (s.c1_i1 > s.c0_i1), (s.c0_i0 > s.c0_i1) & (s.c1_i1 > s.c1_i0)
     return s.assign(text=text, image=image, group=text & image).reset_index()
 
 # %% ../../nbs/3_benchmarks/36_winoground.ipynb #2185a16c
-def winoground_groups(predictions:pd.DataFrame  # of items
-                     ):                         # pairs of row and its examples, with `correct`
+def winoground_groups(
+    predictions: pd.DataFrame,  # of items
+):  # pairs of row and its examples, with `correct`
     "Text, image and group."
     scores = winoground_scores(predictions)
-    for name in SCORES: yield name, scores.assign(correct=scores[name], key=scores.example, image=scores.example)
+    for name in SCORES:
+        yield name, scores.assign(correct=scores[name], key=scores.example, image=scores.example)
 
-def winoground_table(predictions:pd.DataFrame,  # of items, from a model or an audit
-                     **kwargs,                  # repeats, seed, level of `bootstrap`
-                    )->pd.DataFrame:            # row, metric, value, low, high, n, chance
+
+def winoground_table(
+    predictions: pd.DataFrame,  # of items, from a model or an audit
+    **kwargs,  # repeats, seed, level of `bootstrap`
+) -> pd.DataFrame:  # row, metric, value, low, high, n, chance
     "The three scores with intervals over examples."
-    rows = [dict(row=name, metric='accuracy', **bootstrap(part.correct, **kwargs)._asdict(), chance=SCORES[name]) for name, part in winoground_groups(predictions)]
-    return pd.DataFrame(rows).drop(columns='seeds')
+    rows = [
+        dict(row=name, metric="accuracy", **bootstrap(part.correct, **kwargs)._asdict(), chance=SCORES[name])
+        for name, part in winoground_groups(predictions)
+    ]
+    return pd.DataFrame(rows).drop(columns="seeds")
 
 # %% ../../nbs/3_benchmarks/36_winoground.ipynb #6aa4b8ea
-VECTORS = ('image_0', 'image_1', 'caption_0', 'caption_1')
+VECTORS = ("image_0", "image_1", "caption_0", "caption_1")
+
+
 def _arrays(path):
     "The arrays of a file by name."
-    if path.suffix == '.npz':
-        with np.load(path, allow_pickle=False) as found: return {k: found[k] for k in found.files}
-    if path.suffix == '.parquet':
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as found:
+            return {k: found[k] for k in found.files}
+    if path.suffix == ".parquet":
         table = pd.read_parquet(path)
         return {c: np.stack(list(table[c])) if c in VECTORS else table[c].to_numpy() for c in table}
     from safetensors.numpy import load_file
+
     return load_file(path)
 
 # %% ../../nbs/3_benchmarks/36_winoground.ipynb #2ef3a73e
-def read_vectors(path:str|Path,  # .npz, .safetensors or .parquet
-                )->dict:         # name in `VECTORS` → (n, d) float32 of unit length; `id` if there is one
+def read_vectors(
+    path: str | Path,  # .npz, .safetensors or .parquet
+) -> dict:  # name in `VECTORS` → (n, d) float32 of unit length; `id` if there is one
     "Read the vectors of pictures and captions."
     path = Path(path)
-    if path.suffix not in ('.npz', '.safetensors', '.parquet'): raise BenchmarkError(f'{path}: vectors are read from .npz, .safetensors or .parquet, nothing else')
-    try: found = _arrays(path)
-    except Exception as e: raise BenchmarkError(f'{path}: cannot be read ({(str(e).splitlines() or [type(e).__name__])[0]}); store plain numbers, no objects') from None
+    if path.suffix not in (".npz", ".safetensors", ".parquet"):
+        raise BenchmarkError(f"{path}: vectors are read from .npz, .safetensors or .parquet, nothing else")
+    try:
+        found = _arrays(path)
+    except Exception as e:
+        raise BenchmarkError(
+            f"{path}: cannot be read ({(str(e).splitlines() or [type(e).__name__])[0]}); store plain numbers, no objects"
+        ) from None
     for name in VECTORS:
-        if name not in found: raise BenchmarkError(f'{path}: lacks {name}; {nearest(name, found)}')
+        if name not in found:
+            raise BenchmarkError(f"{path}: lacks {name}; {nearest(name, found)}")
     shapes = {np.shape(found[n]) for n in VECTORS}
-    if len(shapes) > 1 or len(min(shapes)) != 2 or not min(min(shapes)): raise BenchmarkError(f'{path}: {", ".join(VECTORS)} must be four tables of one shape (examples, dimensions), not {sorted(shapes)}')
-    return {n: _unit(path, n, found[n]) for n in VECTORS} | ({'id': found['id']} if np.shape(found.get('id')) == (min(shapes)[0],) else {})
+    if len(shapes) > 1 or len(min(shapes)) != 2 or not min(min(shapes)):
+        raise BenchmarkError(
+            f"{path}: {', '.join(VECTORS)} must be four tables of one shape (examples, dimensions), not {sorted(shapes)}"
+        )
+    return {n: _unit(path, n, found[n]) for n in VECTORS} | (
+        {"id": found["id"]} if np.shape(found.get("id")) == (min(shapes)[0],) else {}
+    )
 
 # %% ../../nbs/3_benchmarks/36_winoground.ipynb #3ed3009b
 def _unit(path, name, rows):
     "Rows of unit length; one without a direction is named."
-    rows = np.asarray(rows, np.float32); length = np.linalg.norm(rows, axis=1, keepdims=True)
+    rows = np.asarray(rows, np.float32)
+    length = np.linalg.norm(rows, axis=1, keepdims=True)
     bad = np.flatnonzero(~np.isfinite(length[:, 0]) | (length[:, 0] == 0))
-    if len(bad): raise BenchmarkError(f'{path}: row {bad[0]} of {name} is zero or not finite, and {len(bad) - 1} more; encode them again')
-    return rows/length
+    if len(bad):
+        raise BenchmarkError(
+            f"{path}: row {bad[0]} of {name} is zero or not finite, and {len(bad) - 1} more; encode them again"
+        )
+    return rows / length
 
 # %% ../../nbs/3_benchmarks/36_winoground.ipynb #aa0d7d75
-def stored(path:str|Path,  # of `read_vectors`
-           first:int=0,    # examples; 0: all
-          )->tuple:        # (`Benchmark` without pictures or texts, `Encoded`)
+def stored(
+    path: str | Path,  # of `read_vectors`
+    first: int = 0,  # examples; 0: all
+) -> tuple:  # (`Benchmark` without pictures or texts, `Encoded`)
     "Winoground from stored vectors."
-    v = read_vectors(path); n = min(len(v['image_0']), first or len(v['image_0'])); name = Path(path).name
-    ids = [str(i) for i in v.get('id', range(n))][:n]
-    items = pd.DataFrame([dict(key=f'{ids[i]}/{j}', category='winoground', file=name, image=f'{ids[i]}/{j}', positive=f'caption {ids[i]}/{j}', negative=f'caption {ids[i]}/{1 - j}', example=ids[i], tag='') for i in range(n) for j in (0, 1)], columns=COLUMNS)
-    images, texts = (np.stack([v[f'{kind}_0'][:n], v[f'{kind}_1'][:n]], 1).reshape(2*n, -1) for kind in ('image', 'caption'))
-    own, other = np.arange(2*n), np.arange(2*n) ^ 1
-    return Benchmark(items, {}, {name: 2*min(400, first or 400)}), Encoded(items, images, texts, own, own, other, [])
+    v = read_vectors(path)
+    n = min(len(v["image_0"]), first or len(v["image_0"]))
+    name = Path(path).name
+    ids = [str(i) for i in v.get("id", range(n))][:n]
+    items = pd.DataFrame(
+        [
+            dict(
+                key=f"{ids[i]}/{j}",
+                category="winoground",
+                file=name,
+                image=f"{ids[i]}/{j}",
+                positive=f"caption {ids[i]}/{j}",
+                negative=f"caption {ids[i]}/{1 - j}",
+                example=ids[i],
+                tag="",
+            )
+            for i in range(n)
+            for j in (0, 1)
+        ],
+        columns=COLUMNS,
+    )
+    images, texts = (
+        np.stack([v[f"{kind}_0"][:n], v[f"{kind}_1"][:n]], 1).reshape(2 * n, -1) for kind in ("image", "caption")
+    )
+    own, other = np.arange(2 * n), np.arange(2 * n) ^ 1
+    return Benchmark(items, {}, {name: 2 * min(400, first or 400)}), Encoded(items, images, texts, own, own, other, [])

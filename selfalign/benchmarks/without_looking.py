@@ -16,90 +16,142 @@ from .vl_checklist import _annotation_files
 from ..data.readers import problem
 
 # %% ../../nbs/3_benchmarks/34_without_looking.ipynb #f1a3c350
-def annotated_texts(folder,           # holds corpus/ and data/
-                    version:str='v1', # folder below corpus/
-                    )->tuple:         # (dict of file to rows, problems)
+def annotated_texts(
+    folder,  # holds corpus/ and data/
+    version: str = "v1",  # folder below corpus/
+) -> tuple:  # (dict of file to rows, problems)
     "The annotation files of VL-CheckList, as they are."
     found, problems = {}, []
     for file, path, _, where in _annotation_files(folder, version):
-        if where.is_file(): found[file] = load_json(where, list)
-        else: problems.append(problem(path.relative_to(folder).as_posix(), '', f'{where.relative_to(folder).as_posix()} is not there', 'fetch it from the benchmark\'s repository; averages are over the files that are there'))
-    if not found: raise BenchmarkError(f'{folder}: none of the annotation files is there; fetch data/ beside corpus/')
+        if where.is_file():
+            found[file] = load_json(where, list)
+        else:
+            problems.append(
+                problem(
+                    path.relative_to(folder).as_posix(),
+                    "",
+                    f"{where.relative_to(folder).as_posix()} is not there",
+                    "fetch it from the benchmark's repository; averages are over the files that are there",
+                )
+            )
+    if not found:
+        raise BenchmarkError(f"{folder}: none of the annotation files is there; fetch data/ beside corpus/")
     return found, problems
 
 # %% ../../nbs/3_benchmarks/34_without_looking.ipynb #de7fd117
-def texts_of(row,       # [picture, {'POS': [...], 'NEG': [...]}]
-             kind:str,  # POS or NEG
-             )->list:   # of texts; empty if the row is damaged
+def texts_of(
+    row,  # [picture, {'POS': [...], 'NEG': [...]}]
+    kind: str,  # POS or NEG
+) -> list:  # of texts; empty if the row is damaged
     "The texts of one row."
-    try: return [t for t in row[1][kind] if isinstance(t, str)]
-    except (TypeError, KeyError, IndexError): return []
+    try:
+        return [t for t in row[1][kind] if isinstance(t, str)]
+    except (TypeError, KeyError, IndexError):
+        return []
 
 # %% ../../nbs/3_benchmarks/34_without_looking.ipynb #85bae1d1
-def words_of(text:str  # any
-            )->list:   # lower case
+def words_of(
+    text: str,  # any
+) -> list:  # lower case
     "Runs of letters and apostrophes."
     return re.findall(r"[a-z']+", text.lower())
 
 # %% ../../nbs/3_benchmarks/34_without_looking.ipynb #17fa52ef
-def unused_counts(files:dict,       # file to rows
-                  first:int=1000,   # items a file that are asked
-                  unasked:bool=False,  # leave out pictures that any file asks about
-                  )->Counter:       # word to how often
+def unused_counts(
+    files: dict,  # file to rows
+    first: int = 1000,  # items a file that are asked
+    unasked: bool = False,  # leave out pictures that any file asks about
+) -> Counter:  # word to how often
     "The words of the true texts behind the first items of each file."
-    if first < 1: raise BenchmarkError(f'first is {first}; at least one item a file must be asked')
-    asked = {str(row[0]) for rows in files.values() for row in rows[:first] if texts_of(row, 'POS')} if unasked else ()
-    counts = Counter(w for rows in files.values() for row in rows[first:] if texts_of(row, 'POS') and str(row[0]) not in asked
-                     for t in texts_of(row, 'POS') for w in words_of(t))
-    if not counts: raise BenchmarkError(f'no file has items behind the first {first}, so there is nothing to count; lower `first`')
+    if first < 1:
+        raise BenchmarkError(f"first is {first}; at least one item a file must be asked")
+    asked = {str(row[0]) for rows in files.values() for row in rows[:first] if texts_of(row, "POS")} if unasked else ()
+    counts = Counter(
+        w
+        for rows in files.values()
+        for row in rows[first:]
+        if texts_of(row, "POS") and str(row[0]) not in asked
+        for t in texts_of(row, "POS")
+        for w in words_of(t)
+    )
+    if not counts:
+        raise BenchmarkError(f"no file has items behind the first {first}, so there is nothing to count; lower `first`")
     return counts
 
 # %% ../../nbs/3_benchmarks/34_without_looking.ipynb #15faaa9a
-def familiarity(different:Counter,  # words
-                counts:Counter,     # of `unused_counts`
-                whole:float,        # N + V/2
-                )->float:           # mean log frequency
+def familiarity(
+    different: Counter,  # words
+    counts: Counter,  # of `unused_counts`
+    whole: float,  # N + V/2
+) -> float:  # mean log frequency
     "How common are these words?"
-    if not different: return -30.
-    return sum(n*math.log((counts[w] + .5)/whole) for w, n in different.items())/sum(different.values())
+    if not different:
+        return -30.0
+    return sum(n * math.log((counts[w] + 0.5) / whole) for w, n in different.items()) / sum(different.values())
 
 # %% ../../nbs/3_benchmarks/34_without_looking.ipynb #3bafad0b
-def by_frequency(counts:Counter):  # of `unused_counts`
+def by_frequency(counts: Counter):  # of `unused_counts`
     "The rule: function of two texts, above 0 where the first is taken."
-    whole = counts.total() + .5*len(counts)
+    whole = counts.total() + 0.5 * len(counts)
+
     def rule(positive, negative):
         p, n = Counter(words_of(positive)), Counter(words_of(negative))
         return familiarity(p - n, counts, whole) - familiarity(n - p, counts, whole)
+
     return rule
 
 # %% ../../nbs/3_benchmarks/34_without_looking.ipynb #49ec29e1
-def by_length(positive:str,  # a text
-              negative:str,  # another
-              )->int:        # above 0 where the first is longer
+def by_length(
+    positive: str,  # a text
+    negative: str,  # another
+) -> int:  # above 0 where the first is longer
     "The rule that counts letters."
     return len(positive) - len(negative)
 
 # %% ../../nbs/3_benchmarks/34_without_looking.ipynb #916ad083
-def exchanged(positive:str,  # a text
-              negative:str,  # another
-              )->str:        # a label
+def exchanged(
+    positive: str,  # a text
+    negative: str,  # another
+) -> str:  # a label
     "The words in which two texts differ."
     p, n = Counter(words_of(positive)), Counter(words_of(negative))
-    return ' '.join(sorted((p - n).elements())) + ' / ' + ' '.join(sorted((n - p).elements()))
+    return " ".join(sorted((p - n).elements())) + " / " + " ".join(sorted((n - p).elements()))
 
 # %% ../../nbs/3_benchmarks/34_without_looking.ipynb #c6f0d0e7
-def answer_blind(files:dict,      # file to rows
-                 rule,            # of two texts
-                 first:int=1000,  # items a file that are asked
-                 )->tuple:        # (predictions table, problems); `correct` is 1, 0, or ½ for a tie
+def answer_blind(
+    files: dict,  # file to rows
+    rule,  # of two texts
+    first: int = 1000,  # items a file that are asked
+) -> tuple:  # (predictions table, problems); `correct` is 1, 0, or ½ for a tie
     "Ask a rule the first items of every file."
     found, problems = [], []
     for file, rows in files.items():
-        category, _, name = file.rpartition('/')
+        category, _, name = file.rpartition("/")
         for i, row in enumerate(rows[:first]):
-            p, n = texts_of(row, 'POS'), texts_of(row, 'NEG')
-            if not (p and n): problems.append(problem(file, i, 'not [picture, {"POS": [text, …], "NEG": [text, …]}]', 'not asked; repair the row or fetch the file again')); continue
+            p, n = texts_of(row, "POS"), texts_of(row, "NEG")
+            if not (p and n):
+                problems.append(
+                    problem(
+                        file,
+                        i,
+                        'not [picture, {"POS": [text, …], "NEG": [text, …]}]',
+                        "not asked; repair the row or fetch the file again",
+                    )
+                )
+                continue
             gain = rule(p[0], n[0])
-            found.append(dict(key=f'{file}:{i}', category=category, file=file, dataset=name.split('_')[0], image=str(row[0]), positive=p[0], negative=n[0], correct=.5 if abs(gain) < 1e-12 else float(gain > 0)))
-    if not found: raise BenchmarkError('not one row of these files can be asked; fetch them again')
+            found.append(
+                dict(
+                    key=f"{file}:{i}",
+                    category=category,
+                    file=file,
+                    dataset=name.split("_")[0],
+                    image=str(row[0]),
+                    positive=p[0],
+                    negative=n[0],
+                    correct=0.5 if abs(gain) < 1e-12 else float(gain > 0),
+                )
+            )
+    if not found:
+        raise BenchmarkError("not one row of these files can be asked; fetch them again")
     return pd.DataFrame(found), problems

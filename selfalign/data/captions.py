@@ -8,155 +8,240 @@ __all__ = ['kinds', 'word', 'Caption', 'describe', 'probe_caption', 'is_true', '
 # %% ../../nbs/1_data/14_captions.ipynb #f2af2a56
 from dataclasses import dataclass, replace
 import numpy as np
-from .scenes import (Scene, Thing, backgrounds, colours, groups, objects, patterns, positions, relations,
-                                   sizes, make_scene)
+from selfalign.data.scenes import (
+    Scene,
+    Thing,
+    backgrounds,
+    colours,
+    groups,
+    objects,
+    patterns,
+    positions,
+    relations,
+    sizes,
+    make_scene,
+)
 
 # %% ../../nbs/1_data/14_captions.ipynb #650b50e8
-kinds = ('short', 'blip', 'alt', 'dense')
-_words = dict(cat=('cat', 'kitten'), car=('car', 'automobile'), boat=('boat', 'ship', 'sailboat'),
-              plane=('plane', 'airplane', 'aircraft'), mushroom=('mushroom', 'toadstool'), tree=('tree', 'fir'),
-              flower=('flower', 'blossom'), cup=('cup', 'mug'), chair=('chair', 'seat'), umbrella=('umbrella', 'parasol'),
-              red=('red', 'crimson'), yellow=('yellow', 'golden'), green=('green', 'emerald'), blue=('blue', 'azure'),
-              purple=('purple', 'violet'), black=('black', 'dark'), small=('small', 'tiny', 'little'),
-              medium=('medium-sized', 'mid-sized'), large=('large', 'big', 'huge'), striped=('striped', 'stripy'),
-              dotted=('dotted', 'spotted'))
+kinds = ("short", "blip", "alt", "dense")
+_words = dict(
+    cat=("cat", "kitten"),
+    car=("car", "automobile"),
+    boat=("boat", "ship", "sailboat"),
+    plane=("plane", "airplane", "aircraft"),
+    mushroom=("mushroom", "toadstool"),
+    tree=("tree", "fir"),
+    flower=("flower", "blossom"),
+    cup=("cup", "mug"),
+    chair=("chair", "seat"),
+    umbrella=("umbrella", "parasol"),
+    red=("red", "crimson"),
+    yellow=("yellow", "golden"),
+    green=("green", "emerald"),
+    blue=("blue", "azure"),
+    purple=("purple", "violet"),
+    black=("black", "dark"),
+    small=("small", "tiny", "little"),
+    medium=("medium-sized", "mid-sized"),
+    large=("large", "big", "huge"),
+    striped=("striped", "stripy"),
+    dotted=("dotted", "spotted"),
+)
 
 # %% ../../nbs/1_data/14_captions.ipynb #b30fd290
-_words |= {'middle': ('in the middle', 'in the center'), 'top': ('at the top',), 'bottom': ('at the bottom',),
-           'left': ('on the left', 'at the left'), 'right': ('on the right', 'at the right'),
-           'top left': ('at the top left', 'in the upper left corner'), 'top right': ('at the top right', 'in the upper right corner'),
-           'bottom left': ('at the bottom left', 'in the lower left corner'),
-           'bottom right': ('at the bottom right', 'in the lower right corner'),
-           'meadow': ('in a meadow', 'on the grass'), 'beach': ('on a beach', 'on the sand'), 'street': ('in a street',),
-           'room': ('in a room', 'indoors'), 'night': ('at night',), 'moving': ('moving', 'moving fast'),
-           'left of': ('left of', 'to the left of'), 'right of': ('right of', 'to the right of'),
-           'below': ('below', 'under'), 'chasing': ('chasing', 'following')}
-_boilerplate = ('stock photo', 'free download', 'buy now', 'high resolution', 'wallpaper', 'royalty free image', 'for sale',
-                'click to enlarge')
+_words |= {
+    "middle": ("in the middle", "in the center"),
+    "top": ("at the top",),
+    "bottom": ("at the bottom",),
+    "left": ("on the left", "at the left"),
+    "right": ("on the right", "at the right"),
+    "top left": ("at the top left", "in the upper left corner"),
+    "top right": ("at the top right", "in the upper right corner"),
+    "bottom left": ("at the bottom left", "in the lower left corner"),
+    "bottom right": ("at the bottom right", "in the lower right corner"),
+    "meadow": ("in a meadow", "on the grass"),
+    "beach": ("on a beach", "on the sand"),
+    "street": ("in a street",),
+    "room": ("in a room", "indoors"),
+    "night": ("at night",),
+    "moving": ("moving", "moving fast"),
+    "left of": ("left of", "to the left of"),
+    "right of": ("right of", "to the right of"),
+    "below": ("below", "under"),
+    "chasing": ("chasing", "following"),
+}
+_boilerplate = (
+    "stock photo",
+    "free download",
+    "buy now",
+    "high resolution",
+    "wallpaper",
+    "royalty free image",
+    "for sale",
+    "click to enlarge",
+)
 
 # %% ../../nbs/1_data/14_captions.ipynb #28ba878b
-def word(term:str,        # an object, attribute, place or relation of the microworld
-         rng=None,        # source of chance; without one, the usual word
-         )->str:          # with its preposition, if the term is a place
+def word(
+    term: str,  # an object, attribute, place or relation of the microworld
+    rng=None,  # source of chance; without one, the usual word
+) -> str:  # with its preposition, if the term is a place
     "A word for a term of the truth: the usual one, or now and then a synonym."
     options = _words.get(term, (term,))
-    if rng is None or len(options) == 1 or rng.random() < .75: return options[0]
+    if rng is None or len(options) == 1 or rng.random() < 0.75:
+        return options[0]
     return options[1 + rng.integers(len(options) - 1)]
 
 # %% ../../nbs/1_data/14_captions.ipynb #f80b6c01
 @dataclass(frozen=True)
 class Caption:
     "A text and the facts that it states."
-    text: str      # what the reader sees
-    claims: dict   # {'things': [{'object': ..., 'colour': ...}, ...], 'relation': ..., 'background': ...}, only what is said
+
+    text: str  # what the reader sees
+    claims: (
+        dict  # {'things': [{'object': ..., 'colour': ...}, ...], 'relation': ..., 'background': ...}, only what is said
+    )
 
 # %% ../../nbs/1_data/14_captions.ipynb #6451a6ec
 def _noun(thing, said, rng):
     "The noun phrase without its article."
-    parts = [word(getattr(thing, k), rng) for k in ('size', 'pattern', 'colour') if k in said]
-    text = ' '.join(parts + [word(thing.object, rng)])
-    if 'action' in said: text += f' {word(thing.action, rng)}'
-    return text + ' upside down' if 'state' in said else text
+    parts = [word(getattr(thing, k), rng) for k in ("size", "pattern", "colour") if k in said]
+    text = " ".join(parts + [word(thing.object, rng)])
+    if "action" in said:
+        text += f" {word(thing.action, rng)}"
+    return text + " upside down" if "state" in said else text
 
-def _article(noun): return ('an ' if noun[0] in 'aeiou' else 'a ') + noun
-def _claims(thing, said): return {'object': thing.object} | {k: getattr(thing, k) for k in said}
+
+def _article(noun):
+    return ("an " if noun[0] in "aeiou" else "a ") + noun
+
+
+def _claims(thing, said):
+    return {"object": thing.object} | {k: getattr(thing, k) for k in said}
 
 # %% ../../nbs/1_data/14_captions.ipynb #e322903b
-_share = dict(short=dict(colour=.85, size=.3, position=.3, pattern=.3, state=.2, action=.2, background=.1),
-              blip=dict(colour=.95, size=.8, position=.8, pattern=.8, state=.7, action=.7, background=.4),
-              alt=dict(colour=.8, size=.3, position=.2, pattern=.4, state=.2, action=.2, background=.2),
-              dense=dict(colour=1, size=1, position=1, pattern=1, state=1, action=1, background=1))
+_share = dict(
+    short=dict(colour=0.85, size=0.3, position=0.3, pattern=0.3, state=0.2, action=0.2, background=0.1),
+    blip=dict(colour=0.95, size=0.8, position=0.8, pattern=0.8, state=0.7, action=0.7, background=0.4),
+    alt=dict(colour=0.8, size=0.3, position=0.2, pattern=0.4, state=0.2, action=0.2, background=0.2),
+    dense=dict(colour=1, size=1, position=1, pattern=1, state=1, action=1, background=1),
+)
+
 
 def _said(thing, kind, rng):
-    said = [k for k in ('size', 'pattern', 'colour', 'position', 'state', 'action') if rng.random() < _share[kind][k]]
-    return [k for k in said if getattr(thing, k) not in ('', 'plain')]
+    said = [k for k in ("size", "pattern", "colour", "position", "state", "action") if rng.random() < _share[kind][k]]
+    return [k for k in said if getattr(thing, k) not in ("", "plain")]
 
 # %% ../../nbs/1_data/14_captions.ipynb #8b68c516
-def describe(scene:Scene,      # what the picture shows
-             kind:str='blip',  # one of `kinds`
-             seed:int=0,       # the same seed says the same things of two scenes
-             )->Caption:       # the text and its claims
+def describe(
+    scene: Scene,  # what the picture shows
+    kind: str = "blip",  # one of `kinds`
+    seed: int = 0,  # the same seed says the same things of two scenes
+) -> Caption:  # the text and its claims
     "Say what a scene shows, in one of four manners."
-    if kind not in kinds: raise ValueError(f'unknown kind of caption {kind!r}; the kinds are {", ".join(kinds)}')
+    if kind not in kinds:
+        raise ValueError(f"unknown kind of caption {kind!r}; the kinds are {', '.join(kinds)}")
     rng = np.random.default_rng(seed)
-    with_background = rng.random() < _share[kind]['background']
+    with_background = rng.random() < _share[kind]["background"]
     said = [_said(t, kind, rng) for t in scene.things]
-    claims = dict(things=[_claims(t, [k for k in s if k != 'position' or len(said) == 1]) for t, s in zip(scene.things, said)])
+    claims = dict(
+        things=[_claims(t, [k for k in s if k != "position" or len(said) == 1]) for t, s in zip(scene.things, said)]
+    )
     phrases = [_article(_noun(t, s, rng)) for t, s in zip(scene.things, said)]
     if len(phrases) > 1:
-        text = f'{phrases[0]} {word(scene.relation, rng)} {phrases[1]}'; claims['relation'] = scene.relation
+        text = f"{phrases[0]} {word(scene.relation, rng)} {phrases[1]}"
+        claims["relation"] = scene.relation
     else:
         text = phrases[0]
-        if 'position' in said[0]: text += f' {word(scene.things[0].position, rng)}'
-    if with_background: claims['background'] = scene.background
-    place = word(scene.background, rng) if with_background else ''
+        if "position" in said[0]:
+            text += f" {word(scene.things[0].position, rng)}"
+    if with_background:
+        claims["background"] = scene.background
+    place = word(scene.background, rng) if with_background else ""
     return Caption(_dress(text, place, kind, rng), claims)
 
 # %% ../../nbs/1_data/14_captions.ipynb #f0645b1c
 def _dress(text, place, kind, rng):
-    opening = ('', 'a picture of ', 'there is ', 'a photo of ')[rng.choice(4, p=[.7, .1, .1, .1])]
-    if kind == 'dense':
-        return f'the picture shows {text}. the scene is {place}.'
-    text = f'{text} {place}'.strip()
-    if kind == 'blip': return opening + text
-    bare = text.split(' ', 1)[1]
-    if kind == 'short': return bare if rng.random() < .5 else text
-    return f'{bare} - {_boilerplate[rng.integers(len(_boilerplate))]}' if rng.random() < .6 else f'img {rng.integers(10, 100)} {bare}'
+    opening = ("", "a picture of ", "there is ", "a photo of ")[rng.choice(4, p=[0.7, 0.1, 0.1, 0.1])]
+    if kind == "dense":
+        return f"the picture shows {text}. the scene is {place}."
+    text = f"{text} {place}".strip()
+    if kind == "blip":
+        return opening + text
+    bare = text.split(" ", 1)[1]
+    if kind == "short":
+        return bare if rng.random() < 0.5 else text
+    return (
+        f"{bare} - {_boilerplate[rng.integers(len(_boilerplate))]}"
+        if rng.random() < 0.6
+        else f"img {rng.integers(10, 100)} {bare}"
+    )
 
 # %% ../../nbs/1_data/14_captions.ipynb #a5226916
-def probe_caption(scene:Scene,  # one or two things
-                 )->Caption:    # the same words for the same truth, always
+def probe_caption(
+    scene: Scene,  # one or two things
+) -> Caption:  # the same words for the same truth, always
     "Size, colour and object of every thing, and the place or the relation, in the usual words."
-    said = ['size', 'colour'] + ['position']*(len(scene.things) == 1)
-    phrases = [_article(_noun(t, ('size', 'colour'), None)) for t in scene.things]
+    said = ["size", "colour"] + ["position"] * (len(scene.things) == 1)
+    phrases = [_article(_noun(t, ("size", "colour"), None)) for t in scene.things]
     first = scene.things[0]
     claims = dict(things=[_claims(t, said) for t in scene.things])
-    if len(phrases) == 1: return Caption(f'{phrases[0]} {word(first.position)}', claims)
-    return Caption(f'{phrases[0]} {word(scene.relation)} {phrases[1]}', claims | {'relation': scene.relation})
+    if len(phrases) == 1:
+        return Caption(f"{phrases[0]} {word(first.position)}", claims)
+    return Caption(f"{phrases[0]} {word(scene.relation)} {phrases[1]}", claims | {"relation": scene.relation})
 
 # %% ../../nbs/1_data/14_captions.ipynb #3ff35239
-def is_true(claims:dict,   # what a caption states
-            scene:Scene,   # what the picture shows
-            )->bool:         # False also when it names more things than there are
+def is_true(
+    claims: dict,  # what a caption states
+    scene: Scene,  # what the picture shows
+) -> bool:  # False also when it names more things than there are
     "Whether everything that the caption states holds in the scene."
-    if len(claims['things']) > len(scene.things): return False
-    for said, thing in zip(claims['things'], scene.things):
-        if any(getattr(thing, k) != v for k, v in said.items()): return False
-    return all(getattr(scene, k) == claims[k] for k in ('relation', 'background') if k in claims)
+    if len(claims["things"]) > len(scene.things):
+        return False
+    for said, thing in zip(claims["things"], scene.things):
+        if any(getattr(thing, k) != v for k, v in said.items()):
+            return False
+    return all(getattr(scene, k) == claims[k] for k in ("relation", "background") if k in claims)
 
 # %% ../../nbs/1_data/14_captions.ipynb #4a552809
 def _wrong(scene, claims, rng):
     "The scene with one stated attribute of its first thing changed."
     choices = dict(object=objects, colour=tuple(colours), size=tuple(sizes), position=positions)
-    thing = scene.things[0]; said = [k for k in claims['things'][0] if k in choices]
+    thing = scene.things[0]
+    said = [k for k in claims["things"][0] if k in choices]
     key = said[rng.integers(len(said))]
     others = [v for v in choices[key] if v != getattr(thing, key)]
     value = others[rng.integers(len(others))]
-    if key == 'position':
-        i = positions.index(value); thing = replace(thing, x=(i % 3 + .5)/3, y=(i//3 + .5)/3)
-    else: thing = replace(thing, **{key: value})
+    if key == "position":
+        i = positions.index(value)
+        thing = replace(thing, x=(i % 3 + 0.5) / 3, y=(i // 3 + 0.5) / 3)
+    else:
+        thing = replace(thing, **{key: value})
     return replace(scene, things=(thing,) + scene.things[1:])
 
 # %% ../../nbs/1_data/14_captions.ipynb #a926e5f9
-def web_caption(pool:str,          # pool of scenes
-                index:int,         # number of the scene, from 0
-                noise:float=0.3,   # probability that something is wrong, 0 to 1
-                kind:str='',       # one of `kinds`; empty: drawn at random
-                )->tuple:          # (`Caption`, kind, list of the noise done to it)
+def web_caption(
+    pool: str,  # pool of scenes
+    index: int,  # number of the scene, from 0
+    noise: float = 0.3,  # probability that something is wrong, 0 to 1
+    kind: str = "",  # one of `kinds`; empty: drawn at random
+) -> tuple:  # (`Caption`, kind, list of the noise done to it)
     "The caption under which the web would offer this scene's picture."
     scene, rng = make_scene(pool, index), np.random.default_rng((index, 7919))
-    kind = kind or kinds[rng.choice(4, p=[.2, .5, .15, .15])]
+    kind = kind or kinds[rng.choice(4, p=[0.2, 0.5, 0.15, 0.15])]
     seed, done = int(rng.integers(2**31)), []
     caption, roll, which = describe(scene, kind, seed), rng.random(), rng.random()
     if roll < noise:
-        if which < .4:
-            caption, done = describe(make_scene(pool, index + 1_000_003), kind, seed), ['mismatched']
-        elif which < .75:
-            caption, done = describe(_wrong(scene, caption.claims, rng), kind, seed), ['wrong-attribute']
+        if which < 0.4:
+            caption, done = describe(make_scene(pool, index + 1_000_003), kind, seed), ["mismatched"]
+        elif which < 0.75:
+            caption, done = describe(_wrong(scene, caption.claims, rng), kind, seed), ["wrong-attribute"]
         else:
             name = scene.things[0].object
-            caption, done = Caption(_article(word(name, rng)), dict(things=[{'object': name}])), ['missing-attribute']
-    if rng.random() < .1*bool(noise) and kind != 'alt':
-        caption = Caption(f'{caption.text} - {_boilerplate[rng.integers(len(_boilerplate))]}', caption.claims); done.append('boilerplate')
-    if rng.random() < .004*bool(noise): done.append('damaged')
+            caption, done = Caption(_article(word(name, rng)), dict(things=[{"object": name}])), ["missing-attribute"]
+    if rng.random() < 0.1 * bool(noise) and kind != "alt":
+        caption = Caption(f"{caption.text} - {_boilerplate[rng.integers(len(_boilerplate))]}", caption.claims)
+        done.append("boilerplate")
+    if rng.random() < 0.004 * bool(noise):
+        done.append("damaged")
     return caption, kind, done

@@ -12,55 +12,86 @@ from .captions import _words
 from .scenes import backgrounds, colours, objects, patterns, positions, relations, sizes
 
 # %% ../../nbs/1_data/17_claims.ipynb #2611ee05
-TERMS = dict(object=objects, colour=tuple(colours), size=tuple(sizes), pattern=patterns[1:], position=positions, background=tuple(backgrounds),
-             relation=relations, action=('moving', 'jumping'), state=('upside down',))
+TERMS = dict(
+    object=objects,
+    colour=tuple(colours),
+    size=tuple(sizes),
+    pattern=patterns[1:],
+    position=positions,
+    background=tuple(backgrounds),
+    relation=relations,
+    action=("moving", "jumping"),
+    state=("upside down",),
+)
 
 # %% ../../nbs/1_data/17_claims.ipynb #960cffa4
 @cache
-def lexicon()->dict:  # wording to (kind, term)
+def lexicon() -> dict:  # wording to (kind, term)
     "All words and phrases of the microworld."
-    return {wording: (kind, term) for kind, terms in TERMS.items() for term in terms for wording in _words.get(term, (term,))}
+    return {
+        wording: (kind, term)
+        for kind, terms in TERMS.items()
+        for term in terms
+        for wording in _words.get(term, (term,))
+    }
 
 # %% ../../nbs/1_data/17_claims.ipynb #0eb7cbf6
-def whole_words(wordings          # any number of words and phrases
-               )->re.Pattern:  # compiled; for small letters
+def whole_words(
+    wordings,  # any number of words and phrases
+) -> re.Pattern:  # compiled; for small letters
     "A pattern for any of some wordings as whole words, the longest first."
     return _compiled(frozenset(wordings))
 
+
 @cache
-def _compiled(wordings): return re.compile(r'(?<![\w-])(?:' + '|'.join(re.escape(w) for w in sorted(wordings, key=lambda w: (-len(w), w))) + r')(?![\w-])')
+def _compiled(wordings):
+    return re.compile(
+        r"(?<![\w-])(?:" + "|".join(re.escape(w) for w in sorted(wordings, key=lambda w: (-len(w), w))) + r")(?![\w-])"
+    )
 
 # %% ../../nbs/1_data/17_claims.ipynb #d0929b0b
 _small = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
-def small(text:str   # any
-         )->str:     # as long as before
+
+
+def small(
+    text: str,  # any
+) -> str:  # as long as before
     "A to Z in small letters, everything else as it is."
     return text.translate(_small)
 
 # %% ../../nbs/1_data/17_claims.ipynb #a276e7ff
-def find_meanings(text:str,       # any
-                  meanings:dict,  # wording, in small letters, to what it means
-                  )->list:        # (meaning, start, end), in order
+def find_meanings(
+    text: str,  # any
+    meanings: dict,  # wording, in small letters, to what it means
+) -> list:  # (meaning, start, end), in order
     "The wordings in a text, and where they stand."
     return [(meanings[m.group()], m.start(), m.end()) for m in whole_words(meanings).finditer(small(text))]
 
 # %% ../../nbs/1_data/17_claims.ipynb #5ad96229
-def find_terms(text:str   # a caption
-              )->list:    # (kind, term, start, end), in order
+def find_terms(
+    text: str,  # a caption
+) -> list:  # (kind, term, start, end), in order
     "The words of the microworld in a text, and where they stand."
     return [(*meaning, start, end) for meaning, start, end in find_meanings(text, lexicon())]
 
 # %% ../../nbs/1_data/17_claims.ipynb #c48ef0af
-def read_claims(text:str  # a caption
-               )->dict|None:  # `things`, `relation`, `background`: what `Caption.claims` holds; None if it cannot be read
+def read_claims(
+    text: str,  # a caption
+) -> dict | None:  # `things`, `relation`, `background`: what `Caption.claims` holds; None if it cannot be read
     "What a caption says of a scene."
     things, claims = [{}], {}
     for kind, term, *_ in find_terms(text):
-        if kind == 'background': claims['background'] = term
-        elif kind == 'relation':
-            if 'relation' in claims or 'object' not in things[-1]: return None
-            claims['relation'] = term; things.append({})
-        elif things[-1].get(kind, term) != term or (kind == 'object' and kind in things[-1]): return None
-        else: things[-1][kind] = term
-    if any('object' not in t for t in things) or len(things) > 2 or (len(things) == 2) != ('relation' in claims): return None
+        if kind == "background":
+            claims["background"] = term
+        elif kind == "relation":
+            if "relation" in claims or "object" not in things[-1]:
+                return None
+            claims["relation"] = term
+            things.append({})
+        elif things[-1].get(kind, term) != term or (kind == "object" and kind in things[-1]):
+            return None
+        else:
+            things[-1][kind] = term
+    if any("object" not in t for t in things) or len(things) > 2 or (len(things) == 2) != ("relation" in claims):
+        return None
     return dict(things=things) | claims

@@ -18,177 +18,336 @@ from .tables import TablePairs, as_row
 # %% ../../nbs/1_data/1b_formats.ipynb #aea0375c
 def _said(entry, column, file):
     "The caption of an entry of LLaVA's lists."
-    if column and column not in entry: raise SourceError(f'{file} has no {column!r}; {nearest(column, entry)}')
-    if column: return entry[column]
-    turns = entry.get('conversations')
-    if not isinstance(turns, list): return entry.get('blip_caption', entry.get('caption', ''))
-    said = next((t.get('value') for t in turns if isinstance(t, dict) and t.get('from') == 'gpt'), '')
-    return said.replace('<image>', '').strip() if isinstance(said, str) else ''
+    if column and column not in entry:
+        raise SourceError(f"{file} has no {column!r}; {nearest(column, entry)}")
+    if column:
+        return entry[column]
+    turns = entry.get("conversations")
+    if not isinstance(turns, list):
+        return entry.get("blip_caption", entry.get("caption", ""))
+    said = next((t.get("value") for t in turns if isinstance(t, dict) and t.get("from") == "gpt"), "")
+    return said.replace("<image>", "").strip() if isinstance(said, str) else ""
 
-def llava(path:str,               # the JSON file
-          images:str='',          # folder of the pictures; empty: beside the file
-          caption_column:str='',  # for lists without conversations: which caption; empty: blip_caption
-          caption_source:str='blip',  # who wrote the captions
-          )->TablePairs:
+
+def llava(
+    path: str,  # the JSON file
+    images: str = "",  # folder of the pictures; empty: beside the file
+    caption_column: str = "",  # for lists without conversations: which caption; empty: blip_caption
+    caption_source: str = "blip",  # who wrote the captions
+) -> TablePairs:
     "LLaVA-Pretrain and its likes."
     path = at_root(path)
+
     def rows():
         for _, i, x in json_items(path):
-            if isinstance(x, dict): yield as_row(f'[{i}]', x.get('id', x.get('image')), x.get('image') or '', _said(x, caption_column, path.name))
-            else: yield f'[{i}]', 'the entry is no object'
-    return TablePairs(f'llava:{path.name}', path.name, rows(), [path.parent, path.parent/'images'], images, caption_source)
+            if isinstance(x, dict):
+                yield as_row(
+                    f"[{i}]", x.get("id", x.get("image")), x.get("image") or "", _said(x, caption_column, path.name)
+                )
+            else:
+                yield f"[{i}]", "the entry is no object"
+
+    return TablePairs(
+        f"llava:{path.name}", path.name, rows(), [path.parent, path.parent / "images"], images, caption_source
+    )
 
 # %% ../../nbs/1_data/1b_formats.ipynb #f950be88
-def coco(path:str,         # captions_*.json
-         images:str='',    # folder of the pictures; empty: beside the file or beside its folder
-         caption_source:str='human',  # who wrote the captions
-         )->TablePairs:
+def coco(
+    path: str,  # captions_*.json
+    images: str = "",  # folder of the pictures; empty: beside the file or beside its folder
+    caption_source: str = "human",  # who wrote the captions
+) -> TablePairs:
     "COCO captions of 2014 and 2017."
-    path = at_root(path); part, above = path.stem.removeprefix('captions_'), path.parent.parent
+    path = at_root(path)
+    part, above = path.stem.removeprefix("captions_"), path.parent.parent
+
     def rows():
         for name, i, x in json_items(path):
-            if name not in ('images', 'annotations') or i is None: continue
-            if not isinstance(x, dict): yield f'{name}[{i}]', 'the entry is no object'
-            elif name == 'images': yield as_row(f'images[{i}]', x.get('id'), x.get('file_name') or '', scene=x.get('scene'), caption_source=x.get('caption_source'))
-            else: yield as_row(f'annotations[{i}]', x.get('image_id'), None, x.get('caption') or '')
-    places = [p for base in (path.parent, above) for p in (base/part, base/'images'/part, base/'images', base)]
-    return TablePairs(f'coco:{path.name}', path.name, rows(), places, images, caption_source, repeats=True)
+            if name not in ("images", "annotations") or i is None:
+                continue
+            if not isinstance(x, dict):
+                yield f"{name}[{i}]", "the entry is no object"
+            elif name == "images":
+                yield as_row(
+                    f"images[{i}]",
+                    x.get("id"),
+                    x.get("file_name") or "",
+                    scene=x.get("scene"),
+                    caption_source=x.get("caption_source"),
+                )
+            else:
+                yield as_row(f"annotations[{i}]", x.get("image_id"), None, x.get("caption") or "")
+
+    places = [p for base in (path.parent, above) for p in (base / part, base / "images" / part, base / "images", base)]
+    return TablePairs(f"coco:{path.name}", path.name, rows(), places, images, caption_source, repeats=True)
 
 # %% ../../nbs/1_data/1b_formats.ipynb #33e6bfdd
-def karpathy_entry(entry,     # of the list `images`
-                   )->tuple:  # (path of the picture, list of captions)
+def karpathy_entry(
+    entry,  # of the list `images`
+) -> tuple:  # (path of the picture, list of captions)
     "What an entry of Karpathy's lists says, or a ValueError that says what is wrong."
-    try: where, texts = '/'.join(filter(None, (entry.get('filepath', ''), entry['filename']))), [s['raw'] for s in entry['sentences']]
-    except (TypeError, KeyError, AttributeError): raise ValueError('no picture or no captions: not {"filename", "split", "sentences": [{"raw"}, …]}') from None
+    try:
+        where, texts = (
+            "/".join(filter(None, (entry.get("filepath", ""), entry["filename"]))),
+            [s["raw"] for s in entry["sentences"]],
+        )
+    except (TypeError, KeyError, AttributeError):
+        raise ValueError('no picture or no captions: not {"filename", "split", "sentences": [{"raw"}, …]}') from None
     return where, texts
 
 # %% ../../nbs/1_data/1b_formats.ipynb #fbaa8bfb
-def karpathy(path:str,       # dataset_*.json
-             split:str='',   # train, restval, val or test; empty: all
-             images:str='',  # folder of the pictures; empty: look for it
-             caption_source:str='human',  # who wrote the captions
-             )->TablePairs:
+def karpathy(
+    path: str,  # dataset_*.json
+    split: str = "",  # train, restval, val or test; empty: all
+    images: str = "",  # folder of the pictures; empty: look for it
+    caption_source: str = "human",  # who wrote the captions
+) -> TablePairs:
     "Karpathy's lists of COCO, Flickr30k and Flickr8k."
     path, seen = at_root(path), set()
+
     def rows():
         for name, i, x in json_items(path):
-            if name != 'images' or i is None: continue
-            if not isinstance(x, dict): yield f'images[{i}]', 'the entry is no object'; continue
-            seen.add(str(x.get('split', '')))
-            if split and x.get('split') != split: continue
-            try: image, texts = karpathy_entry(x)
-            except ValueError as e: yield f'images[{i}]', str(e)
-            else: yield as_row(f'images[{i}]', image, image, texts)
-    places = [b/p for b in (path.parent, path.parent.parent) for p in ('', 'images', 'Images', 'flickr30k-images', 'flickr30k_images', 'Flicker8k_Dataset', 'coco', 'coco/images')]
-    try: return TablePairs(f'karpathy:{path.name}', path.name, rows(), places, images, caption_source, repeats=True)
+            if name != "images" or i is None:
+                continue
+            if not isinstance(x, dict):
+                yield f"images[{i}]", "the entry is no object"
+                continue
+            seen.add(str(x.get("split", "")))
+            if split and x.get("split") != split:
+                continue
+            try:
+                image, texts = karpathy_entry(x)
+            except ValueError as e:
+                yield f"images[{i}]", str(e)
+            else:
+                yield as_row(f"images[{i}]", image, image, texts)
+
+    places = [
+        b / p
+        for b in (path.parent, path.parent.parent)
+        for p in (
+            "",
+            "images",
+            "Images",
+            "flickr30k-images",
+            "flickr30k_images",
+            "Flicker8k_Dataset",
+            "coco",
+            "coco/images",
+        )
+    ]
+    try:
+        return TablePairs(f"karpathy:{path.name}", path.name, rows(), places, images, caption_source, repeats=True)
     except SourceError as e:
-        if split and seen and split not in seen: raise SourceError(f'{path.name} has no split {split!r}; {nearest(split, sorted(seen))}') from None
+        if split and seen and split not in seen:
+            raise SourceError(f"{path.name} has no split {split!r}; {nearest(split, sorted(seen))}") from None
         raise e
 
 # %% ../../nbs/1_data/1b_formats.ipynb #0e0b43d3
-_line = re.compile(r'(.+?)#(\d+)\t(.*)|(.+?)\s*\|\s*(\d+)\s*\|(.*)')
-def flickr_lines(path:str|Path,  # *.token, *.token.txt or results.csv
-                 ):              # gives (number of the line, picture, number of the caption, caption); without a picture, the line instead of a caption
+_line = re.compile(r"(.+?)#(\d+)\t(.*)|(.+?)\s*\|\s*(\d+)\s*\|(.*)")
+
+
+def flickr_lines(
+    path: str | Path,  # *.token, *.token.txt or results.csv
+):  # gives (number of the line, picture, number of the caption, caption); without a picture, the line instead of a caption
     "The lines of a file of captions, those left out that say nothing."
     for number, line in text_lines(path):
-        found = _line.fullmatch(line or '')
-        if found: yield number, *((found[1], found[2], found[3]) if found[1] else (found[4], found[5], found[6]))
-        elif line is None or line.strip() and not (number == 1 and 'image' in line): yield number, '', '', line
+        found = _line.fullmatch(line or "")
+        if found:
+            yield number, *((found[1], found[2], found[3]) if found[1] else (found[4], found[5], found[6]))
+        elif line is None or line.strip() and not (number == 1 and "image" in line):
+            yield number, "", "", line
 
 # %% ../../nbs/1_data/1b_formats.ipynb #5a8b5b23
-def flickr(path:str,       # *.token, *.token.txt or results.csv
-           split:str='',   # Flickr8k: train, dev or test; empty: all
-           images:str='',  # folder of the pictures; empty: look for it
-           caption_source:str='human',  # who wrote the captions
-           )->TablePairs:
+def flickr(
+    path: str,  # *.token, *.token.txt or results.csv
+    split: str = "",  # Flickr8k: train, dev or test; empty: all
+    images: str = "",  # folder of the pictures; empty: look for it
+    caption_source: str = "human",  # who wrote the captions
+) -> TablePairs:
     "The captions of Flickr30k and Flickr8k as their authors published them."
-    path = at_root(path); lists = {p.name.split('.')[-2].removesuffix('Images'): p for p in sorted(path.parent.glob('*Images.txt'))}
-    if split and split not in lists: raise SourceError(f'{path.name}: no list of the split {split!r} beside it, such as Flickr_8k.testImages.txt; {nearest(split, lists)}')
+    path = at_root(path)
+    lists = {p.name.split(".")[-2].removesuffix("Images"): p for p in sorted(path.parent.glob("*Images.txt"))}
+    if split and split not in lists:
+        raise SourceError(
+            f"{path.name}: no list of the split {split!r} beside it, such as Flickr_8k.testImages.txt; {nearest(split, lists)}"
+        )
     wanted = {line.strip() for _, line in text_lines(lists[split]) if line} if split else ()
+
     def rows():
         for number, image, _, text in flickr_lines(path):
-            if not image: yield f'line {number}', 'no name, number and caption in this line'
-            elif not split or image in wanted: yield as_row(f'line {number}', image, image, text.strip())
-    places = [b/p for b in (path.parent, path.parent.parent) for p in ('flickr30k-images', 'flickr30k_images', 'Flicker8k_Dataset', 'Images', 'images', '')]
-    return TablePairs(f'flickr:{path.name}', path.name, rows(), places, images, caption_source, repeats=True)
+            if not image:
+                yield f"line {number}", "no name, number and caption in this line"
+            elif not split or image in wanted:
+                yield as_row(f"line {number}", image, image, text.strip())
+
+    places = [
+        b / p
+        for b in (path.parent, path.parent.parent)
+        for p in ("flickr30k-images", "flickr30k_images", "Flicker8k_Dataset", "Images", "images", "")
+    ]
+    return TablePairs(f"flickr:{path.name}", path.name, rows(), places, images, caption_source, repeats=True)
 
 # %% ../../nbs/1_data/1b_formats.ipynb #c1c4077b
-usual = dict(image='image image_path path img_path image_file file_name filename file filepath img image_name picture'.split(),
-             caption='caption text captions title description alt_text alt raw_caption blip_caption sentence sentences comment prompt'.split(),
-             key='key id uid sample_id'.split())
-def choose(kind:str,    # image, caption or key
-           names,       # columns there are
-           given:str,   # the column asked for; empty: find it
-           file:str,    # for the message
-           )->str:      # a column; empty only for a key
+usual = dict(
+    image="image image_path path img_path image_file file_name filename file filepath img image_name picture".split(),
+    caption="caption text captions title description alt_text alt raw_caption blip_caption sentence sentences comment prompt".split(),
+    key="key id uid sample_id".split(),
+)
+
+
+def choose(
+    kind: str,  # image, caption or key
+    names,  # columns there are
+    given: str,  # the column asked for; empty: find it
+    file: str,  # for the message
+) -> str:  # a column; empty only for a key
     "Find the column of pictures, captions or keys."
     names = list(names)
-    if given and given not in names: raise SourceError(f'{file} has no column {given!r}; {nearest(given, names)}')
-    found = [given] if given else [n for n in names if n.strip().lower().replace(' ', '_') in usual[kind]]
-    if kind == 'caption' and 'caption' in found: found = [n for n in found if n != 'captions']
-    if kind == 'key': return next(iter(found), '')
-    if len(found) == 1: return found[0]
-    links = [n for n in names if n.lower() in ('url', 'image_url') or n.startswith(('http://', 'https://'))]
-    if not found and kind == 'image' and links: raise SourceError(f'{file} is a list of addresses; fetch the pictures first, e.g. img2dataset --url_list {file} --input_format tsv --url_col url --caption_col caption --output_format webdataset (a file without column names needs the line caption<tab>url on top), then open the folder it writes')
-    if found: raise SourceError(f'{file} has several columns for the {kind}: {", ".join(found)}; choose with ?{kind}_column={found[0]} or ?{kind}_column={found[1]}')
-    raise SourceError(f'{file} has no column known to hold the {kind}; it has {", ".join(names)[:300]}; say which with ?{kind}_column=NAME')
+    if given and given not in names:
+        raise SourceError(f"{file} has no column {given!r}; {nearest(given, names)}")
+    found = [given] if given else [n for n in names if n.strip().lower().replace(" ", "_") in usual[kind]]
+    if kind == "caption" and "caption" in found:
+        found = [n for n in found if n != "captions"]
+    if kind == "key":
+        return next(iter(found), "")
+    if len(found) == 1:
+        return found[0]
+    links = [n for n in names if n.lower() in ("url", "image_url") or n.startswith(("http://", "https://"))]
+    if not found and kind == "image" and links:
+        raise SourceError(
+            f"{file} is a list of addresses; fetch the pictures first, e.g. img2dataset --url_list {file} --input_format tsv --url_col url --caption_col caption --output_format webdataset (a file without column names needs the line caption<tab>url on top), then open the folder it writes"
+        )
+    if found:
+        raise SourceError(
+            f"{file} has several columns for the {kind}: {', '.join(found)}; choose with ?{kind}_column={found[0]} or ?{kind}_column={found[1]}"
+        )
+    raise SourceError(
+        f"{file} has no column known to hold the {kind}; it has {', '.join(names)[:300]}; say which with ?{kind}_column=NAME"
+    )
 
 # %% ../../nbs/1_data/1b_formats.ipynb #f456afe9
 def _columns(path):
     "The names of a table's columns, and all its rows."
-    rows, seen = ((row, x or 'the entry is empty') for row, x in records(path)), []
+    rows, seen = ((row, x or "the entry is empty") for row, x in records(path)), []
     for row, x in rows:
         seen.append((row, x))
-        if isinstance(x, dict) or len(seen) == 1000: break
+        if isinstance(x, dict) or len(seen) == 1000:
+            break
     return next((list(x) for _, x in seen if isinstance(x, dict)), []), itertools.chain(seen, rows)
 
-def table(path:str,              # .csv, .tsv, .txt, .jsonl or .json
-          image_column:str='',   # the column of paths; empty: by its usual names
-          caption_column:str='', # the column of captions
-          key_column:str='',     # the column of keys; empty and none found: the path is the key
-          images:str='',         # folder that the paths begin at; empty: look for it
-          caption_source:str='web',  # who wrote the captions
-          )->TablePairs:
+
+def table(
+    path: str,  # .csv, .tsv, .txt, .jsonl or .json
+    image_column: str = "",  # the column of paths; empty: by its usual names
+    caption_column: str = "",  # the column of captions
+    key_column: str = "",  # the column of keys; empty and none found: the path is the key
+    images: str = "",  # folder that the paths begin at; empty: look for it
+    caption_source: str = "web",  # who wrote the captions
+) -> TablePairs:
     "A table with a column of paths and a column of captions."
-    path = at_root(path); names, found = _columns(path)
-    if names: image, caption, key = (choose(k, names, g, path.name) for k, g in (('image', image_column), ('caption', caption_column), ('key', key_column)))
+    path = at_root(path)
+    names, found = _columns(path)
+    if names:
+        image, caption, key = (
+            choose(k, names, g, path.name)
+            for k, g in (("image", image_column), ("caption", caption_column), ("key", key_column))
+        )
+
     def rows():
         for row, x in found:
-            if isinstance(x, str): yield row, x
-            else: yield as_row(row, x.get(key) if key else x.get(image), x.get(image) or '', x.get(caption) or '', x.get('captions') if caption != 'captions' else None, x.get('scene'), x.get('caption_source'))
-    return TablePairs(f'table:{path.name}', path.name, rows(), [path.parent, path.parent/'images', path.parent.parent], images, caption_source)
+            if isinstance(x, str):
+                yield row, x
+            else:
+                yield as_row(
+                    row,
+                    x.get(key) if key else x.get(image),
+                    x.get(image) or "",
+                    x.get(caption) or "",
+                    x.get("captions") if caption != "captions" else None,
+                    x.get("scene"),
+                    x.get("caption_source"),
+                )
+
+    return TablePairs(
+        f"table:{path.name}",
+        path.name,
+        rows(),
+        [path.parent, path.parent / "images", path.parent.parent],
+        images,
+        caption_source,
+    )
 
 # %% ../../nbs/1_data/1b_formats.ipynb #c1e83ae1
-sail_columns = ['raw_caption', *(f'{length}{model}_captions' for model in ('IB', 'SV', 'LLA') for length in ('short', 'long'))]
-def sail(path:str,             # the CSV
-         caption_column:str='raw_caption',  # which of its captions
-         images:str='',        # folder that `Image Path` begins at; empty: look for it
-         )->TablePairs:
+sail_columns = [
+    "raw_caption",
+    *(f"{length}{model}_captions" for model in ("IB", "SV", "LLA") for length in ("short", "long")),
+]
+
+
+def sail(
+    path: str,  # the CSV
+    caption_column: str = "raw_caption",  # which of its captions
+    images: str = "",  # folder that `Image Path` begins at; empty: look for it
+) -> TablePairs:
     "The captions of DreamLIP, as SAIL trains on them."
-    path = at_root(path); names, found = _columns(path)
-    if names: image, chosen = choose('image', names, 'Image Path', path.name), choose('caption', names, caption_column, path.name)
+    path = at_root(path)
+    names, found = _columns(path)
+    if names:
+        image, chosen = (
+            choose("image", names, "Image Path", path.name),
+            choose("caption", names, caption_column, path.name),
+        )
+
     def rows():
         for row, x in found:
-            if isinstance(x, str): yield row, x
-            else: yield as_row(row, x.get(image), x.get(image) or '', x.get(chosen) or '', {k: x[k] for k in sail_columns if x.get(k)}, caption_source=chosen.removesuffix('s').removesuffix('_caption'))
-    return TablePairs(f'sail:{path.name}', path.name, rows(), [path.parent, path.parent.parent, path.parent/'images'], images)
+            if isinstance(x, str):
+                yield row, x
+            else:
+                yield as_row(
+                    row,
+                    x.get(image),
+                    x.get(image) or "",
+                    x.get(chosen) or "",
+                    {k: x[k] for k in sail_columns if x.get(k)},
+                    caption_source=chosen.removesuffix("s").removesuffix("_caption"),
+                )
+
+    return TablePairs(
+        f"sail:{path.name}", path.name, rows(), [path.parent, path.parent.parent, path.parent / "images"], images
+    )
 
 # %% ../../nbs/1_data/1b_formats.ipynb #5d207c74
 def _note(base, name):
     "What a text file says."
-    try: return read_file(base, name)[:1_000_000].decode('utf-8-sig', 'surrogateescape').strip()
-    except ImageProblem: return ''
+    try:
+        return read_file(base, name)[:1_000_000].decode("utf-8-sig", "surrogateescape").strip()
+    except ImageProblem:
+        return ""
 
-def folder(path:str,             # a folder
-           caption_source:str='web',  # who wrote the captions
-           )->TablePairs:
+
+def folder(
+    path: str,  # a folder
+    caption_source: str = "web",  # who wrote the captions
+) -> TablePairs:
     "Pictures, each with its caption in a text file of the same name."
     path = at_root(path)
-    if not path.is_dir(): raise SourceError(f'{path} is no folder; name the one that holds pictures and their .txt files')
+    if not path.is_dir():
+        raise SourceError(f"{path} is no folder; name the one that holds pictures and their .txt files")
+
     def rows():
         for place, inside, names in os.walk(path):
-            inside.sort(); below, notes = Path(place).relative_to(path), {n[:-4] for n in names if n.endswith('.txt')}
-            shown = [n for n in sorted(names) if named_picture(n) and not n.startswith('.')]
-            for n in shown: yield as_row(file := (below/n).as_posix(), file.rpartition('.')[0], file, _note(path, f'{file.rpartition(".")[0]}.txt') if n.rpartition('.')[0] in notes else '')
-            for n in sorted(notes - {n.rpartition('.')[0] for n in shown}): yield (below/f'{n}.txt').as_posix(), 'a caption without a picture'
-    return TablePairs(f'folder:{path.name}', path.name, rows(), [path], caption_source=caption_source)
+            inside.sort()
+            below, notes = Path(place).relative_to(path), {n[:-4] for n in names if n.endswith(".txt")}
+            shown = [n for n in sorted(names) if named_picture(n) and not n.startswith(".")]
+            for n in shown:
+                yield as_row(
+                    file := (below / n).as_posix(),
+                    file.rpartition(".")[0],
+                    file,
+                    _note(path, f"{file.rpartition('.')[0]}.txt") if n.rpartition(".")[0] in notes else "",
+                )
+            for n in sorted(notes - {n.rpartition(".")[0] for n in shown}):
+                yield (below / f"{n}.txt").as_posix(), "a caption without a picture"
+
+    return TablePairs(f"folder:{path.name}", path.name, rows(), [path], caption_source=caption_source)

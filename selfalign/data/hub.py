@@ -17,67 +17,104 @@ from .tables import TablePairs, as_row
 # %% ../../nbs/1_data/1c_hub.ipynb #48189b30
 def _data_files(path, split):
     "The files of a dataset, relative to its folder."
-    if path.is_file(): return path.parent, [path.name]
-    if (path/'dataset_dict.json').is_file(): found = {p.parent.name: [f'{p.parent.name}/{f}' for f in _in_order(p)] for p in sorted(path.glob('*/state.json'))}
-    elif (path/'state.json').is_file(): found = {'': _in_order(path/'state.json')}
+    if path.is_file():
+        return path.parent, [path.name]
+    if (path / "dataset_dict.json").is_file():
+        found = {
+            p.parent.name: [f"{p.parent.name}/{f}" for f in _in_order(p)] for p in sorted(path.glob("*/state.json"))
+        }
+    elif (path / "state.json").is_file():
+        found = {"": _in_order(path / "state.json")}
     else:
         found = {}
-        for p in sorted([*path.glob('*.parquet'), *path.glob('data/*.parquet')]):
-            part = re.fullmatch(r'(.+?)-\d+-of-\d+.*', p.stem)
-            found.setdefault(part[1] if part else '', []).append(p.relative_to(path).as_posix())
-    if split and split not in found or not found: raise SourceError(f'{path.name}/ holds no dataset' + (f' with a split {split!r}; {nearest(split, found)}' if found else ': neither state.json nor Parquet files; name a folder written by save_to_disk'))
-    if len(found) > 1 and not split: raise SourceError(f'{path.name}/ holds the splits {", ".join(found)}; choose with ?split={next(iter(found))}')
+        for p in sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")]):
+            part = re.fullmatch(r"(.+?)-\d+-of-\d+.*", p.stem)
+            found.setdefault(part[1] if part else "", []).append(p.relative_to(path).as_posix())
+    if split and split not in found or not found:
+        raise SourceError(
+            f"{path.name}/ holds no dataset"
+            + (
+                f" with a split {split!r}; {nearest(split, found)}"
+                if found
+                else ": neither state.json nor Parquet files; name a folder written by save_to_disk"
+            )
+        )
+    if len(found) > 1 and not split:
+        raise SourceError(f"{path.name}/ holds the splits {', '.join(found)}; choose with ?split={next(iter(found))}")
     return path, found[split or next(iter(found))]
 
 # %% ../../nbs/1_data/1c_hub.ipynb #9c4bdf99
 def _in_order(state):
     "The Arrow files that a `state.json` names."
-    try: names = [Path(f['filename']).name for f in json.loads(state.read_text(encoding='utf-8'))['_data_files']]
-    except (OSError, ValueError, KeyError, TypeError) as e: raise Damage(state.name, '', f'it does not list the files of the dataset ({e!r})', 'save the dataset again') from None
+    try:
+        names = [Path(f["filename"]).name for f in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise Damage(
+            state.name, "", f"it does not list the files of the dataset ({e!r})", "save the dataset again"
+        ) from None
     return names
 
 # %% ../../nbs/1_data/1c_hub.ipynb #4885496e
 def _schema(path):
     "The columns of a Parquet or Arrow file."
     import pyarrow as pa, pyarrow.parquet as pq
+
     try:
-        found = pq.read_schema(path) if path.suffix == '.parquet' else arrow_table(path).schema
+        found = pq.read_schema(path) if path.suffix == ".parquet" else arrow_table(path).schema
         found.names
         return found
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as e: raise Damage(path.name, '', f'no table that can be read: {str(e)[:200]}', 'fetch the file again') from None
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
+        raise Damage(path.name, "", f"no table that can be read: {str(e)[:200]}", "fetch the file again") from None
 
 # %% ../../nbs/1_data/1c_hub.ipynb #efb087eb
 def _values(path, names):
     "The rows of some columns, a batch at a time."
     import pyarrow.parquet as pq
-    if path.suffix == '.parquet': yield from (b.to_pylist() for b in pq.ParquetFile(path).iter_batches(2_000, columns=names))
+
+    if path.suffix == ".parquet":
+        yield from (b.to_pylist() for b in pq.ParquetFile(path).iter_batches(2_000, columns=names))
     else:
-        found = arrow_table(path).select(names); found.validate(full=True)
+        found = arrow_table(path).select(names)
+        found.validate(full=True)
         yield from (b.to_pylist() for b in found.to_batches(2_000))
 
 # %% ../../nbs/1_data/1c_hub.ipynb #30ff83e0
-def datasets(path:str,              # a folder, or a Parquet or Arrow file
-             split:str='',          # where there are several
-             image_column:str='',   # the column of pictures; empty: by its type or its usual names
-             caption_column:str='', # the column of captions
-             key_column:str='',     # the column of keys; empty and none found: file and row are the key
-             images:str='',         # folder that paths begin at, where the table holds paths
-             caption_source:str='web',  # who wrote the captions
-             )->TablePairs:
+def datasets(
+    path: str,  # a folder, or a Parquet or Arrow file
+    split: str = "",  # where there are several
+    image_column: str = "",  # the column of pictures; empty: by its type or its usual names
+    caption_column: str = "",  # the column of captions
+    key_column: str = "",  # the column of keys; empty and none found: file and row are the key
+    images: str = "",  # folder that paths begin at, where the table holds paths
+    caption_source: str = "web",  # who wrote the captions
+) -> TablePairs:
     "A Hugging Face dataset on disk."
     import pyarrow as pa
-    base, files = _data_files(at_root(path), split); schema = _schema(base/files[0]); name = Path(path).name
-    kept = [f.name for f in schema if pa.types.is_binary(f.type) or pa.types.is_struct(f.type) and f.type.get_field_index('bytes') >= 0]
-    image = choose('image', schema.names, image_column or (kept[0] if len(kept) == 1 else ''), name)
-    caption, key = choose('caption', schema.names, caption_column, name), choose('key', schema.names, key_column, name)
+
+    base, files = _data_files(at_root(path), split)
+    schema = _schema(base / files[0])
+    name = Path(path).name
+    kept = [
+        f.name
+        for f in schema
+        if pa.types.is_binary(f.type) or pa.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0
+    ]
+    image = choose("image", schema.names, image_column or (kept[0] if len(kept) == 1 else ""), name)
+    caption, key = choose("caption", schema.names, caption_column, name), choose("key", schema.names, key_column, name)
     needed = list(dict.fromkeys([caption, *([key] if key else []), *([] if image in kept else [image])]))
+
     def rows():
         for file in files:
             number = -1
             try:
-                for batch in _values(base/file, needed):
+                for batch in _values(base / file, needed):
                     for x in batch:
-                        number += 1; cell = f'{file}#{image}/{number}' if image in kept else x[image] or ''
-                        yield as_row(f'{file} row {number}', x[key] if key else cell, cell, x[caption] or '')
-            except (pa.ArrowException, OSError, KeyError) as e: yield f'{file} row {number + 1}', f'damaged table: {str(e)[:200]}'
-    return TablePairs(f'datasets:{name}', name, rows(), [base, base/'images'], images, caption_source, cells=image in kept)
+                        number += 1
+                        cell = f"{file}#{image}/{number}" if image in kept else x[image] or ""
+                        yield as_row(f"{file} row {number}", x[key] if key else cell, cell, x[caption] or "")
+            except (pa.ArrowException, OSError, KeyError) as e:
+                yield f"{file} row {number + 1}", f"damaged table: {str(e)[:200]}"
+
+    return TablePairs(
+        f"datasets:{name}", name, rows(), [base, base / "images"], images, caption_source, cells=image in kept
+    )

@@ -16,75 +16,113 @@ from PIL import Image, ImageOps
 # %% ../../nbs/1_data/11_images.ipynb #7a2b6f8f
 class ImageProblem(ValueError):
     "A picture that cannot be used: what is wrong with it, and what helps."
-    def __init__(self,
-                 what:str,    # what is wrong
-                 remedy:str,  # what helps
-                 ):
-        super().__init__(f'{what}; {remedy}')
+
+    def __init__(
+        self,
+        what: str,  # what is wrong
+        remedy: str,  # what helps
+    ):
+        super().__init__(f"{what}; {remedy}")
         self.what, self.remedy = what, remedy
 
 # %% ../../nbs/1_data/11_images.ipynb #9ef45df6
-formats = ('JPEG', 'PNG', 'GIF', 'WEBP', 'BMP', 'TIFF', 'PPM')
-suffixes = {'.jpg': ('JPEG', 'MPO'), '.jpeg': ('JPEG', 'MPO'), '.png': ('PNG',), '.gif': ('GIF',), '.webp': ('WEBP',),
-            '.bmp': ('BMP',), '.tif': ('TIFF',), '.tiff': ('TIFF',), '.ppm': ('PPM',)}
-def named_picture(name:str,   # of a file
-                  )->bool:
+formats = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
+suffixes = {
+    ".jpg": ("JPEG", "MPO"),
+    ".jpeg": ("JPEG", "MPO"),
+    ".png": ("PNG",),
+    ".gif": ("GIF",),
+    ".webp": ("WEBP",),
+    ".bmp": ("BMP",),
+    ".tif": ("TIFF",),
+    ".tiff": ("TIFF",),
+    ".ppm": ("PPM",),
+}
+
+
+def named_picture(
+    name: str,  # of a file
+) -> bool:
     "Whether a file is a picture by its ending; what it holds is another question."
     return os.path.splitext(name)[1].lower() in suffixes
 
 # %% ../../nbs/1_data/11_images.ipynb #2f8fdefd
-_filters = threading.Lock()   # the filters of warnings belong to all threads
+_filters = threading.Lock()  # the filters of warnings belong to all threads
+
 
 def _identify(data, max_pixels):
     "The undecoded picture in `data`."
-    if not data: raise ImageProblem('the file is empty', 'fetch it again')
+    if not data:
+        raise ImageProblem("the file is empty", "fetch it again")
     with _filters, warnings.catch_warnings():
-        warnings.simplefilter('ignore', Image.DecompressionBombWarning)
-        try: img = Image.open(io.BytesIO(data), formats=formats)
-        except Image.DecompressionBombError as e: raise ImageProblem(f'too many pixels: {e}', 'reduce the picture') from None
-        except Exception: raise ImageProblem(f'not a picture (it begins with {data[:12]!r})', f'give one of {", ".join(formats)}') from None
-    if img.width*img.height > max_pixels:
-        raise ImageProblem(f'{img.width}x{img.height} pixels, more than {max_pixels:,}', 'reduce the picture or raise max_pixels')
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            img = Image.open(io.BytesIO(data), formats=formats)
+        except Image.DecompressionBombError as e:
+            raise ImageProblem(f"too many pixels: {e}", "reduce the picture") from None
+        except Exception:
+            raise ImageProblem(
+                f"not a picture (it begins with {data[:12]!r})", f"give one of {', '.join(formats)}"
+            ) from None
+    if img.width * img.height > max_pixels:
+        raise ImageProblem(
+            f"{img.width}x{img.height} pixels, more than {max_pixels:,}", "reduce the picture or raise max_pixels"
+        )
     return img
 
 # %% ../../nbs/1_data/11_images.ipynb #abbd81a3
 def _to_rgb(img):
     "The picture as 8-bit RGB."
-    if img.mode.startswith(('I', 'F')):
+    if img.mode.startswith(("I", "F")):
         a = np.asarray(img).astype(np.float64)
-        top = 1 if img.mode == 'F' and a.max() <= 1 else 255 if img.mode == 'F' or a.max() <= 255 and img.mode == 'I' else 65535
-        return Image.fromarray((a/top*255).clip(0, 255).round().astype(np.uint8)).convert('RGB')
-    if 'A' in img.getbands() or 'transparency' in img.info:
-        img = img.convert('RGBA')
-        return Image.alpha_composite(Image.new('RGBA', img.size, 'white'), img).convert('RGB')
-    return img.convert('RGB')
+        top = (
+            1
+            if img.mode == "F" and a.max() <= 1
+            else 255
+            if img.mode == "F" or a.max() <= 255 and img.mode == "I"
+            else 65535
+        )
+        return Image.fromarray((a / top * 255).clip(0, 255).round().astype(np.uint8)).convert("RGB")
+    if "A" in img.getbands() or "transparency" in img.info:
+        img = img.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", img.size, "white"), img).convert("RGB")
+    return img.convert("RGB")
 
 # %% ../../nbs/1_data/11_images.ipynb #ed0fe631
 def _remarks(img, name):
     "What is unusual about a picture that can be used."
     found, expected = [], suffixes.get(Path(name).suffix.lower(), (img.format,))
-    if img.format not in expected: found.append(f'named {Path(name).suffix} but holds {img.format}')
-    if getattr(img, 'n_frames', 1) > 1 and img.format != 'MPO': found.append(f'animated: the first of {img.n_frames} frames was taken')
-    if img.mode == 'CMYK': found.append('four inks (CMYK) converted to RGB')
-    if img.mode.startswith(('I', 'F')): found.append(f'{img.mode} grey levels scaled to 8 bits')
+    if img.format not in expected:
+        found.append(f"named {Path(name).suffix} but holds {img.format}")
+    if getattr(img, "n_frames", 1) > 1 and img.format != "MPO":
+        found.append(f"animated: the first of {img.n_frames} frames was taken")
+    if img.mode == "CMYK":
+        found.append("four inks (CMYK) converted to RGB")
+    if img.mode.startswith(("I", "F")):
+        found.append(f"{img.mode} grey levels scaled to 8 bits")
     return found
 
 # %% ../../nbs/1_data/11_images.ipynb #c7d8f9e4
-def open_image(source:bytes|str|Path,        # the file, or its bytes
-               max_pixels:int=50_000_000,    # larger pictures are refused before they are unpacked
-               name:str='',                  # name under which the bytes were found
-               )->Image.Image:               # RGB, upright; `info['remarks']` says what was unusual
+def open_image(
+    source: bytes | str | Path,  # the file, or its bytes
+    max_pixels: int = 50_000_000,  # larger pictures are refused before they are unpacked
+    name: str = "",  # name under which the bytes were found
+) -> Image.Image:  # RGB, upright; `info['remarks']` says what was unusual
     "Open a picture of unknown origin, or raise an `ImageProblem`."
     if isinstance(source, (str, Path)):
         name = name or str(source)
-        try: source = Path(source).read_bytes()
-        except OSError as e: raise ImageProblem(f'{name}: {e.strerror}', 'check the path') from None
+        try:
+            source = Path(source).read_bytes()
+        except OSError as e:
+            raise ImageProblem(f"{name}: {e.strerror}", "check the path") from None
     img = _identify(source, max_pixels)
     try:
-        remarks = _remarks(img, name); img.seek(0); img.load()
+        remarks = _remarks(img, name)
+        img.seek(0)
+        img.load()
         rgb = _to_rgb(ImageOps.exif_transpose(img))
     except Exception as e:
-        raise ImageProblem(f'damaged {img.format}: {e}', 'fetch it again or leave it out') from None
+        raise ImageProblem(f"damaged {img.format}: {e}", "fetch it again or leave it out") from None
     rgb.info = dict(remarks=remarks)
     return rgb
 
@@ -92,75 +130,98 @@ def open_image(source:bytes|str|Path,        # the file, or its bytes
 def _crop(img, size):
     "Short side to `size`, then the centre, as the transforms that CLIP was trained with."
     short, long = min(img.size), max(img.size)
-    if long > 16*short: img = ImageOps.fit(img, (short, short))
-    w, h = (size, max(size, int(size*img.height/img.width))) if img.width <= img.height else (max(size, int(size*img.width/img.height)), size)
+    if long > 16 * short:
+        img = ImageOps.fit(img, (short, short))
+    w, h = (
+        (size, max(size, int(size * img.height / img.width)))
+        if img.width <= img.height
+        else (max(size, int(size * img.width / img.height)), size)
+    )
     img = img.resize((w, h), Image.Resampling.BICUBIC)
-    left, top = int(round((w - size)/2)), int(round((h - size)/2))
+    left, top = int(round((w - size) / 2)), int(round((h - size) / 2))
     return img.crop((left, top, left + size, top + size))
 
 # %% ../../nbs/1_data/11_images.ipynb #031d01ab
 def _pad(img, size):
     "Long side to `size`, grey bars beside it."
-    w, h = (max(1, round(side*size/max(img.size))) for side in img.size)
-    square = Image.new('RGB', (size, size), (128, 128, 128))
-    square.paste(img.resize((w, h), Image.Resampling.BICUBIC), ((size - w)//2, (size - h)//2))
+    w, h = (max(1, round(side * size / max(img.size))) for side in img.size)
+    square = Image.new("RGB", (size, size), (128, 128, 128))
+    square.paste(img.resize((w, h), Image.Resampling.BICUBIC), ((size - w) // 2, (size - h) // 2))
     return square
 
 # %% ../../nbs/1_data/11_images.ipynb #6e56840b
-def fit_square(img:Image.Image,   # RGB
-               size:int,          # side of the square in pixels
-               mode:str='pad',    # pad: all of it, bars beside; crop: the middle; squash: all of it, out of proportion
-               )->Image.Image:
+def fit_square(
+    img: Image.Image,  # RGB
+    size: int,  # side of the square in pixels
+    mode: str = "pad",  # pad: all of it, bars beside; crop: the middle; squash: all of it, out of proportion
+) -> Image.Image:
     "The picture as a square; unchanged if it is that square already."
-    if mode not in ('pad', 'crop', 'squash'): raise ValueError(f'unknown mode {mode!r}; the modes are pad, crop and squash')
-    if img.size == (size, size): return img
-    if mode == 'squash': return img.resize((size, size), Image.Resampling.BICUBIC)
-    return (_pad if mode == 'pad' else _crop)(img, size)
+    if mode not in ("pad", "crop", "squash"):
+        raise ValueError(f"unknown mode {mode!r}; the modes are pad, crop and squash")
+    if img.size == (size, size):
+        return img
+    if mode == "squash":
+        return img.resize((size, size), Image.Resampling.BICUBIC)
+    return (_pad if mode == "pad" else _crop)(img, size)
 
 # %% ../../nbs/1_data/11_images.ipynb #9e72818f
-def in_threads(work,     # function of one item, which spends its time outside Python
-               items,    # what it is called with
-               )->list:  # what it gave, in the order of the items
+def in_threads(
+    work,  # function of one item, which spends its time outside Python
+    items,  # what it is called with
+) -> list:  # what it gave, in the order of the items
     "The same work on many pictures, as many at a time as there are cores."
-    with ThreadPoolExecutor(os.cpu_count()) as pool: return list(pool.map(work, items))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(work, items))
 
 # %% ../../nbs/1_data/11_images.ipynb #2f817a81
-def contact_sheet(images:list,        # PIL pictures
-                  columns:int=8,      # pictures a row
-                  side:int=96,        # side of each in pixels
-                  )->Image.Image:
+def contact_sheet(
+    images: list,  # PIL pictures
+    columns: int = 8,  # pictures a row
+    side: int = 96,  # side of each in pixels
+) -> Image.Image:
     "Pictures on one white sheet, whole and in proportion."
-    rows = -(-len(images)//columns)
-    sheet = Image.new('RGB', (min(columns, len(images))*(side + 4), rows*(side + 4)), 'white')
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (min(columns, len(images)) * (side + 4), rows * (side + 4)), "white")
     for i, img in enumerate(images):
-        img = ImageOps.contain(img.convert('RGB'), (side, side), Image.Resampling.NEAREST if max(img.size) < side else Image.Resampling.BICUBIC)
-        sheet.paste(img, ((i % columns)*(side + 4) + 2, (i//columns)*(side + 4) + 2))
+        img = ImageOps.contain(
+            img.convert("RGB"),
+            (side, side),
+            Image.Resampling.NEAREST if max(img.size) < side else Image.Resampling.BICUBIC,
+        )
+        sheet.paste(img, ((i % columns) * (side + 4) + 2, (i // columns) * (side + 4) + 2))
     return sheet
 
 # %% ../../nbs/1_data/11_images.ipynb #4964ae2a
-def save_png(img:Image.Image,   # what to write
-             path:str|Path,     # where; folders are made
-             )->Path:
+def save_png(
+    img: Image.Image,  # what to write
+    path: str | Path,  # where; folders are made
+) -> Path:
     "Write a PNG that is either whole or not there."
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f'.{path.name}.{os.getpid()}')
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        img.save(partial, 'PNG'); os.replace(partial, path)
-    finally: partial.unlink(missing_ok=True)
+        img.save(partial, "PNG")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     return path
 
 # %% ../../nbs/1_data/11_images.ipynb #f4de6eae
-def pixel_hash(img:Image.Image,   # any picture
-               )->str:            # sha256 in hexadecimal
+def pixel_hash(
+    img: Image.Image,  # any picture
+) -> str:  # sha256 in hexadecimal
     "A fingerprint of what the picture shows, whatever file it came from."
-    rgb = img.convert('RGB')
-    return hashlib.sha256(f'{rgb.width}x{rgb.height}:'.encode() + rgb.tobytes()).hexdigest()
+    rgb = img.convert("RGB")
+    return hashlib.sha256(f"{rgb.width}x{rgb.height}:".encode() + rgb.tobytes()).hexdigest()
 
 # %% ../../nbs/1_data/11_images.ipynb #ad1e31a3
-def file_name(key:str,          # any text
-              suffix:str='.png',  # put behind it
-              )->str:
+def file_name(
+    key: str,  # any text
+    suffix: str = ".png",  # put behind it
+) -> str:
     "A file name for a key: the key itself where that is harmless, else a cleaned one with its hash."
-    clean = ''.join(c if c.isascii() and (c.isalnum() or c in '._-') else '_' for c in key).lstrip('.')[:80]
-    if clean != key: clean += '-' + hashlib.sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()[:8]
+    clean = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "_" for c in key).lstrip(".")[:80]
+    if clean != key:
+        clean += "-" + hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()[:8]
     return clean + suffix

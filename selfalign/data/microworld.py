@@ -14,36 +14,58 @@ from .captions import describe, is_true, kinds, web_caption
 # %% ../../nbs/1_data/15_microworld.ipynb #e67325d9
 class Microworld:
     "Pairs of one pool of scenes, with their truth."
-    def __init__(self,
-                 pool:str='study',     # one of `selfalign.data.scenes.pools`
-                 noise:float=0.3,      # probability that something is wrong with a caption, 0 to 1
-                 size:int=64,          # side of the pictures in pixels
-                 ):
-        if pool not in pools: raise ValueError(f'unknown pool {pool!r}; the pools are {", ".join(pools)}')
-        if not 0 <= noise <= 1: raise ValueError(f'noise is a probability, got {noise}')
+
+    def __init__(
+        self,
+        pool: str = "study",  # one of `selfalign.data.scenes.pools`
+        noise: float = 0.3,  # probability that something is wrong with a caption, 0 to 1
+        size: int = 64,  # side of the pictures in pixels
+    ):
+        if pool not in pools:
+            raise ValueError(f"unknown pool {pool!r}; the pools are {', '.join(pools)}")
+        if not 0 <= noise <= 1:
+            raise ValueError(f"noise is a probability, got {noise}")
         self.pool, self.noise, self.size = pool, noise, size
 
-    def __getitem__(self,
-                    index:int   # number of the pair, from 0 without an end
-                   )->dict:     # picture, texts, truth and noise, each under its name
+    def __getitem__(
+        self,
+        index: int,  # number of the pair, from 0 without an end
+    ) -> dict:  # picture, texts, truth and noise, each under its name
         "The pair with this number; `image` is None and `data` holds the bytes when the file is damaged."
         scene = make_scene(self.pool, index)
         caption, kind, done = web_caption(self.pool, index, self.noise)
-        record = _truth(scene, caption, f'{self.pool}-{index:07d}')
-        record |= dict(image=render(scene, self.size), caption=caption.text, caption_source=kind, noise=','.join(done),
-                       captions={k: describe(scene, k, index).text for k in kinds}, width=self.size, height=self.size)
-        return record | _damage(record['image']) if 'damaged' in done else record
+        record = _truth(scene, caption, f"{self.pool}-{index:07d}")
+        record |= dict(
+            image=render(scene, self.size),
+            caption=caption.text,
+            caption_source=kind,
+            noise=",".join(done),
+            captions={k: describe(scene, k, index).text for k in kinds},
+            width=self.size,
+            height=self.size,
+        )
+        return record | _damage(record["image"]) if "damaged" in done else record
 
 # %% ../../nbs/1_data/15_microworld.ipynb #b9e5107b
 def _truth(scene, caption, key):
     "Everything about a pair that a real data set would not tell."
     first = scene.things[0]
-    return dict(key=key, scene=key, truth=scene.to_json(), claims=json.dumps(caption.claims, sort_keys=True),
-                aligned=is_true(caption.claims, scene), object=first.object, colour=first.colour, size_name=first.size,
-                position=first.position, n_objects=len(scene.things))
+    return dict(
+        key=key,
+        scene=key,
+        truth=scene.to_json(),
+        claims=json.dumps(caption.claims, sort_keys=True),
+        aligned=is_true(caption.claims, scene),
+        object=first.object,
+        colour=first.colour,
+        size_name=first.size,
+        position=first.position,
+        n_objects=len(scene.things),
+    )
 
 # %% ../../nbs/1_data/15_microworld.ipynb #e6b8079b
 def _damage(image):
     "Half a PNG in place of a picture."
-    out = io.BytesIO(); image.save(out, 'PNG')
-    return dict(image=None, data=out.getvalue()[:len(out.getvalue())//2])
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return dict(image=None, data=out.getvalue()[: len(out.getvalue()) // 2])

@@ -15,157 +15,223 @@ from ..study.settings import StudyError, at_root, nearest
 
 # %% ../../nbs/1_data/10_pairs.ipynb #650aa45c
 PAIR_COLUMNS = dict(
-    key='string', image='string', caption='string', caption_source='string', image_source='string', parent='string',
-    scene='string', subset='Int64', split='string', prompt='string', seed='Int64', k='Int64', generator='string',
-    guidance='float64', steps='Int64', strength='float64', width='Int64', height='Int64', sha256='string',
-    truth='string', claims='string', captions='string', noise='string', aligned='boolean')
-required = ('key', 'image', 'caption')
+    key="string",
+    image="string",
+    caption="string",
+    caption_source="string",
+    image_source="string",
+    parent="string",
+    scene="string",
+    subset="Int64",
+    split="string",
+    prompt="string",
+    seed="Int64",
+    k="Int64",
+    generator="string",
+    guidance="float64",
+    steps="Int64",
+    strength="float64",
+    width="Int64",
+    height="Int64",
+    sha256="string",
+    truth="string",
+    claims="string",
+    captions="string",
+    noise="string",
+    aligned="boolean",
+)
+required = ("key", "image", "caption")
 
 # %% ../../nbs/1_data/10_pairs.ipynb #b347c45c
-def pairs_table(rows:list|pd.DataFrame,  # dictionaries or a table with some of the columns
-                )->pd.DataFrame:
+def pairs_table(
+    rows: list | pd.DataFrame,  # dictionaries or a table with some of the columns
+) -> pd.DataFrame:
     "A table with exactly the shared columns and their types, further columns behind them."
     df = pd.DataFrame(rows)
     for column, kind in PAIR_COLUMNS.items():
-        df[column] = (df[column] if column in df else pd.Series(float('nan'), index=df.index)).astype(kind)
+        df[column] = (df[column] if column in df else pd.Series(float("nan"), index=df.index)).astype(kind)
     return df[[*PAIR_COLUMNS, *(c for c in df if c not in PAIR_COLUMNS)]]
 
 # %% ../../nbs/1_data/10_pairs.ipynb #048de176
-_escape = re.compile(r'\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[@-Z\\^_]|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]?|\x1b')
-_hidden = re.compile(r'<(script|style)\b.*?</\1\s*>', re.I | re.S)
-_tag = re.compile(r'</?[a-zA-Z][^<>]*>|<!--.*?-->|<![a-zA-Z][^<>]*>', re.S)
-_control = re.compile('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069\ufeff\ufffe\uffff\ud800-\udfff]')
+_escape = re.compile(r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[@-Z\\^_]|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]?|\x1b")
+_hidden = re.compile(r"<(script|style)\b.*?</\1\s*>", re.I | re.S)
+_tag = re.compile(r"</?[a-zA-Z][^<>]*>|<!--.*?-->|<![a-zA-Z][^<>]*>", re.S)
+_control = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069\ufeff\ufffe\uffff\ud800-\udfff]"
+)
 
 # %% ../../nbs/1_data/10_pairs.ipynb #f45ee06c
 def _strip(text):
     "The text without what could do harm, and remarks on what was removed."
     remarks = []
-    for pattern, remark in ((_escape, 'terminal escapes removed'), (_hidden, 'script removed'), (_tag, 'HTML removed'), (_control, 'control characters removed')):
-        text, n = pattern.subn('' if pattern is _escape else ' ', text)
-        if n: remarks.append(remark)
-    return _control.sub('', html.unescape(text)), remarks
+    for pattern, remark in (
+        (_escape, "terminal escapes removed"),
+        (_hidden, "script removed"),
+        (_tag, "HTML removed"),
+        (_control, "control characters removed"),
+    ):
+        text, n = pattern.subn("" if pattern is _escape else " ", text)
+        if n:
+            remarks.append(remark)
+    return _control.sub("", html.unescape(text)), remarks
 
 # %% ../../nbs/1_data/10_pairs.ipynb #953d4b36
-def clean_caption(text:str,             # caption of unknown origin
-                  max_words:int=256,    # longer captions are cut; encoders read fewer
-                  )->tuple:             # (harmless text, list of remarks)
+def clean_caption(
+    text: str,  # caption of unknown origin
+    max_words: int = 256,  # longer captions are cut; encoders read fewer
+) -> tuple:  # (harmless text, list of remarks)
     "Take escapes, markup and control characters out of a caption, and say so."
-    if not isinstance(text, str): return '', ['no caption']
+    if not isinstance(text, str):
+        return "", ["no caption"]
     n, letters = len(text.split()), len(text)
-    text, remarks = _strip(text[:64*max_words])
-    text = ' '.join(text.split()[:max_words])[:16*max_words]
-    if n > max_words or letters > 64*max_words or len(text) == 16*max_words: remarks.append(f'{n} words, {letters} letters cut to {len(text)} letters')
-    return text, remarks if text else remarks + ['no caption']
+    text, remarks = _strip(text[: 64 * max_words])
+    text = " ".join(text.split()[:max_words])[: 16 * max_words]
+    if n > max_words or letters > 64 * max_words or len(text) == 16 * max_words:
+        remarks.append(f"{n} words, {letters} letters cut to {len(text)} letters")
+    return text, remarks if text else remarks + ["no caption"]
 
 # %% ../../nbs/1_data/10_pairs.ipynb #5f761c3f
-class PairsError(StudyError): "A pairs table that cannot be used."
+class PairsError(StudyError):
+    "A pairs table that cannot be used."
 
 # %% ../../nbs/1_data/10_pairs.ipynb #02865e92
-def missing_columns(df:pd.DataFrame,       # a table
-                    columns:tuple=required,  # what it must have
-                    where:str='the pairs table',  # its name for the message
-                    ):
+def missing_columns(
+    df: pd.DataFrame,  # a table
+    columns: tuple = required,  # what it must have
+    where: str = "the pairs table",  # its name for the message
+):
     "Refuse a table that lacks a column, naming the nearest one it has."
     for c in columns:
-        if c not in df: raise PairsError(f'{where} has no column {c!r}; {nearest(c, map(str, df.columns))}')
+        if c not in df:
+            raise PairsError(f"{where} has no column {c!r}; {nearest(c, map(str, df.columns))}")
 
 # %% ../../nbs/1_data/10_pairs.ipynb #ce253bb9
-def image_place(image:str,   # the table's `image`
-                )->tuple:    # (place, member), or ('', '') for a plain path
+def image_place(
+    image: str,  # the table's `image`
+) -> tuple:  # (place, member), or ('', '') for a plain path
     "The two parts of `place#member`; a place is a tar archive, a Parquet or Arrow file, or a folder with its slash."
-    found = re.match(r'(.*?(?:\.tar|\.parquet|\.arrow|/))#(.+)', image, re.S)
-    return found.groups() if found else ('', '')
+    found = re.match(r"(.*?(?:\.tar|\.parquet|\.arrow|/))#(.+)", image, re.S)
+    return found.groups() if found else ("", "")
 
 # %% ../../nbs/1_data/10_pairs.ipynb #46e32ca9
-def stays_below(name,     # path of unknown origin
-                )->bool:  # on Linux, macOS and Windows alike
+def stays_below(
+    name,  # path of unknown origin
+) -> bool:  # on Linux, macOS and Windows alike
     "Whether a path, as it is written, stays below its folder."
-    return isinstance(name, str) and not (set(name) & {'\0', '\\'} or name.startswith('/') or name[1:2] == ':' or '..' in name.split('/'))
+    return isinstance(name, str) and not (
+        set(name) & {"\0", "\\"} or name.startswith("/") or name[1:2] == ":" or ".." in name.split("/")
+    )
 
 # %% ../../nbs/1_data/10_pairs.ipynb #b3f20df0
-def below(folder:str|Path,  # a folder
-          name:str,         # path below it, written by anybody
-          )->Path:
+def below(
+    folder: str | Path,  # a folder
+    name: str,  # path below it, written by anybody
+) -> Path:
     "The file with this name, if it lies below the folder."
     if stays_below(name):
         try:
-            path = Path(folder)/name
-            if path.resolve().is_relative_to(Path(folder).resolve()): return path
-        except (OSError, RuntimeError, ValueError): pass
-    raise PairsError(f'{name[:200]!r} leaves the folder of its table')
+            path = Path(folder) / name
+            if path.resolve().is_relative_to(Path(folder).resolve()):
+                return path
+        except (OSError, RuntimeError, ValueError):
+            pass
+    raise PairsError(f"{name[:200]!r} leaves the folder of its table")
 
 # %% ../../nbs/1_data/10_pairs.ipynb #64db193f
-def image_path(image:str,         # the table's `image`: path below the folder, or `place#member`
-               folder:str|Path,   # the folder of the stage that wrote the table
-               )->Path:           # the file, or the archive that holds it (relative to the project)
+def image_path(
+    image: str,  # the table's `image`: path below the folder, or `place#member`
+    folder: str | Path,  # the folder of the stage that wrote the table
+) -> Path:  # the file, or the archive that holds it (relative to the project)
     "Where a pair's picture lies, without leaving the folder."
     place, member = image_place(image)
-    if place.endswith('/'): return below(at_root(place), member)
+    if place.endswith("/"):
+        return below(at_root(place), member)
     return at_root(place) if place else below(folder, image)
 
 # %% ../../nbs/1_data/10_pairs.ipynb #27c98a19
 def _row_problem(row, folder, seen):
     "What makes a row unusable, and the remedy; or None."
-    if pd.isna(row['key']) or not str(row['key']): return 'no key', 'give every pair a key of its own'
-    if row['key'] in seen: return 'duplicate key', 'the first pair with this key was kept'
-    try: there = not pd.isna(row['image']) and image_path(row['image'], folder).is_file()
-    except PairsError as e: return str(e), 'name a file below the folder'
-    return None if there else ('the picture is not there', f'put {row["image"]} in place or leave the row out')
+    if pd.isna(row["key"]) or not str(row["key"]):
+        return "no key", "give every pair a key of its own"
+    if row["key"] in seen:
+        return "duplicate key", "the first pair with this key was kept"
+    try:
+        there = not pd.isna(row["image"]) and image_path(row["image"], folder).is_file()
+    except PairsError as e:
+        return str(e), "name a file below the folder"
+    return None if there else ("the picture is not there", f"put {row['image']} in place or leave the row out")
 
 # %% ../../nbs/1_data/10_pairs.ipynb #b6c3f3fc
-def check_pairs(df:pd.DataFrame,    # pairs from somewhere
-                folder:str|Path,    # the folder that their pictures are relative to
-                file:str='pairs',   # name of the table for the messages
-                )->tuple:           # (usable pairs, list of problems)
+def check_pairs(
+    df: pd.DataFrame,  # pairs from somewhere
+    folder: str | Path,  # the folder that their pictures are relative to
+    file: str = "pairs",  # name of the table for the messages
+) -> tuple:  # (usable pairs, list of problems)
     "Keep the pairs that can be used, captions made harmless; list everything else."
     missing_columns(df, where=file)
     kept, problems, seen = [], [], set()
-    for i, row in enumerate(df.to_dict('records')):
-        wrong, caption, remarks = _row_problem(row, folder, seen), *clean_caption(row['caption'])
-        if not wrong and not caption: wrong = 'no caption', 'write one or leave the row out'
-        if wrong: problems.append(dict(file=file, row=str(row['key'] or i), what=wrong[0], remedy=wrong[1])); continue
-        seen.add(row['key']); kept.append(row | dict(caption=caption))
-        problems += [dict(file=file, row=str(row['key']), what=f'caption: {r}', remedy='the cleaned caption was used') for r in remarks]
+    for i, row in enumerate(df.to_dict("records")):
+        wrong, caption, remarks = _row_problem(row, folder, seen), *clean_caption(row["caption"])
+        if not wrong and not caption:
+            wrong = "no caption", "write one or leave the row out"
+        if wrong:
+            problems.append(dict(file=file, row=str(row["key"] or i), what=wrong[0], remedy=wrong[1]))
+            continue
+        seen.add(row["key"])
+        kept.append(row | dict(caption=caption))
+        problems += [
+            dict(file=file, row=str(row["key"]), what=f"caption: {r}", remedy="the cleaned caption was used")
+            for r in remarks
+        ]
     return pairs_table(pd.DataFrame(kept, columns=df.columns)), problems
 
 # %% ../../nbs/1_data/10_pairs.ipynb #59438ef8
-def seeded_positions(keys,          # distinct texts, one at a time: a list, or a column on disk
-                     seed:int=0,    # another seed, another order
-                     )->np.ndarray: # their positions in the seeded order
+def seeded_positions(
+    keys,  # distinct texts, one at a time: a list, or a column on disk
+    seed: int = 0,  # another seed, another order
+) -> np.ndarray:  # their positions in the seeded order
     "Where the keys stand in a random order that depends on the keys and the seed only; 32 bytes a key."
     digests = bytearray()
-    for k in keys: digests += hashlib.sha256(f'{seed}/{k}'.encode('utf-8', 'surrogatepass')).digest()
-    return np.argsort(np.frombuffer(bytes(digests), 'S32'), kind='stable')
+    for k in keys:
+        digests += hashlib.sha256(f"{seed}/{k}".encode("utf-8", "surrogatepass")).digest()
+    return np.argsort(np.frombuffer(bytes(digests), "S32"), kind="stable")
 
-def seeded_order(keys,          # distinct texts
-                 seed:int=0,    # another seed, another order
-                 )->list:
+
+def seeded_order(
+    keys,  # distinct texts
+    seed: int = 0,  # another seed, another order
+) -> list:
     "The keys in that order."
     keys = list(keys)
     return [keys[i] for i in seeded_positions(keys, seed)]
 
 # %% ../../nbs/1_data/10_pairs.ipynb #93d287bb
-def disjoint_subsets(keys,              # distinct texts
-                     n_subsets:int=4,   # how many
-                     size:int=128,      # keys in each
-                     seed:int=0,        # of the order
-                     )->list:           # of lists of keys
+def disjoint_subsets(
+    keys,  # distinct texts
+    n_subsets: int = 4,  # how many
+    size: int = 128,  # keys in each
+    seed: int = 0,  # of the order
+) -> list:  # of lists of keys
     "Random subsets that share no key."
     order = seeded_order(set(keys), seed)
-    if len(order) < n_subsets*size:
-        raise PairsError(f'{n_subsets} subsets of {size} need {n_subsets*size} pairs, there are {len(order)}; ask for fewer or smaller ones')
-    return [order[i*size:(i + 1)*size] for i in range(n_subsets)]
+    if len(order) < n_subsets * size:
+        raise PairsError(
+            f"{n_subsets} subsets of {size} need {n_subsets * size} pairs, there are {len(order)}; ask for fewer or smaller ones"
+        )
+    return [order[i * size : (i + 1) * size] for i in range(n_subsets)]
 
 # %% ../../nbs/1_data/10_pairs.ipynb #8e1ecb81
-def split_by_scene(df:pd.DataFrame,    # pairs with a `scene`
-                   fractions:dict,     # share of the scenes for each split, e.g. `dict(train=.9, validation=.1)`
-                   seed:int=0,         # of the order
-                   )->pd.Series:       # the split of each row
+def split_by_scene(
+    df: pd.DataFrame,  # pairs with a `scene`
+    fractions: dict,  # share of the scenes for each split, e.g. `dict(train=.9, validation=.1)`
+    seed: int = 0,  # of the order
+) -> pd.Series:  # the split of each row
     "Give every pair the split of its scene."
-    missing_columns(df, ('scene',))
-    if abs(sum(fractions.values()) - 1) > 1e-6: raise PairsError(f'the shares {fractions} do not add up to 1')
-    scenes, split, done = seeded_order(df.scene.unique(), f'split/{seed}'), {}, 0.
+    missing_columns(df, ("scene",))
+    if abs(sum(fractions.values()) - 1) > 1e-6:
+        raise PairsError(f"the shares {fractions} do not add up to 1")
+    scenes, split, done = seeded_order(df.scene.unique(), f"split/{seed}"), {}, 0.0
     for name, share in fractions.items():
-        first, done = round(done*len(scenes)), done + share
-        split |= {s: name for s in scenes[first:round(done*len(scenes))]}
-    return df.scene.map(split).astype('string')
+        first, done = round(done * len(scenes)), done + share
+        split |= {s: name for s in scenes[first : round(done * len(scenes))]}
+    return df.scene.map(split).astype("string")

@@ -16,70 +16,114 @@ from .pairs import PairsError, below, image_path, image_place
 from .microworld import Microworld
 
 # %% ../../nbs/1_data/12_readers.ipynb #c7c88e8b
-class SourceError(StudyError): "A collection that cannot be opened."
-def problem(file,        # where it was found
-            row,         # which entry
-            what:str,    # what is wrong
-            remedy:str,  # what helps
-            )->dict:
+class SourceError(StudyError):
+    "A collection that cannot be opened."
+
+
+def problem(
+    file,  # where it was found
+    row,  # which entry
+    what: str,  # what is wrong
+    remedy: str,  # what helps
+) -> dict:
     "One row of the problems table."
     return dict(file=str(file), row=str(row), what=what, remedy=remedy)
 
 # %% ../../nbs/1_data/12_readers.ipynb #02d0e2a4
 class Problems(list):
     "Rows of the problems table, a limited number of each kind; `total` counts all of them."
+
     limit = 1000
-    def __init__(self,
-                 known=(),   # rows to begin with
-                 ):
+
+    def __init__(
+        self,
+        known=(),  # rows to begin with
+    ):
         super().__init__(known)
-        self.counts, self._last, self.total = {}, {}, getattr(known, 'total', len(known))
+        self.counts, self._last, self.total = {}, {}, getattr(known, "total", len(known))
+
     def add(self, file, row, what, remedy):
         "List a problem, or count it where enough of its kind are named."
-        kind = str(file), what.partition(':')[0]
-        n = self.counts[kind] = self.counts.get(kind, 0) + 1; self.total += 1
-        if n > self.limit + 1: self._last[kind]['what'] = f'{kind[1]}: {n - self.limit:,} more'; return
-        self.append(problem(file, row, what, remedy) if n <= self.limit else problem(file, '', f'{kind[1]}: 1 more', remedy))
+        kind = str(file), what.partition(":")[0]
+        n = self.counts[kind] = self.counts.get(kind, 0) + 1
+        self.total += 1
+        if n > self.limit + 1:
+            self._last[kind]["what"] = f"{kind[1]}: {n - self.limit:,} more"
+            return
+        self.append(
+            problem(file, row, what, remedy) if n <= self.limit else problem(file, "", f"{kind[1]}: 1 more", remedy)
+        )
         self._last[kind] = self[-1]
 
 # %% ../../nbs/1_data/12_readers.ipynb #99f211e0
-def make_record(key:str,   # of the pair
-                picture,   # a PIL image, bytes, or a function that gives one of them; None: it is not looked at
-                name:str,  # of the picture's file
-                file:str,  # where the pair was found, for a problem
-                row:str='',  # which entry of it; empty: the key
-                **known,   # what else is known
-                )->dict:   # a record
+def make_record(
+    key: str,  # of the pair
+    picture,  # a PIL image, bytes, or a function that gives one of them; None: it is not looked at
+    name: str,  # of the picture's file
+    file: str,  # where the pair was found, for a problem
+    row: str = "",  # which entry of it; empty: the key
+    **known,  # what else is known
+) -> dict:  # a record
     "A record with its picture opened, or with the reason why not."
-    record = dict(key=key, image=None, caption='', caption_source='web', scene=key, width=None, height=None, truth='',
-                  claims='', captions='', noise='', aligned=None, reference='', problem=None, remarks=[]) | known
-    if picture is None: return record
+    record = (
+        dict(
+            key=key,
+            image=None,
+            caption="",
+            caption_source="web",
+            scene=key,
+            width=None,
+            height=None,
+            truth="",
+            claims="",
+            captions="",
+            noise="",
+            aligned=None,
+            reference="",
+            problem=None,
+            remarks=[],
+        )
+        | known
+    )
+    if picture is None:
+        return record
     try:
         picture = picture() if callable(picture) else picture
-        image = picture if hasattr(picture, 'size') else open_image(picture, name=name)
-    except ImageProblem as e: return record | dict(problem=problem(file, row or key, e.what, e.remedy))
-    return record | dict(image=image, width=image.width, height=image.height, remarks=image.info.get('remarks', []))
+        image = picture if hasattr(picture, "size") else open_image(picture, name=name)
+    except ImageProblem as e:
+        return record | dict(problem=problem(file, row or key, e.what, e.remedy))
+    return record | dict(image=image, width=image.width, height=image.height, remarks=image.info.get("remarks", []))
 
 # %% ../../nbs/1_data/12_readers.ipynb #159c716b
 class MicroworldPairs:
     "Pairs of one pool of the microworld, drawn when they are asked for."
-    def __init__(self,
-                 pool:str,      # e.g. `study`
-                 noise:float=0.3, # probability that a caption has something wrong
-                 size:int=64,   # side of the pictures
-                 count:int=20_000, # scenes in this collection
-                 ):
-        self.name, self.world, self.problems = f'microworld:{pool}', Microworld(pool, noise, size), Problems()
-        self.keys = [f'{pool}-{i:07d}' for i in range(count)]
-    def __len__(self): return len(self.keys)
+
+    def __init__(
+        self,
+        pool: str,  # e.g. `study`
+        noise: float = 0.3,  # probability that a caption has something wrong
+        size: int = 64,  # side of the pictures
+        count: int = 20_000,  # scenes in this collection
+    ):
+        self.name, self.world, self.problems = f"microworld:{pool}", Microworld(pool, noise, size), Problems()
+        self.keys = [f"{pool}-{i:07d}" for i in range(count)]
+
+    def __len__(self):
+        return len(self.keys)
+
     def __getitem__(self, i):
-        if not 0 <= i < len(self): raise IndexError(i)
+        if not 0 <= i < len(self):
+            raise IndexError(i)
         r = self.world[i]
-        kept = {k: r[k] for k in ('caption', 'caption_source', 'scene', 'truth', 'claims', 'noise', 'aligned')}
-        return make_record(r['key'], r['image'] or r['data'], r['key'], self.name, captions=json.dumps(r['captions']), **kept)
-    def told(self,
-             i:int,     # number of a pair
-             )->dict:   # its record, with `image` None
+        kept = {k: r[k] for k in ("caption", "caption_source", "scene", "truth", "claims", "noise", "aligned")}
+        return make_record(
+            r["key"], r["image"] or r["data"], r["key"], self.name, captions=json.dumps(r["captions"]), **kept
+        )
+
+    def told(
+        self,
+        i: int,  # number of a pair
+    ) -> dict:  # its record, with `image` None
         "What is said of a picture, which is not looked at."
         return self[i] | dict(image=None, problem=None)
 
@@ -87,121 +131,175 @@ class MicroworldPairs:
 def _refused(member):
     "Why a tar member is not read; empty if it is."
     path = PurePosixPath(member.name)
-    if path.is_absolute() or '..' in path.parts or '\\' in member.name: return 'its path leaves the archive'
-    if member.issym() or member.islnk(): return 'it is a link'
-    return '' if member.isreg() else 'it is no plain file'
+    if path.is_absolute() or ".." in path.parts or "\\" in member.name:
+        return "its path leaves the archive"
+    if member.issym() or member.islnk():
+        return "it is a link"
+    return "" if member.isreg() else "it is no plain file"
 
 # %% ../../nbs/1_data/12_readers.ipynb #481e92ce
 @functools.lru_cache(2048)
 def _index(path, stamp):
     "Names, offsets and sizes of the readable members of an archive, and the problems met."
     import pyarrow as pa
+
     members, problems, end = {}, [], 0
     try:
-        with tarfile.open(path, 'r:') as archive:
+        with tarfile.open(path, "r:") as archive:
             for m in archive:
-                why = '' if m.isdir() else _refused(m) or ('its name comes twice' if m.name in members else '')
-                if why: problems.append(problem(path.name, m.name, f'not read: {why}', 'repair the archive'))
-                elif not m.isdir(): members[m.name] = (m.offset_data, m.size)
-                archive.members = []; end = m.offset_data + -(-m.size//512)*512
-        if stamp[0] < end + 512: problems.append(problem(path.name, '', 'the archive is damaged: it has no end', f'fetch it again; its {len(members)} files are used'))
+                why = "" if m.isdir() else _refused(m) or ("its name comes twice" if m.name in members else "")
+                if why:
+                    problems.append(problem(path.name, m.name, f"not read: {why}", "repair the archive"))
+                elif not m.isdir():
+                    members[m.name] = (m.offset_data, m.size)
+                archive.members = []
+                end = m.offset_data + -(-m.size // 512) * 512
+        if stamp[0] < end + 512:
+            problems.append(
+                problem(
+                    path.name,
+                    "",
+                    "the archive is damaged: it has no end",
+                    f"fetch it again; its {len(members)} files are used",
+                )
+            )
     except (tarfile.TarError, EOFError, OSError, ValueError) as e:
-        problems.append(problem(path.name, '', f'the archive is damaged: {e}', f'fetch it again; the {len(members)} files before the damage are used'))
-    names = pa.array([n.encode('utf-8', 'replace').decode() for n in members], pa.string())
+        problems.append(
+            problem(
+                path.name,
+                "",
+                f"the archive is damaged: {e}",
+                f"fetch it again; the {len(members)} files before the damage are used",
+            )
+        )
+    names = pa.array([n.encode("utf-8", "replace").decode() for n in members], pa.string())
     return names, np.array(list(members.values()), np.int64).reshape(-1, 2), problems
 
 # %% ../../nbs/1_data/12_readers.ipynb #17e18ac4
-def tar_index(path:str|Path,  # an uncompressed tar archive
-              )->tuple:       # (names, their offsets and sizes, list of problems)
+def tar_index(
+    path: str | Path,  # an uncompressed tar archive
+) -> tuple:  # (names, their offsets and sizes, list of problems)
     "Where everything lies in an archive; read once and remembered."
     stat = Path(path).stat()
     return _index(Path(path), (stat.st_size, stat.st_mtime_ns))
 
 # %% ../../nbs/1_data/12_readers.ipynb #d0934864
-def read_span(path:str|Path,  # a file
-              offset:int,     # bytes before
-              size:int,       # bytes to read
-              name:str,       # for the message
-              limit:int=200_000_000, # more are refused
-              )->bytes:
+def read_span(
+    path: str | Path,  # a file
+    offset: int,  # bytes before
+    size: int,  # bytes to read
+    name: str,  # for the message
+    limit: int = 200_000_000,  # more are refused
+) -> bytes:
     "Some bytes of a file."
-    if size > limit: raise ImageProblem(f'{name} has {size:,} bytes, more than {limit:,}', 'reduce it or leave it out')
+    if size > limit:
+        raise ImageProblem(f"{name} has {size:,} bytes, more than {limit:,}", "reduce it or leave it out")
     try:
-        with open(path, 'rb') as f:
+        with open(path, "rb") as f:
             f.seek(offset)
             return f.read(size)
-    except OSError as e: raise ImageProblem(f'{name}: {e.strerror}', 'check the path') from None
+    except OSError as e:
+        raise ImageProblem(f"{name}: {e.strerror}", "check the path") from None
 
-def read_member(path:str|Path,        # an uncompressed tar archive
-                name:str,             # one of its files
-                )->bytes:
+
+def read_member(
+    path: str | Path,  # an uncompressed tar archive
+    name: str,  # one of its files
+) -> bytes:
     "The bytes of one file in an archive."
     import pyarrow.compute as pc
+
     names, spans, _ = tar_index(path)
     i = pc.index(names, name).as_py()
-    if i < 0: raise ImageProblem(f'{Path(path).name} has no file {name!r}', nearest(name, names[:1000].to_pylist()))
+    if i < 0:
+        raise ImageProblem(f"{Path(path).name} has no file {name!r}", nearest(name, names[:1000].to_pylist()))
     return read_span(path, *map(int, spans[i]), name)
 
 # %% ../../nbs/1_data/12_readers.ipynb #71401416
 @functools.lru_cache(4)
 def _cells(path, stamp, column, group):
     "A column of a row group of a Parquet file, or a column of an Arrow file."
-    if path.suffix == '.parquet':
+    if path.suffix == ".parquet":
         import pyarrow.parquet as pq
+
         return pq.ParquetFile(path).read_row_group(group, columns=[column])[column]
-    cells = arrow_table(path)[column]; cells.validate(full=True)
+    cells = arrow_table(path)[column]
+    cells.validate(full=True)
     return cells
 
-def arrow_table(path:Path,  # an Arrow stream or file
-                ):          # pyarrow Table
+
+def arrow_table(
+    path: Path,  # an Arrow stream or file
+):  # pyarrow Table
     "A mapped table; nothing is read yet."
     import pyarrow as pa
+
     source = pa.memory_map(str(path))
-    try: return pa.ipc.open_stream(source).read_all()
-    except pa.ArrowInvalid: return pa.ipc.open_file(source).read_all()
+    try:
+        return pa.ipc.open_stream(source).read_all()
+    except pa.ArrowInvalid:
+        return pa.ipc.open_file(source).read_all()
 
 # %% ../../nbs/1_data/12_readers.ipynb #52637b51
 @functools.lru_cache(64)
 def _group_starts(path, stamp):
     "The number of the first row of each row group, and the number of rows."
     import pyarrow.parquet as pq
+
     found = pq.ParquetFile(path).metadata
     return np.cumsum([0] + [found.row_group(i).num_rows for i in range(found.num_row_groups)])
 
-def read_cell(path:str|Path,  # a Parquet or Arrow file
-              cell:str,       # column/row, e.g. `image/12`
-              )->bytes:       # of the picture
+
+def read_cell(
+    path: str | Path,  # a Parquet or Arrow file
+    cell: str,  # column/row, e.g. `image/12`
+) -> bytes:  # of the picture
     "The bytes of a picture in a table."
     import pyarrow as pa
-    path, (column, _, row) = Path(path), cell.rpartition('/')
+
+    path, (column, _, row) = Path(path), cell.rpartition("/")
     try:
         stamp, row = (path.stat().st_size, path.stat().st_mtime_ns), int(row)
-        starts = _group_starts(path, stamp) if path.suffix == '.parquet' else np.array([0])
-        group = int(np.searchsorted(starts, row, 'right')) - 1
+        starts = _group_starts(path, stamp) if path.suffix == ".parquet" else np.array([0])
+        group = int(np.searchsorted(starts, row, "right")) - 1
         found = _cells(path, stamp, column, group)[row - int(starts[group])].as_py()
-    except (pa.ArrowException, OSError, ValueError, IndexError, KeyError) as e: raise ImageProblem(f'{path.name} is damaged or has no {cell}: {str(e)[:200]}', 'fetch it again') from None
-    found = found.get('bytes') if isinstance(found, dict) else found
-    if not isinstance(found, bytes): raise ImageProblem(f'{path.name} holds no picture in {cell}', 'write the table with embedded pictures')
+    except (pa.ArrowException, OSError, ValueError, IndexError, KeyError) as e:
+        raise ImageProblem(f"{path.name} is damaged or has no {cell}: {str(e)[:200]}", "fetch it again") from None
+    found = found.get("bytes") if isinstance(found, dict) else found
+    if not isinstance(found, bytes):
+        raise ImageProblem(f"{path.name} holds no picture in {cell}", "write the table with embedded pictures")
     return found
 
 # %% ../../nbs/1_data/12_readers.ipynb #0a2ee21d
-def read_file(folder:str|Path,  # where the pictures of a collection lie
-              name:str,         # path below it
-              )->bytes:
+def read_file(
+    folder: str | Path,  # where the pictures of a collection lie
+    name: str,  # path below it
+) -> bytes:
     "The bytes of a file below a folder."
-    try: path = below(folder, name)
-    except PairsError as e: raise ImageProblem(str(e), 'put the file itself there') from None
-    if not path.is_file(): raise ImageProblem('it is no plain file' if path.exists() else 'the picture is not there', f'put {name} in place or leave the row out')
+    try:
+        path = below(folder, name)
+    except PairsError as e:
+        raise ImageProblem(str(e), "put the file itself there") from None
+    if not path.is_file():
+        raise ImageProblem(
+            "it is no plain file" if path.exists() else "the picture is not there",
+            f"put {name} in place or leave the row out",
+        )
     return read_span(path, 0, path.stat().st_size, name)
 
 # %% ../../nbs/1_data/12_readers.ipynb #a7df1780
-def read_picture(image:str,         # from a pairs table: a path, or `place#member`
-                 folder:str|Path,   # the stage folder the table belongs to
-                 ):                 # PIL image, RGB
+def read_picture(
+    image: str,  # from a pairs table: a path, or `place#member`
+    folder: str | Path,  # the stage folder the table belongs to
+):  # PIL image, RGB
     "Open the picture of a pair."
     place, member = image_place(image)
-    if not place: return open_image(image_path(image, folder))
-    if not at_root(place).exists(): raise ImageProblem(f'{place} is not there', 'link or copy the data there')
-    read = read_file if place.endswith('/') else read_member if place.endswith('.tar') else read_cell
-    try: return open_image(read(at_root(place), member), name=member if read is not read_cell else '')
-    except ImageProblem as e: raise ImageProblem(f'{e.what}: {image}', e.remedy) from None
+    if not place:
+        return open_image(image_path(image, folder))
+    if not at_root(place).exists():
+        raise ImageProblem(f"{place} is not there", "link or copy the data there")
+    read = read_file if place.endswith("/") else read_member if place.endswith(".tar") else read_cell
+    try:
+        return open_image(read(at_root(place), member), name=member if read is not read_cell else "")
+    except ImageProblem as e:
+        raise ImageProblem(f"{e.what}: {image}", e.remedy) from None

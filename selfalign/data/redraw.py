@@ -12,42 +12,67 @@ from .scenes import Scene, backgrounds, groups, held_out, sizes
 from .scenes import _digest, _pair, _thing
 
 # %% ../../nbs/1_data/16_redraw.ipynb #b506225a
-_lively = groups['animal'] + groups['vehicle']   # what moves and jumps
+_lively = groups["animal"] + groups["vehicle"]  # what moves and jumps
+
+
 def _claimed_thing(claims, rng):
     "A random thing of which the claims are true."
     while True:
-        thing = _thing(rng, True, size=claims.get('size'))
-        if claims.get('position', thing.position) != thing.position or (claims.get('object', thing.object) in _lively) != (thing.object in _lively): continue
-        thing = replace(thing, **{k: v for k, v in claims.items() if k not in ('size', 'position')})
-        if (thing.object, thing.colour) not in held_out or {'object', 'colour'} <= set(claims): return thing
+        thing = _thing(rng, True, size=claims.get("size"))
+        if claims.get("position", thing.position) != thing.position or (
+            claims.get("object", thing.object) in _lively
+        ) != (thing.object in _lively):
+            continue
+        thing = replace(thing, **{k: v for k, v in claims.items() if k not in ("size", "position")})
+        if (thing.object, thing.colour) not in held_out or {"object", "colour"} <= set(claims):
+            return thing
 
 # %% ../../nbs/1_data/16_redraw.ipynb #a466521b
 def _claimed_pair(claims, rng):
     "Two random things and their relation, of which the claims are true."
-    first, second = (_claimed_thing(c, rng) for c in claims['things'])
-    while second.object == first.object and 'object' not in claims['things'][1]: second = _claimed_thing(claims['things'][1], rng)
+    first, second = (_claimed_thing(c, rng) for c in claims["things"])
+    while second.object == first.object and "object" not in claims["things"][1]:
+        second = _claimed_thing(claims["things"][1], rng)
     while True:
         things, relation = _pair(rng, first, second)
-        if claims.get('relation', relation) == relation: break
-    own = ('size', 'state', 'action')   # what placing has overwritten
-    things = tuple(replace(t, **{k: c[k] for k in own if k in c}, **(dict(extent=sizes[c['size']]) if c.get('size', t.size) != t.size else {}))
-                   for t, c in zip(things, claims['things']))
+        if claims.get("relation", relation) == relation:
+            break
+    own = ("size", "state", "action")  # what placing has overwritten
+    things = tuple(
+        replace(
+            t,
+            **{k: c[k] for k in own if k in c},
+            **(dict(extent=sizes[c["size"]]) if c.get("size", t.size) != t.size else {}),
+        )
+        for t, c in zip(things, claims["things"])
+    )
     return things, relation
 
 # %% ../../nbs/1_data/16_redraw.ipynb #9f130d0c
-def redraw(claims:dict,   # what a caption states, as in `selfalign.data.captions`
-           key:str,       # of the pair
-           k:int=0,       # which drawing of it
-           seed:int=0,    # of all drawings
-           )->Scene:      # a scene of which the claims are true
+def redraw(
+    claims: dict,  # what a caption states, as in `selfalign.data.captions`
+    key: str,  # of the pair
+    k: int = 0,  # which drawing of it
+    seed: int = 0,  # of all drawings
+) -> Scene:  # a scene of which the claims are true
     "Invent a scene for a caption."
-    rng = np.random.default_rng(_digest('redraw', key, k, seed))
-    things, relation = _claimed_pair(claims, rng) if len(claims['things']) > 1 else ((_claimed_thing(claims['things'][0], rng),), '')
-    background = claims.get('background', list(backgrounds)[rng.integers(len(backgrounds))])
-    return Scene(things, relation, background, round(float(rng.uniform(.86, 1.1)), 3), round(float(rng.uniform(.52, .68)), 3), int(rng.integers(2**31)))
+    rng = np.random.default_rng(_digest("redraw", key, k, seed))
+    things, relation = (
+        _claimed_pair(claims, rng) if len(claims["things"]) > 1 else ((_claimed_thing(claims["things"][0], rng),), "")
+    )
+    background = claims.get("background", list(backgrounds)[rng.integers(len(backgrounds))])
+    return Scene(
+        things,
+        relation,
+        background,
+        round(float(rng.uniform(0.86, 1.1)), 3),
+        round(float(rng.uniform(0.52, 0.68)), 3),
+        int(rng.integers(2**31)),
+    )
 
 # %% ../../nbs/1_data/16_redraw.ipynb #bbcf8a7e
-def asks_for_held_out(claims:dict  # what a caption states
-                      )->bool:
+def asks_for_held_out(
+    claims: dict,  # what a caption states
+) -> bool:
     "Whether a caption names a pair of object and colour that no model may see."
-    return any((said.get('object'), said.get('colour')) in held_out for said in claims['things'])
+    return any((said.get("object"), said.get("colour")) in held_out for said in claims["things"])

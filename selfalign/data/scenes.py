@@ -13,323 +13,507 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 # %% ../../nbs/1_data/13_scenes.ipynb #605764af
-groups = dict(animal=('cat', 'bird', 'fish'), vehicle=('car', 'boat', 'plane'), food=('apple', 'mushroom'),
-              plant=('tree', 'flower', 'cactus'), household=('cup', 'chair', 'umbrella'), shape=('star', 'heart'))
+groups = dict(
+    animal=("cat", "bird", "fish"),
+    vehicle=("car", "boat", "plane"),
+    food=("apple", "mushroom"),
+    plant=("tree", "flower", "cactus"),
+    household=("cup", "chair", "umbrella"),
+    shape=("star", "heart"),
+)
 objects = tuple(o for members in groups.values() for o in members)
 
 # %% ../../nbs/1_data/13_scenes.ipynb #049d8182
-colours = dict(red=(208, 36, 42), orange=(244, 138, 22), yellow=(250, 216, 50), green=(36, 150, 62),
-               blue=(36, 84, 204), purple=(132, 52, 178), white=(246, 246, 246), black=(28, 28, 32))
-patterns = ('plain', 'striped', 'dotted')
+colours = dict(
+    red=(208, 36, 42),
+    orange=(244, 138, 22),
+    yellow=(250, 216, 50),
+    green=(36, 150, 62),
+    blue=(36, 84, 204),
+    purple=(132, 52, 178),
+    white=(246, 246, 246),
+    black=(28, 28, 32),
+)
+patterns = ("plain", "striped", "dotted")
 sizes = dict(small=0.32, medium=0.47, large=0.66)
 
 # %% ../../nbs/1_data/13_scenes.ipynb #327fab57
-positions = ('top left', 'top', 'top right', 'left', 'middle', 'right', 'bottom left', 'bottom', 'bottom right')
-backgrounds = dict(meadow=((176, 208, 226), (150, 182, 118)), beach=((176, 214, 232), (222, 206, 162)),
-                   street=((196, 196, 200), (128, 128, 132)), room=((226, 212, 196), (168, 138, 112)),
-                   night=((62, 70, 112), (74, 86, 92)))
-relations = ('left of', 'right of', 'above', 'below', 'carrying', 'pulling', 'chasing')
+positions = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
+backgrounds = dict(
+    meadow=((176, 208, 226), (150, 182, 118)),
+    beach=((176, 214, 232), (222, 206, 162)),
+    street=((196, 196, 200), (128, 128, 132)),
+    room=((226, 212, 196), (168, 138, 112)),
+    night=((62, 70, 112), (74, 86, 92)),
+)
+relations = ("left of", "right of", "above", "below", "carrying", "pulling", "chasing")
 
 # %% ../../nbs/1_data/13_scenes.ipynb #11944ed8
 def _oval(x, y, rx, ry, n=22):
-    t = np.linspace(0, 2*math.pi, n, endpoint=False)
-    return list(zip(x + rx*np.cos(t), y + ry*np.sin(t)))
+    t = np.linspace(0, 2 * math.pi, n, endpoint=False)
+    return list(zip(x + rx * np.cos(t), y + ry * np.sin(t)))
 
-def _box(x0, y0, x1, y1): return [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
+
+def _box(x0, y0, x1, y1):
+    return [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
+
 
 def _arc(x, y, rx, ry, start, stop, n=14):
     t = np.radians(np.linspace(start, stop, n))
-    return list(zip(x + rx*np.cos(t), y + ry*np.sin(t)))
+    return list(zip(x + rx * np.cos(t), y + ry * np.sin(t)))
 
 # %% ../../nbs/1_data/13_scenes.ipynb #fe39fb60
 def _cat(a, b):
-    return [('body', [(.28, .30), (.38, -.05 - .2*b), (.46, -.08 - .2*b), (.40, .36)]),
-            ('body', _oval(.04, .22, .3 + .05*a, .26)), ('body', _oval(-.24, -.1, .22, .2)),
-            ('body', [(-.44, -.14), (-.42, -.44 + .06*a), (-.24, -.26)]),
-            ('body', [(-.24, -.26), (-.06, -.44 + .06*a), (-.04, -.14)]),
-            ('dark', _oval(-.32, -.12, .035, .05, 10)), ('dark', _oval(-.16, -.12, .035, .05, 10))]
+    return [
+        ("body", [(0.28, 0.30), (0.38, -0.05 - 0.2 * b), (0.46, -0.08 - 0.2 * b), (0.40, 0.36)]),
+        ("body", _oval(0.04, 0.22, 0.3 + 0.05 * a, 0.26)),
+        ("body", _oval(-0.24, -0.1, 0.22, 0.2)),
+        ("body", [(-0.44, -0.14), (-0.42, -0.44 + 0.06 * a), (-0.24, -0.26)]),
+        ("body", [(-0.24, -0.26), (-0.06, -0.44 + 0.06 * a), (-0.04, -0.14)]),
+        ("dark", _oval(-0.32, -0.12, 0.035, 0.05, 10)),
+        ("dark", _oval(-0.16, -0.12, 0.035, 0.05, 10)),
+    ]
 
 # %% ../../nbs/1_data/13_scenes.ipynb #6274da91
 def _bird(a, b):
-    return [('body', [(.12, .0), (.48, -.16 + .1*a), (.46, .06 + .1*a), (.16, .16)]), ('body', _oval(.0, .05, .28, .2 + .04*a)),
-            ('body', _oval(-.26, -.16, .15, .14)), ('beak', [(-.38, -.2), (-.5, -.12), (-.37, -.1)]),
-            ('shade', [(-.12, -.02), (.2, -.3 + .2*b), (.16, .1)]), ('beak', _box(-.04, .22, .0, .42)),
-            ('beak', _box(.08, .22, .12, .42)), ('dark', _oval(-.29, -.19, .03, .03, 8))]
+    return [
+        ("body", [(0.12, 0.0), (0.48, -0.16 + 0.1 * a), (0.46, 0.06 + 0.1 * a), (0.16, 0.16)]),
+        ("body", _oval(0.0, 0.05, 0.28, 0.2 + 0.04 * a)),
+        ("body", _oval(-0.26, -0.16, 0.15, 0.14)),
+        ("beak", [(-0.38, -0.2), (-0.5, -0.12), (-0.37, -0.1)]),
+        ("shade", [(-0.12, -0.02), (0.2, -0.3 + 0.2 * b), (0.16, 0.1)]),
+        ("beak", _box(-0.04, 0.22, 0.0, 0.42)),
+        ("beak", _box(0.08, 0.22, 0.12, 0.42)),
+        ("dark", _oval(-0.29, -0.19, 0.03, 0.03, 8)),
+    ]
+
 
 def _fish(a, b):
-    return [('body', [(.18, .0), (.48, -.24 + .06*b), (.40, .0), (.48, .24 - .06*b)]),
-            ('body', _oval(-.1, .0, .36, .2 + .07*a)), ('shade', [(-.14, -.18), (.04, -.38), (.14, -.14)]),
-            ('light', _oval(-.3, -.06, .06, .06, 12)), ('dark', _oval(-.31, -.06, .03, .03, 8))]
+    return [
+        ("body", [(0.18, 0.0), (0.48, -0.24 + 0.06 * b), (0.40, 0.0), (0.48, 0.24 - 0.06 * b)]),
+        ("body", _oval(-0.1, 0.0, 0.36, 0.2 + 0.07 * a)),
+        ("shade", [(-0.14, -0.18), (0.04, -0.38), (0.14, -0.14)]),
+        ("light", _oval(-0.3, -0.06, 0.06, 0.06, 12)),
+        ("dark", _oval(-0.31, -0.06, 0.03, 0.03, 8)),
+    ]
 
 # %% ../../nbs/1_data/13_scenes.ipynb #29e2dec5
 def _car(a, b):
-    return [('body', [(-.24 - .04*a, -.02), (-.14, -.26 - .04*b), (.16, -.26 - .04*b), (.28 + .04*a, -.02)]),
-            ('body', [(-.48, -.04), (.46, -.04), (.48, .2), (-.48, .2)]),
-            ('glass', [(-.16, -.04), (-.1, -.2), (.0, -.2), (.0, -.04)]),
-            ('glass', [(.05, -.04), (.05, -.2), (.13, -.2), (.21, -.04)]),
-            ('dark', _oval(-.26, .21, .12, .12)), ('dark', _oval(.26, .21, .12, .12)),
-            ('light', _oval(-.26, .21, .05, .05, 10)), ('light', _oval(.26, .21, .05, .05, 10))]
+    return [
+        (
+            "body",
+            [(-0.24 - 0.04 * a, -0.02), (-0.14, -0.26 - 0.04 * b), (0.16, -0.26 - 0.04 * b), (0.28 + 0.04 * a, -0.02)],
+        ),
+        ("body", [(-0.48, -0.04), (0.46, -0.04), (0.48, 0.2), (-0.48, 0.2)]),
+        ("glass", [(-0.16, -0.04), (-0.1, -0.2), (0.0, -0.2), (0.0, -0.04)]),
+        ("glass", [(0.05, -0.04), (0.05, -0.2), (0.13, -0.2), (0.21, -0.04)]),
+        ("dark", _oval(-0.26, 0.21, 0.12, 0.12)),
+        ("dark", _oval(0.26, 0.21, 0.12, 0.12)),
+        ("light", _oval(-0.26, 0.21, 0.05, 0.05, 10)),
+        ("light", _oval(0.26, 0.21, 0.05, 0.05, 10)),
+    ]
 
 # %% ../../nbs/1_data/13_scenes.ipynb #9c35e76c
 def _boat(a, b):
-    return [('wood', _box(-.03, -.46, .02, .12)), ('body', [(.03, -.44), (.38 + .08*a, .04), (.03, .04)]),
-            ('body', [(-.05, -.36), (-.05, .04), (-.32 - .06*b, .04)]),
-            ('wood', [(-.46, .12), (.46, .12), (.3, .36), (-.3, .36)])]
+    return [
+        ("wood", _box(-0.03, -0.46, 0.02, 0.12)),
+        ("body", [(0.03, -0.44), (0.38 + 0.08 * a, 0.04), (0.03, 0.04)]),
+        ("body", [(-0.05, -0.36), (-0.05, 0.04), (-0.32 - 0.06 * b, 0.04)]),
+        ("wood", [(-0.46, 0.12), (0.46, 0.12), (0.3, 0.36), (-0.3, 0.36)]),
+    ]
+
 
 def _plane(a, b):
-    return [('shade', [(.02, -.05), (.2, -.38), (.3, -.38), (.2, -.02)]),
-            ('body', [(.36, -.06), (.44, -.34 + .05*a), (.5, -.34 + .05*a), (.48, .02)]),
-            ('body', [(-.48, .04), (-.36, -.1), (.46, -.1), (.5, .0), (.36, .1), (-.36, .13)]),
-            ('shade', [(-.08, .04), (.14, .4 - .04*b), (.26, .4 - .04*b), (.2, .04)]),
-            ('glass', [(-.42, .0), (-.35, -.07), (-.26, -.07), (-.26, .0)])]
+    return [
+        ("shade", [(0.02, -0.05), (0.2, -0.38), (0.3, -0.38), (0.2, -0.02)]),
+        ("body", [(0.36, -0.06), (0.44, -0.34 + 0.05 * a), (0.5, -0.34 + 0.05 * a), (0.48, 0.02)]),
+        ("body", [(-0.48, 0.04), (-0.36, -0.1), (0.46, -0.1), (0.5, 0.0), (0.36, 0.1), (-0.36, 0.13)]),
+        ("shade", [(-0.08, 0.04), (0.14, 0.4 - 0.04 * b), (0.26, 0.4 - 0.04 * b), (0.2, 0.04)]),
+        ("glass", [(-0.42, 0.0), (-0.35, -0.07), (-0.26, -0.07), (-0.26, 0.0)]),
+    ]
 
 # %% ../../nbs/1_data/13_scenes.ipynb #f0e00de2
 def _apple(a, b):
-    return [('wood', [(-.03, -.24), (.02, -.46), (.08, -.44), (.04, -.22)]),
-            ('leaf', [(.05, -.32), (.2, -.46), (.3, -.36), (.16, -.28)]), ('body', _oval(-.14, .1, .26 + .04*a, .34)),
-            ('body', _oval(.14, .1, .26 + .04*a, .34)), ('light', _oval(-.2, -.04, .05, .08, 12))]
+    return [
+        ("wood", [(-0.03, -0.24), (0.02, -0.46), (0.08, -0.44), (0.04, -0.22)]),
+        ("leaf", [(0.05, -0.32), (0.2, -0.46), (0.3, -0.36), (0.16, -0.28)]),
+        ("body", _oval(-0.14, 0.1, 0.26 + 0.04 * a, 0.34)),
+        ("body", _oval(0.14, 0.1, 0.26 + 0.04 * a, 0.34)),
+        ("light", _oval(-0.2, -0.04, 0.05, 0.08, 12)),
+    ]
+
 
 def _mushroom(a, b):
-    return [('cream', [(-.12 - .03*b, .0), (.12 + .03*b, .0), (.17, .44), (-.17, .44)]),
-            ('body', _arc(0, .06, .46, .46 - .08*a, 180, 360) + [(.46, .1), (-.46, .1)])]
+    return [
+        ("cream", [(-0.12 - 0.03 * b, 0.0), (0.12 + 0.03 * b, 0.0), (0.17, 0.44), (-0.17, 0.44)]),
+        ("body", _arc(0, 0.06, 0.46, 0.46 - 0.08 * a, 180, 360) + [(0.46, 0.1), (-0.46, 0.1)]),
+    ]
 
 # %% ../../nbs/1_data/13_scenes.ipynb #105cb79f
 def _tree(a, b):
-    return [('wood', _box(-.07, .1, .07, .48)), ('body', [(-.38, .2), (0, -.16), (.38, .2)]),
-            ('body', [(-.32, .0), (0, -.34 - .03*a), (.32, .0)]), ('body', [(-.24, -.18), (0, -.5), (.24, -.18)])]
+    return [
+        ("wood", _box(-0.07, 0.1, 0.07, 0.48)),
+        ("body", [(-0.38, 0.2), (0, -0.16), (0.38, 0.2)]),
+        ("body", [(-0.32, 0.0), (0, -0.34 - 0.03 * a), (0.32, 0.0)]),
+        ("body", [(-0.24, -0.18), (0, -0.5), (0.24, -0.18)]),
+    ]
+
 
 def _flower(a, b):
-    petals = [('body', _oval(.2*math.cos(t), -.2 + .2*math.sin(t), .13 + .02*a, .13 + .02*a, 14))
-              for t in np.linspace(.3, .3 + 2*math.pi, 6)[:-1]]
-    return [('leaf', _box(-.03, -.1, .03, .5)), ('leaf', [(.0, .34), (.22, .16 + .08*b), (.26, .26 + .08*b)]),
-            ('leaf', [(.0, .4), (-.22, .22 + .08*b), (-.26, .32 + .08*b)])] + petals + [('core', _oval(0, -.2, .1, .1, 14))]
+    petals = [
+        ("body", _oval(0.2 * math.cos(t), -0.2 + 0.2 * math.sin(t), 0.13 + 0.02 * a, 0.13 + 0.02 * a, 14))
+        for t in np.linspace(0.3, 0.3 + 2 * math.pi, 6)[:-1]
+    ]
+    return (
+        [
+            ("leaf", _box(-0.03, -0.1, 0.03, 0.5)),
+            ("leaf", [(0.0, 0.34), (0.22, 0.16 + 0.08 * b), (0.26, 0.26 + 0.08 * b)]),
+            ("leaf", [(0.0, 0.4), (-0.22, 0.22 + 0.08 * b), (-0.26, 0.32 + 0.08 * b)]),
+        ]
+        + petals
+        + [("core", _oval(0, -0.2, 0.1, 0.1, 14))]
+    )
 
 # %% ../../nbs/1_data/13_scenes.ipynb #efdf449c
 def _cactus(a, b):
-    return [('body', _arc(0, -.28, .13, .2, 180, 360) + [(.13, .3), (-.13, .3)]),
-            ('body', [(-.12, .12), (-.38, .12), (-.38, -.16 - .08*a), (-.24, -.16 - .08*a), (-.24, .0), (-.12, .0)]),
-            ('body', [(.12, .04), (.24, .04), (.24, -.2 + .1*b), (.38, -.2 + .1*b), (.38, .16), (.12, .16)]),
-            ('pot', [(-.24, .26), (.24, .26), (.18, .5), (-.18, .5)])]
+    return [
+        ("body", _arc(0, -0.28, 0.13, 0.2, 180, 360) + [(0.13, 0.3), (-0.13, 0.3)]),
+        (
+            "body",
+            [
+                (-0.12, 0.12),
+                (-0.38, 0.12),
+                (-0.38, -0.16 - 0.08 * a),
+                (-0.24, -0.16 - 0.08 * a),
+                (-0.24, 0.0),
+                (-0.12, 0.0),
+            ],
+        ),
+        (
+            "body",
+            [(0.12, 0.04), (0.24, 0.04), (0.24, -0.2 + 0.1 * b), (0.38, -0.2 + 0.1 * b), (0.38, 0.16), (0.12, 0.16)],
+        ),
+        ("pot", [(-0.24, 0.26), (0.24, 0.26), (0.18, 0.5), (-0.18, 0.5)]),
+    ]
 
 # %% ../../nbs/1_data/13_scenes.ipynb #61f6b88a
 def _cup(a, b):
-    return [('body', _oval(.3, .02, .18, .2)), ('hole', _oval(.3, .02, .09, .11)),
-            ('body', [(-.4, -.3), (.28, -.3), (.22 - .05*a, .38), (-.34 + .05*a, .38)]), ('shade', _oval(-.06, -.3, .34, .08))]
+    return [
+        ("body", _oval(0.3, 0.02, 0.18, 0.2)),
+        ("hole", _oval(0.3, 0.02, 0.09, 0.11)),
+        ("body", [(-0.4, -0.3), (0.28, -0.3), (0.22 - 0.05 * a, 0.38), (-0.34 + 0.05 * a, 0.38)]),
+        ("shade", _oval(-0.06, -0.3, 0.34, 0.08)),
+    ]
+
 
 def _chair(a, b):
-    return [('body', _box(-.3, -.48 + .06*a, -.18, .46)), ('body', _box(-.3, .02, .32, .14)), ('body', _box(.2, .1, .32, .46)),
-            ('shade', _box(-.18, -.4 + .06*a, -.06, .02)), ('shade', _box(-.1, .14, .0, .4 - .1*b))]
+    return [
+        ("body", _box(-0.3, -0.48 + 0.06 * a, -0.18, 0.46)),
+        ("body", _box(-0.3, 0.02, 0.32, 0.14)),
+        ("body", _box(0.2, 0.1, 0.32, 0.46)),
+        ("shade", _box(-0.18, -0.4 + 0.06 * a, -0.06, 0.02)),
+        ("shade", _box(-0.1, 0.14, 0.0, 0.4 - 0.1 * b)),
+    ]
 
 # %% ../../nbs/1_data/13_scenes.ipynb #d0690fe7
 def _umbrella(a, b):
-    return [('wood', _box(-.025, -.1, .025, .38)),
-            ('wood', [(-.025, .34), (.025, .34), (.04, .42), (.12, .42), (.12, .36), (.17, .36), (.17, .48), (.0, .48)]),
-            ('body', _arc(0, .02, .48, .46 - .06*a, 180, 360) + [(.32, -.06), (.16, .02), (.0, -.06), (-.16, .02), (-.32, -.06)]),
-            ('shade', [(0, -.42), (.16, .0), (.0, -.06), (-.16, .0)])]
+    return [
+        ("wood", _box(-0.025, -0.1, 0.025, 0.38)),
+        (
+            "wood",
+            [
+                (-0.025, 0.34),
+                (0.025, 0.34),
+                (0.04, 0.42),
+                (0.12, 0.42),
+                (0.12, 0.36),
+                (0.17, 0.36),
+                (0.17, 0.48),
+                (0.0, 0.48),
+            ],
+        ),
+        (
+            "body",
+            _arc(0, 0.02, 0.48, 0.46 - 0.06 * a, 180, 360)
+            + [(0.32, -0.06), (0.16, 0.02), (0.0, -0.06), (-0.16, 0.02), (-0.32, -0.06)],
+        ),
+        ("shade", [(0, -0.42), (0.16, 0.0), (0.0, -0.06), (-0.16, 0.0)]),
+    ]
 
 # %% ../../nbs/1_data/13_scenes.ipynb #36cea2fd
 def _star(a, b):
-    t = np.radians(np.arange(10)*36 - 90); r = np.where(np.arange(10) % 2, .2 + .05*a, .5)
-    return [('body', list(zip(r*np.cos(t), r*np.sin(t) + .03)))]
+    t = np.radians(np.arange(10) * 36 - 90)
+    r = np.where(np.arange(10) % 2, 0.2 + 0.05 * a, 0.5)
+    return [("body", list(zip(r * np.cos(t), r * np.sin(t) + 0.03)))]
+
 
 def _heart(a, b):
-    t = np.linspace(0, 2*math.pi, 40, endpoint=False)
-    y = -.032*(13*np.cos(t) - 5*np.cos(2*t) - 2*np.cos(3*t) - np.cos(4*t)) - .02 + .03*a
-    return [('body', list(zip(.03*(16*np.sin(t)**3), y)))]
+    t = np.linspace(0, 2 * math.pi, 40, endpoint=False)
+    y = -0.032 * (13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)) - 0.02 + 0.03 * a
+    return [("body", list(zip(0.03 * (16 * np.sin(t) ** 3), y)))]
 
 # %% ../../nbs/1_data/13_scenes.ipynb #1b3e643d
-_shapes = {o: globals()[f'_{o}'] for o in objects}
-_own = dict(dark=(24, 24, 28), light=(250, 250, 250), glass=(160, 206, 226), wood=(122, 82, 48), leaf=(70, 150, 60),
-            beak=(240, 160, 40), cream=(238, 226, 202), core=(244, 190, 40), pot=(176, 96, 60))
+_shapes = {o: globals()[f"_{o}"] for o in objects}
+_own = dict(
+    dark=(24, 24, 28),
+    light=(250, 250, 250),
+    glass=(160, 206, 226),
+    wood=(122, 82, 48),
+    leaf=(70, 150, 60),
+    beak=(240, 160, 40),
+    cream=(238, 226, 202),
+    core=(244, 190, 40),
+    pot=(176, 96, 60),
+)
 
 # %% ../../nbs/1_data/13_scenes.ipynb #9857e0ff
 @dataclass(frozen=True)
 class Thing:
     "One object with everything that can be said about it."
-    object: str             # one of `objects`
-    colour: str             # one of `colours`
-    pattern: str = 'plain'  # the material: plain, striped or dotted
-    size: str = 'medium'    # small, medium or large, by the share of the picture that the object's box fills
-    x: float = 0.5          # centre, as a share of the width
-    y: float = 0.5          # centre, as a share of the height
-    extent: float = 0.42    # side of the box, as a share of the picture's side
-    state: str = ''         # '' or 'upside down'
-    action: str = ''        # '' or 'moving' (speed lines) or 'jumping' (a shadow below)
-    flip: bool = False      # mirrored
-    angle: float = 0.       # small tilt in degrees
-    a: float = 0.5          # first proportion of the shape
-    b: float = 0.5          # second proportion of the shape
+
+    object: str  # one of `objects`
+    colour: str  # one of `colours`
+    pattern: str = "plain"  # the material: plain, striped or dotted
+    size: str = "medium"  # small, medium or large, by the share of the picture that the object's box fills
+    x: float = 0.5  # centre, as a share of the width
+    y: float = 0.5  # centre, as a share of the height
+    extent: float = 0.42  # side of the box, as a share of the picture's side
+    state: str = ""  # '' or 'upside down'
+    action: str = ""  # '' or 'moving' (speed lines) or 'jumping' (a shadow below)
+    flip: bool = False  # mirrored
+    angle: float = 0.0  # small tilt in degrees
+    a: float = 0.5  # first proportion of the shape
+    b: float = 0.5  # second proportion of the shape
 
     @property
-    def position(self)->str:
+    def position(self) -> str:
         "The cell of a 3 x 3 grid that holds the centre."
-        return positions[3*min(int(self.y*3), 2) + min(int(self.x*3), 2)]
+        return positions[3 * min(int(self.y * 3), 2) + min(int(self.x * 3), 2)]
 
     @property
-    def location(self)->str:
+    def location(self) -> str:
         "VL-CheckList's rule: distance of the centre from the picture's, in thirds of the half diagonal."
-        d = math.hypot(self.x - .5, self.y - .5)/math.hypot(.5, .5)
-        return 'center' if d <= 1/3 else 'margin' if d > 2/3 else 'mid'
+        d = math.hypot(self.x - 0.5, self.y - 0.5) / math.hypot(0.5, 0.5)
+        return "center" if d <= 1 / 3 else "margin" if d > 2 / 3 else "mid"
 
 # %% ../../nbs/1_data/13_scenes.ipynb #235bb6fe
 @dataclass(frozen=True)
 class Scene:
     "What a picture shows: one or two things, their relation and the surroundings."
-    things: tuple                # of `Thing`; the first is the subject
-    relation: str = ''           # between the first and the second thing: one of `relations`
-    background: str = 'meadow'   # one of `backgrounds`
-    light: float = 1.            # brightness factor, about 0.85 to 1.12
-    horizon: float = 0.6         # height of the horizon
-    seed: int = 0                # camera noise
 
-    def to_json(self)->str:
+    things: tuple  # of `Thing`; the first is the subject
+    relation: str = ""  # between the first and the second thing: one of `relations`
+    background: str = "meadow"  # one of `backgrounds`
+    light: float = 1.0  # brightness factor, about 0.85 to 1.12
+    horizon: float = 0.6  # height of the horizon
+    seed: int = 0  # camera noise
+
+    def to_json(self) -> str:
         "The truth as one line of JSON."
         d = asdict(self)
-        for t, thing in zip(d['things'], self.things): t.update(position=thing.position, location=thing.location)
+        for t, thing in zip(d["things"], self.things):
+            t.update(position=thing.position, location=thing.location)
         return json.dumps(d, sort_keys=True)
 
 # %% ../../nbs/1_data/13_scenes.ipynb #4d1b22ad
-def scene_from_json(text:str  # what `Scene.to_json` wrote
-                   )->Scene:      # equal to the one that was written
+def scene_from_json(
+    text: str,  # what `Scene.to_json` wrote
+) -> Scene:  # equal to the one that was written
     "Read a scene back from its truth."
     d = json.loads(text)
-    things = tuple(Thing(**{k: v for k, v in t.items() if k not in ('position', 'location')}) for t in d.pop('things'))
+    things = tuple(Thing(**{k: v for k, v in t.items() if k not in ("position", "location")}) for t in d.pop("things"))
     return Scene(things=things, **d)
 
 # %% ../../nbs/1_data/13_scenes.ipynb #59c7f44a
-def _shade(c, f): return tuple(int(min(255, max(0, v*f))) for v in c)
-def _outline(colour): return (120, 120, 126) if colour == 'black' else _shade(colours[colour], .55)
+def _shade(c, f):
+    return tuple(int(min(255, max(0, v * f))) for v in c)
+
+
+def _outline(colour):
+    return (120, 120, 126) if colour == "black" else _shade(colours[colour], 0.55)
 
 # %% ../../nbs/1_data/13_scenes.ipynb #883c2dbc
 def _place(points, thing, side):
     p = np.array(points, float)
-    if thing.flip: p[:, 0] *= -1
-    if thing.state == 'upside down': p[:, 1] *= -1
-    t = math.radians(thing.angle); p = p @ np.array([[math.cos(t), math.sin(t)], [-math.sin(t), math.cos(t)]])
-    return [tuple(v) for v in (p*thing.extent + (thing.x, thing.y))*side]
+    if thing.flip:
+        p[:, 0] *= -1
+    if thing.state == "upside down":
+        p[:, 1] *= -1
+    t = math.radians(thing.angle)
+    p = p @ np.array([[math.cos(t), math.sin(t)], [-math.sin(t), math.cos(t)]])
+    return [tuple(v) for v in (p * thing.extent + (thing.x, thing.y)) * side]
 
 # %% ../../nbs/1_data/13_scenes.ipynb #cb549e48
 def _pattern(image, mask, thing, side):
     "Stripes or dots over the body, in white (in yellow on white things, so that they show)."
-    over = Image.new('L', image.size); d = ImageDraw.Draw(over)
-    step, ink = thing.extent*side/5, (236, 200, 60) if thing.colour == 'white' else (246, 246, 246)
+    over = Image.new("L", image.size)
+    d = ImageDraw.Draw(over)
+    step, ink = thing.extent * side / 5, (236, 200, 60) if thing.colour == "white" else (246, 246, 246)
     for i in range(-6, 7):
-        if thing.pattern == 'striped':
-            x = thing.x*side + i*step; d.rectangle([x - step*.22, 0, x + step*.22, side], fill=255)
+        if thing.pattern == "striped":
+            x = thing.x * side + i * step
+            d.rectangle([x - step * 0.22, 0, x + step * 0.22, side], fill=255)
         else:
             for j in range(-6, 7):
-                x, y = thing.x*side + (i + .5*(j % 2))*step, thing.y*side + j*step
-                d.ellipse([x - step*.27, y - step*.27, x + step*.27, y + step*.27], fill=255)
+                x, y = thing.x * side + (i + 0.5 * (j % 2)) * step, thing.y * side + j * step
+                d.ellipse([x - step * 0.27, y - step * 0.27, x + step * 0.27, y + step * 0.27], fill=255)
     image.paste(ink, mask=ImageChops.multiply(mask, over))
 
 # %% ../../nbs/1_data/13_scenes.ipynb #7841c0d6
 def _draw_action(d, thing, side):
     "The shadow below a jumping thing, the lines behind a moving one."
-    if thing.action == 'jumping':
-        y, r = (thing.y + .6*thing.extent)*side, thing.extent*side*.4
-        d.ellipse([thing.x*side - r, y - r*.22, thing.x*side + r, y + r*.22], fill=(70, 70, 78))
-    if thing.action == 'moving':
+    if thing.action == "jumping":
+        y, r = (thing.y + 0.6 * thing.extent) * side, thing.extent * side * 0.4
+        d.ellipse([thing.x * side - r, y - r * 0.22, thing.x * side + r, y + r * 0.22], fill=(70, 70, 78))
+    if thing.action == "moving":
         s = -1 if thing.flip else 1
-        for k in (-.2, .02, .24):
-            x0, y = thing.x*side + s*thing.extent*side*.56, (thing.y + k*thing.extent)*side
-            d.line([x0, y, x0 + s*thing.extent*side*.3, y], fill=(250, 250, 250), width=max(2, side//64))
+        for k in (-0.2, 0.02, 0.24):
+            x0, y = thing.x * side + s * thing.extent * side * 0.56, (thing.y + k * thing.extent) * side
+            d.line([x0, y, x0 + s * thing.extent * side * 0.3, y], fill=(250, 250, 250), width=max(2, side // 64))
 
 # %% ../../nbs/1_data/13_scenes.ipynb #f6588a42
 def _fill(role, colour):
     "The ink for a part of a thing of this colour."
-    if role == 'body': return colours[colour]
-    if role == 'hole': return _outline(colour)
-    if role != 'shade': return _own[role]
-    return (64, 64, 70) if colour == 'black' else _shade(colours[colour], .72)
+    if role == "body":
+        return colours[colour]
+    if role == "hole":
+        return _outline(colour)
+    if role != "shade":
+        return _own[role]
+    return (64, 64, 70) if colour == "black" else _shade(colours[colour], 0.72)
 
 # %% ../../nbs/1_data/13_scenes.ipynb #750f0846
 def _draw_thing(image, thing, side):
     "Draw one thing into `image`."
-    d = ImageDraw.Draw(image); _draw_action(d, thing, side)
+    d = ImageDraw.Draw(image)
+    _draw_action(d, thing, side)
     parts = [(role, _place(points, thing, side)) for role, points in _shapes[thing.object](thing.a, thing.b)]
-    line, width = _outline(thing.colour), max(2, round(side/64*.9))
+    line, width = _outline(thing.colour), max(2, round(side / 64 * 0.9))
     for role, p in parts:
-        if role in ('body', 'shade'): d.line(p + p[:2], fill=line, width=2*width, joint='curve')
-    mask = Image.new('L', image.size); m = ImageDraw.Draw(mask)
+        if role in ("body", "shade"):
+            d.line(p + p[:2], fill=line, width=2 * width, joint="curve")
+    mask = Image.new("L", image.size)
+    m = ImageDraw.Draw(mask)
     for role, p in parts:
-        d.polygon(p, fill=_fill(role, thing.colour)); m.polygon(p, fill=255 if role == 'body' else 0)
-    if thing.pattern != 'plain': _pattern(image, mask, thing, side)
+        d.polygon(p, fill=_fill(role, thing.colour))
+        m.polygon(p, fill=255 if role == "body" else 0)
+    if thing.pattern != "plain":
+        _pattern(image, mask, thing, side)
 
 # %% ../../nbs/1_data/13_scenes.ipynb #1e12ee75
-def render(scene:Scene,       # what to draw
-           size:int=64,       # side of the picture in pixels
-           noise:float=2.5,   # standard deviation of the camera noise, in grey levels of 255
-           )->Image.Image:    # RGB, size x size
+def render(
+    scene: Scene,  # what to draw
+    size: int = 64,  # side of the picture in pixels
+    noise: float = 2.5,  # standard deviation of the camera noise, in grey levels of 255
+) -> Image.Image:  # RGB, size x size
     "Draw a scene."
-    side = 4*size; sky, ground = backgrounds[scene.background]
-    image = Image.new('RGB', (side, side), sky); d = ImageDraw.Draw(image)
-    d.rectangle([0, scene.horizon*side, side, side], fill=ground)
-    if scene.relation == 'pulling' and len(scene.things) > 1:
-        p, q = scene.things[:2]; d.line([p.x*side, p.y*side, q.x*side, q.y*side], fill=(40, 30, 20), width=max(3, side//50))
-    for thing in reversed(scene.things): _draw_thing(image, thing, side)
-    pixels = np.asarray(image.resize((size, size), Image.Resampling.BOX), dtype=np.float32)*scene.light
-    if noise: pixels = pixels + np.random.default_rng(scene.seed).normal(0, noise, pixels.shape)
+    side = 4 * size
+    sky, ground = backgrounds[scene.background]
+    image = Image.new("RGB", (side, side), sky)
+    d = ImageDraw.Draw(image)
+    d.rectangle([0, scene.horizon * side, side, side], fill=ground)
+    if scene.relation == "pulling" and len(scene.things) > 1:
+        p, q = scene.things[:2]
+        d.line([p.x * side, p.y * side, q.x * side, q.y * side], fill=(40, 30, 20), width=max(3, side // 50))
+    for thing in reversed(scene.things):
+        _draw_thing(image, thing, side)
+    pixels = np.asarray(image.resize((size, size), Image.Resampling.BOX), dtype=np.float32) * scene.light
+    if noise:
+        pixels = pixels + np.random.default_rng(scene.seed).normal(0, noise, pixels.shape)
     return Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
 
 # %% ../../nbs/1_data/13_scenes.ipynb #61ffe42a
-pools = ('generator', 'clip', 'judge', 'vision', 'text', 'reader', 'study', 'validation', 'evaluation')
+pools = ("generator", "clip", "judge", "vision", "text", "reader", "study", "validation", "evaluation")
 
-def _digest(*parts): return int.from_bytes(hashlib.sha256('/'.join(map(str, parts)).encode()).digest()[:8], 'big')
-_pairs = sorted(((o, c) for o in objects for c in colours), key=lambda p: _digest('held out', *p))
-held_out = frozenset(_pairs[:round(len(_pairs)/10)])
+
+def _digest(*parts):
+    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "big")
+
+
+_pairs = sorted(((o, c) for o in objects for c in colours), key=lambda p: _digest("held out", *p))
+held_out = frozenset(_pairs[: round(len(_pairs) / 10)])
 
 # %% ../../nbs/1_data/13_scenes.ipynb #4965752c
 def _thing(rng, allow_held_out, size=None, busy=True):
     "A random thing; places avoid cutting large things off."
     while True:
         o, c = objects[rng.integers(len(objects))], list(colours)[rng.integers(len(colours))]
-        if allow_held_out or (o, c) not in held_out: break
-    size = size or list(sizes)[rng.choice(3, p=[.3, .4, .3])]
-    extent = sizes[size]*rng.uniform(.93, 1.07)
+        if allow_held_out or (o, c) not in held_out:
+            break
+    size = size or list(sizes)[rng.choice(3, p=[0.3, 0.4, 0.3])]
+    extent = sizes[size] * rng.uniform(0.93, 1.07)
     col, row = rng.integers(3), rng.integers(3)
-    low = max(.06, .42*extent)                       # at most a sliver may be cut off
-    x, y = (float(np.clip((k + rng.uniform(.15, .85))/3, low, 1 - low)) for k in (col, row))
-    x, y = (min(max(v, k/3 + .015), (k + 1)/3 - .015) for v, k in ((x, col), (y, row)))
-    pattern = patterns[rng.choice(3, p=[.8, .1, .1])] if busy else 'plain'
-    state = 'upside down' if busy and rng.random() < .05 else ''
-    lively = busy and o in groups['animal'] + groups['vehicle']
-    action = str(rng.choice(['', 'moving', 'jumping'], p=[.88, .06, .06])) if lively else ''
-    return Thing(o, c, pattern, size, round(x, 4), round(y, 4), round(extent, 4), state, action, bool(rng.random() < .5),
-                 round(float(rng.uniform(-8, 8)), 2), round(float(rng.random()), 3), round(float(rng.random()), 3))
+    low = max(0.06, 0.42 * extent)  # at most a sliver may be cut off
+    x, y = (float(np.clip((k + rng.uniform(0.15, 0.85)) / 3, low, 1 - low)) for k in (col, row))
+    x, y = (min(max(v, k / 3 + 0.015), (k + 1) / 3 - 0.015) for v, k in ((x, col), (y, row)))
+    pattern = patterns[rng.choice(3, p=[0.8, 0.1, 0.1])] if busy else "plain"
+    state = "upside down" if busy and rng.random() < 0.05 else ""
+    lively = busy and o in groups["animal"] + groups["vehicle"]
+    action = str(rng.choice(["", "moving", "jumping"], p=[0.88, 0.06, 0.06])) if lively else ""
+    return Thing(
+        o,
+        c,
+        pattern,
+        size,
+        round(x, 4),
+        round(y, 4),
+        round(extent, 4),
+        state,
+        action,
+        bool(rng.random() < 0.5),
+        round(float(rng.uniform(-8, 8)), 2),
+        round(float(rng.random()), 3),
+        round(float(rng.random()), 3),
+    )
 
 # %% ../../nbs/1_data/13_scenes.ipynb #c9b30349
 def _pair(rng, first, second):
     "Place two things so that their relation is true."
     relation = relations[rng.integers(len(relations))]
-    e1, e2 = (float(rng.uniform(.34, .46)) for _ in range(2))
-    j = lambda: float(rng.uniform(-.06, .06))
-    if relation in ('left of', 'right of', 'pulling', 'chasing'):
-        side = 1 if relation == 'left of' else -1 if relation == 'right of' else int(rng.choice([-1, 1]))
-        p, q = (.5 - side*.26 + j()/2, .5 + j()), (.5 + side*.26 + j()/2, .5 + j())
-    elif relation in ('above', 'below'):
-        side = 1 if relation == 'above' else -1
-        p, q = (.5 + j(), .5 - side*.26 + j()/2), (.5 + j(), .5 + side*.26 + j()/2)
+    e1, e2 = (float(rng.uniform(0.34, 0.46)) for _ in range(2))
+    j = lambda: float(rng.uniform(-0.06, 0.06))
+    if relation in ("left of", "right of", "pulling", "chasing"):
+        side = 1 if relation == "left of" else -1 if relation == "right of" else int(rng.choice([-1, 1]))
+        p, q = (0.5 - side * 0.26 + j() / 2, 0.5 + j()), (0.5 + side * 0.26 + j() / 2, 0.5 + j())
+    elif relation in ("above", "below"):
+        side = 1 if relation == "above" else -1
+        p, q = (0.5 + j(), 0.5 - side * 0.26 + j() / 2), (0.5 + j(), 0.5 + side * 0.26 + j() / 2)
     else:
-        e1, e2 = .48, .32
-        p = (.5 + 2*j(), .66); q = (p[0], p[1] - .48*.5 - .32*.42)
+        e1, e2 = 0.48, 0.32
+        p = (0.5 + 2 * j(), 0.66)
+        q = (p[0], p[1] - 0.48 * 0.5 - 0.32 * 0.42)
     size = lambda e: min(sizes, key=lambda s: abs(sizes[s] - e))
-    fit = lambda t, e, xy: replace(t, extent=round(e, 4), size=size(e), x=round(xy[0], 4), y=round(xy[1], 4), state='', action='')
+    fit = lambda t, e, xy: replace(
+        t, extent=round(e, 4), size=size(e), x=round(xy[0], 4), y=round(xy[1], 4), state="", action=""
+    )
     first, second = fit(first, e1, p), fit(second, e2, q)
-    if relation == 'chasing': first = replace(first, action='moving', flip=bool(q[0] > p[0]))   # lines behind the one that chases
+    if relation == "chasing":
+        first = replace(first, action="moving", flip=bool(q[0] > p[0]))  # lines behind the one that chases
     return (first, second), relation
 
 # %% ../../nbs/1_data/13_scenes.ipynb #78be45a6
-def make_scene(pool:str,           # one of `pools`
-               index:int,          # number of the scene in its pool
-               pairs:float=0.3,    # share of scenes with two things
-               )->Scene:            # with one thing, or two and their relation
+def make_scene(
+    pool: str,  # one of `pools`
+    index: int,  # number of the scene in its pool
+    pairs: float = 0.3,  # share of scenes with two things
+) -> Scene:  # with one thing, or two and their relation
     "The scene with this number: always the same, never in another pool."
-    if pool not in pools: raise ValueError(f'unknown pool {pool!r}; the pools are {", ".join(pools)}')
-    rng = np.random.default_rng(_digest(pool, index)); seen_by_none = pool == 'evaluation'
-    first = _thing(rng, seen_by_none); things, relation = (first,), ''
+    if pool not in pools:
+        raise ValueError(f"unknown pool {pool!r}; the pools are {', '.join(pools)}")
+    rng = np.random.default_rng(_digest(pool, index))
+    seen_by_none = pool == "evaluation"
+    first = _thing(rng, seen_by_none)
+    things, relation = (first,), ""
     if rng.random() < pairs:
         second = _thing(rng, seen_by_none)
-        while second.object == first.object: second = _thing(rng, seen_by_none)
+        while second.object == first.object:
+            second = _thing(rng, seen_by_none)
         things, relation = _pair(rng, first, second)
-    return Scene(things, relation, list(backgrounds)[rng.integers(len(backgrounds))], round(float(rng.uniform(.86, 1.1)), 3),
-                 round(float(rng.uniform(.52, .68)), 3), int(rng.integers(2**31)))
+    return Scene(
+        things,
+        relation,
+        list(backgrounds)[rng.integers(len(backgrounds))],
+        round(float(rng.uniform(0.86, 1.1)), 3),
+        round(float(rng.uniform(0.52, 0.68)), 3),
+        int(rng.integers(2**31)),
+    )

@@ -18,153 +18,239 @@ from .readers import Problems, SourceError, make_record, read_span, tar_index
 # %% ../../nbs/1_data/18_shards.ipynb #e2b8c02b
 class Texts:
     "Some rows of an Arrow column of texts, in some order; has a length and can be gone through."
-    def __init__(self,
-                 column,           # Arrow array or chunked array
-                 rows:np.ndarray,  # which of its rows
-                 ): self.column, self.rows = column, rows
-    def __len__(self): return len(self.rows)
-    def __getitem__(self, i): return self.column[int(self.rows[i])].as_py()
+
+    def __init__(
+        self,
+        column,  # Arrow array or chunked array
+        rows: np.ndarray,  # which of its rows
+    ):
+        self.column, self.rows = column, rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        return self.column[int(self.rows[i])].as_py()
+
     def __iter__(self):
-        for start in range(0, len(self.rows), 10_000): yield from self.column.take(self.rows[start:start + 10_000]).to_pylist()
+        for start in range(0, len(self.rows), 10_000):
+            yield from self.column.take(self.rows[start : start + 10_000]).to_pylist()
 
 # %% ../../nbs/1_data/18_shards.ipynb #15752d0a
-def key_numbers(column,       # Arrow array or chunked array
-                )->np.ndarray: # one number a row, the same for the same text
+def key_numbers(
+    column,  # Arrow array or chunked array
+) -> np.ndarray:  # one number a row, the same for the same text
     "Give the same texts the same number."
     import pyarrow as pa
+
     parts = column.dictionary_encode()
     parts = parts.chunks if isinstance(parts, pa.ChunkedArray) else [parts]
     return np.concatenate([p.indices.to_numpy(zero_copy_only=False) for p in parts] or [np.zeros(0, np.int32)])
 
-def first_rows(numbers:np.ndarray,  # from `key_numbers`
-               )->np.ndarray:       # positions, ascending
+
+def first_rows(
+    numbers: np.ndarray,  # from `key_numbers`
+) -> np.ndarray:  # positions, ascending
     "Where each number comes first."
     return np.sort(np.unique(numbers, return_index=True)[1])
 
 # %% ../../nbs/1_data/18_shards.ipynb #d0da295c
-def find_shards(pattern:str,  # relative to the project: a folder, a file, a glob or a brace pattern
-                )->list:      # paths, sorted
+def find_shards(
+    pattern: str,  # relative to the project: a folder, a file, a glob or a brace pattern
+) -> list:  # paths, sorted
     "The archives that a pattern names."
     from braceexpand import UnbalancedBracesError, braceexpand
+
     path, found = at_root(pattern), []
     try:
-        if path.is_dir(): found = sorted(path.glob('*.tar'))
-        else: found = sorted(Path(p) for one in braceexpand(str(path)) for p in ([one] if Path(one).is_file() else glob(one)))
-    except (UnbalancedBracesError, ValueError) as e: raise SourceError(f'{pattern!r} is no pattern of archives: {e}') from None
+        if path.is_dir():
+            found = sorted(path.glob("*.tar"))
+        else:
+            found = sorted(
+                Path(p) for one in braceexpand(str(path)) for p in ([one] if Path(one).is_file() else glob(one))
+            )
+    except (UnbalancedBracesError, ValueError) as e:
+        raise SourceError(f"{pattern!r} is no pattern of archives: {e}") from None
     found = [p for p in found if p.is_file()]
-    if found: return found
+    if found:
+        return found
     parent = path if path.is_dir() else path.parent
     there = sorted(p.name for p in parent.iterdir())[:8] if parent.is_dir() else []
-    raise SourceError(f'no tar archives at {pattern}; ' + (f'{parent.name}/ holds {", ".join(there) or "nothing"}' if parent.is_dir() else f'{parent} does not exist: link or copy the data there'))
+    raise SourceError(
+        f"no tar archives at {pattern}; "
+        + (
+            f"{parent.name}/ holds {', '.join(there) or 'nothing'}"
+            if parent.is_dir()
+            else f"{parent} does not exist: link or copy the data there"
+        )
+    )
 
 # %% ../../nbs/1_data/18_shards.ipynb #b4690bfd
-kinds = ('image', 'txt', 'json')
+kinds = ("image", "txt", "json")
+
+
 def _samples(names):
     "The files of each sample of a shard: key to {kind: number of the file}."
     samples = {}
     for i, name in enumerate(names.to_pylist()):
-        found = re.fullmatch(r'((?:.*/)?[^/.]+)\.([^/]+)', name)
-        if not found: continue
+        found = re.fullmatch(r"((?:.*/)?[^/.]+)\.([^/]+)", name)
+        if not found:
+            continue
         kind = found[2].lower()
-        kind = 'image' if f'.{kind}' in suffixes else kind
-        if kind in kinds: samples.setdefault(found[1], {}).setdefault(kind, i)
+        kind = "image" if f".{kind}" in suffixes else kind
+        if kind in kinds:
+            samples.setdefault(found[1], {}).setdefault(kind, i)
     return samples
 
 # %% ../../nbs/1_data/18_shards.ipynb #8c1625da
-def as_caption(said,  # what a file gives as a caption
-               )->str: # the same if it is a text, else empty
+def as_caption(
+    said,  # what a file gives as a caption
+) -> str:  # the same if it is a text, else empty
     "A caption whose letters can be stored."
-    return re.sub('[\ud800-\udfff]', '\ufffd', said) if isinstance(said, str) else ''
+    return re.sub("[\ud800-\udfff]", "\ufffd", said) if isinstance(said, str) else ""
 
-def as_captions(said,  # what a file gives as captions: a list, or an object of kinds
-                ):     # the same with its texts only
+
+def as_captions(
+    said,  # what a file gives as captions: a list, or an object of kinds
+):  # the same with its texts only
     "All captions of a picture."
-    if isinstance(said, dict): return {as_caption(k): as_caption(v) for k, v in said.items() if as_caption(v).strip()}
+    if isinstance(said, dict):
+        return {as_caption(k): as_caption(v) for k, v in said.items() if as_caption(v).strip()}
     return [as_caption(c) for c in said if as_caption(c).strip()] if isinstance(said, list) else []
 
 # %% ../../nbs/1_data/18_shards.ipynb #39ac920c
 def _text(data):
     "A caption's text, and what was wrong with its bytes."
-    try: return data.decode('utf-8'), []
-    except UnicodeDecodeError: return data.decode('utf-8', 'replace'), ['caption: not UTF-8, unreadable letters replaced']
+    try:
+        return data.decode("utf-8"), []
+    except UnicodeDecodeError:
+        return data.decode("utf-8", "replace"), ["caption: not UTF-8, unreadable letters replaced"]
+
 
 def _details(data):
     "What the sample's JSON says, and what was wrong with it."
-    try: found = json.loads(data) if data else {}
-    except (ValueError, RecursionError): found = None
-    return (found, []) if isinstance(found, dict) else ({}, ['unreadable JSON beside the picture ignored'])
+    try:
+        found = json.loads(data) if data else {}
+    except (ValueError, RecursionError):
+        found = None
+    return (found, []) if isinstance(found, dict) else ({}, ["unreadable JSON beside the picture ignored"])
 
 # %% ../../nbs/1_data/18_shards.ipynb #7eb4cd28
 class TarPairs:
     "Pairs in webdataset shards."
-    def __init__(self,
-                 pattern:str,            # see `find_shards`
-                 caption_source:str='',  # who wrote the captions: web, human, blip ...; empty: what a sample says, else web
-                 ):
+
+    def __init__(
+        self,
+        pattern: str,  # see `find_shards`
+        caption_source: str = "",  # who wrote the captions: web, human, blip ...; empty: what a sample says, else web
+    ):
         import pyarrow as pa
-        self.name, self.caption_source, self.problems, self.shards = f'webdataset:{pattern}', caption_source, Problems(), find_shards(pattern)
+
+        self.name, self.caption_source, self.problems, self.shards = (
+            f"webdataset:{pattern}",
+            caption_source,
+            Problems(),
+            find_shards(pattern),
+        )
         self.root, found = find_root(), [self._add(n) for n in range(len(self.shards))]
         keys = pa.chunked_array([k for k, _ in found], pa.string())
         self._where = np.concatenate([w for _, w in found])
         self._keep(keys)
-        if not len(self) and self.problems: raise SourceError('{file}: no usable pair; {row}: {what}; {remedy}'.format(**self.problems[0]))
-        if not len(self): raise SourceError(f'{self.shards[0].name}: no pair of a picture and a caption in it; fetch it again, or name other archives')
-    def __len__(self): return len(self.keys)
+        if not len(self) and self.problems:
+            raise SourceError("{file}: no usable pair; {row}: {what}; {remedy}".format(**self.problems[0]))
+        if not len(self):
+            raise SourceError(
+                f"{self.shards[0].name}: no pair of a picture and a caption in it; fetch it again, or name other archives"
+            )
+
+    def __len__(self):
+        return len(self.keys)
 
 # %% ../../nbs/1_data/18_shards.ipynb #79cde735
 @patch
-def _add(self:TarPairs, n):
+def _add(self: TarPairs, n):
     "Keys and places of a shard's samples; what is incomplete is listed."
     import pyarrow as pa
-    shard = self.shards[n]; names, _, problems = tar_index(shard); keys, where = [], []
-    for p in problems: self.problems.add(**p)
+
+    shard = self.shards[n]
+    names, _, problems = tar_index(shard)
+    keys, where = [], []
+    for p in problems:
+        self.problems.add(**p)
     for key, files in _samples(names).items():
-        why = 'no picture' if 'image' not in files else 'no caption' if not {'txt', 'json'} & set(files) else ''
-        if why: self.problems.add(shard.name, key, why, 'left out; repair the archive')
-        else: keys.append(key); where.append((n, *(files.get(k, -1) for k in kinds)))
+        why = "no picture" if "image" not in files else "no caption" if not {"txt", "json"} & set(files) else ""
+        if why:
+            self.problems.add(shard.name, key, why, "left out; repair the archive")
+        else:
+            keys.append(key)
+            where.append((n, *(files.get(k, -1) for k in kinds)))
     return pa.array(keys, pa.string()), np.array(where, np.int32).reshape(-1, 4)
 
+
 @patch
-def _keep(self:TarPairs, keys):
+def _keep(self: TarPairs, keys):
     "Keep the first sample with each key."
     rows = first_rows(key_numbers(keys))
-    for i in np.setdiff1d(np.arange(len(keys)), rows): self.problems.add(self.shards[self._where[i, 0]].name, keys[int(i)].as_py(), 'duplicate key', 'left out; repair the archive')
+    for i in np.setdiff1d(np.arange(len(keys)), rows):
+        self.problems.add(
+            self.shards[self._where[i, 0]].name, keys[int(i)].as_py(), "duplicate key", "left out; repair the archive"
+        )
     self.keys, self._where = Texts(keys, rows), self._where[rows]
 
 # %% ../../nbs/1_data/18_shards.ipynb #9f6da421
 def _read(shard, number, limit=200_000_000):
     "The bytes of a file of a shard, by its number in the index."
-    if number < 0: return b''
+    if number < 0:
+        return b""
     names, spans, _ = tar_index(shard)
     return read_span(shard, *map(int, spans[number]), names[int(number)].as_py(), limit)
 
+
 def _words(shard, txt, details):
     "Caption, further captions, what else the JSON says, and remarks."
-    try: (said, remarks), (caption, more) = _details(_read(shard, details, 10_000_000)), _text(_read(shard, txt, 1_000_000))
-    except ImageProblem as e: return '', [], {}, [f'caption: {e}']
-    if txt < 0: caption = said.get('caption')
-    return as_caption(caption), as_captions(said.get('captions')) or [as_caption(caption)], said, remarks + more
+    try:
+        (said, remarks), (caption, more) = (
+            _details(_read(shard, details, 10_000_000)),
+            _text(_read(shard, txt, 1_000_000)),
+        )
+    except ImageProblem as e:
+        return "", [], {}, [f"caption: {e}"]
+    if txt < 0:
+        caption = said.get("caption")
+    return as_caption(caption), as_captions(said.get("captions")) or [as_caption(caption)], said, remarks + more
 
 # %% ../../nbs/1_data/18_shards.ipynb #e8dd990a
 @patch
-def _record(self:TarPairs, i, look):
+def _record(self: TarPairs, i, look):
     "The record with this number, with its picture or without."
-    key, (n, picture, txt, details) = self.keys[i], self._where[i]; shard = self.shards[n]
+    key, (n, picture, txt, details) = self.keys[i], self._where[i]
+    shard = self.shards[n]
     caption, captions, said, remarks = _words(shard, txt, details)
-    base, name = shard.relative_to(self.root) if shard.is_relative_to(self.root) else shard, tar_index(shard)[0][int(picture)].as_py()
-    known = dict(caption=caption, caption_source=self.caption_source or str(said.get('caption_source') or 'web'), scene=str(said.get('scene') or key),
-                 captions=json.dumps(captions), reference=f'{base.as_posix()}#{name}')
+    base, name = (
+        shard.relative_to(self.root) if shard.is_relative_to(self.root) else shard,
+        tar_index(shard)[0][int(picture)].as_py(),
+    )
+    known = dict(
+        caption=caption,
+        caption_source=self.caption_source or str(said.get("caption_source") or "web"),
+        scene=str(said.get("scene") or key),
+        captions=json.dumps(captions),
+        reference=f"{base.as_posix()}#{name}",
+    )
     record = make_record(key, functools.partial(_read, shard, picture) if look else None, name, shard.name, **known)
-    return record | dict(remarks=record['remarks'] + remarks)
+    return record | dict(remarks=record["remarks"] + remarks)
+
 
 @patch
-def __getitem__(self:TarPairs, i):
+def __getitem__(self: TarPairs, i):
     "The record with this number."
     return self._record(i, True)
 
+
 @patch
-def told(self:TarPairs,
-         i:int,     # number of a pair
-         )->dict:   # its record, with `image` None
+def told(
+    self: TarPairs,
+    i: int,  # number of a pair
+) -> dict:  # its record, with `image` None
     "What is said of a picture, which is not read."
     return self._record(i, False)

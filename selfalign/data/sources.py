@@ -21,10 +21,23 @@ from .shards import TarPairs
 from .streams import Damage, find_separator, json_items, text_lines
 
 # %% ../../nbs/1_data/1d_sources.ipynb #9b93cc85
-readers = dict(microworld=MicroworldPairs, webdataset=TarPairs, llava=llava, coco=coco, karpathy=karpathy, flickr=flickr,
-               sail=sail, table=table, folder=folder, datasets=datasets)
-def options_of(kind:str,  # one of `readers`
-               )->dict:   # name to default
+readers = dict(
+    microworld=MicroworldPairs,
+    webdataset=TarPairs,
+    llava=llava,
+    coco=coco,
+    karpathy=karpathy,
+    flickr=flickr,
+    sail=sail,
+    table=table,
+    folder=folder,
+    datasets=datasets,
+)
+
+
+def options_of(
+    kind: str,  # one of `readers`
+) -> dict:  # name to default
     "The options of a kind of source."
     return {p.name: p.default for p in inspect.signature(readers[kind]).parameters.values() if p.default is not p.empty}
 
@@ -32,140 +45,233 @@ def options_of(kind:str,  # one of `readers`
 @dataclass(frozen=True)
 class Source:
     "What is to be opened, and how."
-    kind: str    # one of `readers`
-    place: str   # path, pattern or pool
+
+    kind: str  # one of `readers`
+    place: str  # path, pattern or pool
     options: dict = field(default_factory=dict)  # for the reader
-    why: str = ''  # what it was recognised by; empty: somebody said so
+    why: str = ""  # what it was recognised by; empty: somebody said so
+
     def __str__(self):
         path = Path(self.place)
-        return f'{self.kind}:{path.relative_to(find_root()) if path.is_absolute() and path.is_relative_to(find_root()) else self.place}'
+        return f"{self.kind}:{path.relative_to(find_root()) if path.is_absolute() and path.is_relative_to(find_root()) else self.place}"
 
 # %% ../../nbs/1_data/1d_sources.ipynb #2a02d56a
 def _known(names):
     "Whether columns for the picture and for the caption are among these."
-    return all(any(n.strip().lower().replace(' ', '_') in usual[k] for n in names) for k in ('image', 'caption'))
+    return all(any(n.strip().lower().replace(" ", "_") in usual[k] for n in names) for k in ("image", "caption"))
+
 
 def _json_kind(path):
     "What a JSON file holds, by the first object in one of its lists."
     for name, i, x in itertools.islice(json_items(path), 50):
-        if i is None or not isinstance(x, dict): continue
-        if name == '' and {'conversations', 'blip_caption'} & set(x): return 'llava', f'a list of entries with {next(k for k in ("conversations", "blip_caption") if k in x)!r}'
-        if name == 'images' and 'sentences' in x: return 'karpathy', 'a list of images with their sentences'
-        if name == 'images' and 'file_name' in x: return 'coco', 'images with a file_name, and annotations'
-        if name == 'annotations' and {'image_id', 'caption'} <= set(x): return 'coco', 'annotations with image_id and caption'
-        if name == '' and _known(x): return 'table', 'a list of entries with a picture and a caption'
+        if i is None or not isinstance(x, dict):
+            continue
+        if name == "" and {"conversations", "blip_caption"} & set(x):
+            return "llava", f"a list of entries with {next(k for k in ('conversations', 'blip_caption') if k in x)!r}"
+        if name == "images" and "sentences" in x:
+            return "karpathy", "a list of images with their sentences"
+        if name == "images" and "file_name" in x:
+            return "coco", "images with a file_name, and annotations"
+        if name == "annotations" and {"image_id", "caption"} <= set(x):
+            return "coco", "annotations with image_id and caption"
+        if name == "" and _known(x):
+            return "table", "a list of entries with a picture and a caption"
 
 # %% ../../nbs/1_data/1d_sources.ipynb #a2087870
 def _text_kind(path):
     "What a text file holds, by its first line."
-    line = next((l for _, l in text_lines(path) if l), '') or ''
-    if re.match(r'[^\t]+#\d+\t', line): return 'flickr', 'lines of name#number<tab>caption'
-    if re.match(r'image_name\s*\||[^|,]+\.\w+\s*\|\s*\d+\s*\|', line): return 'flickr', 'lines of name| number| caption'
+    line = next((l for _, l in text_lines(path) if l), "") or ""
+    if re.match(r"[^\t]+#\d+\t", line):
+        return "flickr", "lines of name#number<tab>caption"
+    if re.match(r"image_name\s*\||[^|,]+\.\w+\s*\|\s*\d+\s*\|", line):
+        return "flickr", "lines of name| number| caption"
     names = [n.strip('" ') for n in line.split(find_separator(path))]
-    if 'Image Path' in names and set(sail_columns) & set(names): return 'sail', 'columns Image Path and ' + next(c for c in sail_columns if c in names)
-    if path.suffix in ('.csv', '.tsv') or _known(names): return 'table', f'a table with the columns {", ".join(names)[:100]}'
+    if "Image Path" in names and set(sail_columns) & set(names):
+        return "sail", "columns Image Path and " + next(c for c in sail_columns if c in names)
+    if path.suffix in (".csv", ".tsv") or _known(names):
+        return "table", f"a table with the columns {', '.join(names)[:100]}"
 
 # %% ../../nbs/1_data/1d_sources.ipynb #88c25c2d
 def _file_kind(path):
     "What a file is, and why; or None."
     suffix = path.suffix.lower()
-    if suffix == '.tar': return 'webdataset', 'a tar archive'
-    if suffix in ('.parquet', '.arrow'): return 'datasets', f'a {suffix[1:].capitalize()} file'
-    if suffix in ('.jsonl', '.ndjson'): return 'table', 'JSON Lines'
-    named = {'captions_': 'coco', 'dataset_': 'karpathy', 'blip_laion': 'llava'}
-    try: return _json_kind(path) if suffix == '.json' else _text_kind(path) if suffix in ('.csv', '.tsv', '.txt', '.token') else None
-    except Damage: return next(((k, 'its name; it is damaged') for start, k in named.items() if path.name.startswith(start)), None)
+    if suffix == ".tar":
+        return "webdataset", "a tar archive"
+    if suffix in (".parquet", ".arrow"):
+        return "datasets", f"a {suffix[1:].capitalize()} file"
+    if suffix in (".jsonl", ".ndjson"):
+        return "table", "JSON Lines"
+    named = {"captions_": "coco", "dataset_": "karpathy", "blip_laion": "llava"}
+    try:
+        return (
+            _json_kind(path)
+            if suffix == ".json"
+            else _text_kind(path)
+            if suffix in (".csv", ".tsv", ".txt", ".token")
+            else None
+        )
+    except Damage:
+        return next(((k, "its name; it is damaged") for start, k in named.items() if path.name.startswith(start)), None)
 
 # %% ../../nbs/1_data/1d_sources.ipynb #0faeee60
 def _has_notes(path):
     "Whether there are pictures with text files among the first names."
     for place, inside, names in itertools.islice(os.walk(path), 100):
-        notes = {n[:-4] for n in names if n.endswith('.txt')}
-        if any(n.rpartition('.')[0] in notes and named_picture(n) for n in names): return True
+        notes = {n[:-4] for n in names if n.endswith(".txt")}
+        if any(n.rpartition(".")[0] in notes and named_picture(n) for n in names):
+            return True
         inside.sort()
     return False
 
+
 def _preferred(found):
     "Of the files that belong together, the one to be opened."
+
     def drop(kind, when):
         rest = [s for s in found if s.kind != kind or not when(Path(s.place).name)]
         return rest if any(s.kind == kind for s in rest) else found
-    for kind, when in (('llava', lambda n: 'meta' in n), ('coco', lambda n: 'captions' not in n), ('flickr', lambda n: 'lemma' in n)): found = drop(kind, when)
+
+    for kind, when in (
+        ("llava", lambda n: "meta" in n),
+        ("coco", lambda n: "captions" not in n),
+        ("flickr", lambda n: "lemma" in n),
+    ):
+        found = drop(kind, when)
     return found
 
 # %% ../../nbs/1_data/1d_sources.ipynb #567b4a9b
-def look(path:str|Path,  # a file or a folder
-         )->list:        # of `Source`, most often one
+def look(
+    path: str | Path,  # a file or a folder
+) -> list:  # of `Source`, most often one
     "What a file or a folder can be opened as."
     path = Path(path)
-    if path.is_file(): return [Source(kind[0], str(path), {}, kind[1])] if (kind := _file_kind(path)) else []
-    names = sorted(e.name for e in os.scandir(path) if e.name[0] != '.' and not named_picture(e.name))
-    tars = [n for n in names if n.endswith('.tar')]
-    if tars: return [Source('webdataset', str(path), {}, f'{len(tars)} tar archives')]
-    if {'state.json', 'dataset_dict.json'} & set(names): return [Source('datasets', str(path), {}, 'a dataset saved with save_to_disk')]
-    if next(itertools.chain(path.glob('*.parquet'), path.glob('data/*.parquet')), None): return [Source('datasets', str(path), {}, 'Parquet files')]
-    inside = [path/n for n in names] + (sorted((path/'annotations').iterdir()) if (path/'annotations').is_dir() else [])
-    files = [p for p in inside if p.suffix.lower() in ('.json', '.jsonl', '.ndjson', '.csv', '.tsv', '.token', '.arrow') or p.name.endswith(('.token.txt', 'captions.txt'))]
+    if path.is_file():
+        return [Source(kind[0], str(path), {}, kind[1])] if (kind := _file_kind(path)) else []
+    names = sorted(e.name for e in os.scandir(path) if e.name[0] != "." and not named_picture(e.name))
+    tars = [n for n in names if n.endswith(".tar")]
+    if tars:
+        return [Source("webdataset", str(path), {}, f"{len(tars)} tar archives")]
+    if {"state.json", "dataset_dict.json"} & set(names):
+        return [Source("datasets", str(path), {}, "a dataset saved with save_to_disk")]
+    if next(itertools.chain(path.glob("*.parquet"), path.glob("data/*.parquet")), None):
+        return [Source("datasets", str(path), {}, "Parquet files")]
+    inside = [path / n for n in names] + (
+        sorted((path / "annotations").iterdir()) if (path / "annotations").is_dir() else []
+    )
+    files = [
+        p
+        for p in inside
+        if p.suffix.lower() in (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".token", ".arrow")
+        or p.name.endswith((".token.txt", "captions.txt"))
+    ]
     found = [Source(k[0], str(p), {}, k[1]) for p in files if p.is_file() and (k := _file_kind(p))]
-    return _preferred(found) if found else [Source('folder', str(path), {}, 'pictures with text files of the same name')] if _has_notes(path) else []
+    return (
+        _preferred(found)
+        if found
+        else [Source("folder", str(path), {}, "pictures with text files of the same name")]
+        if _has_notes(path)
+        else []
+    )
 
 # %% ../../nbs/1_data/1d_sources.ipynb #2b2910be
 def _one(found, path, kind, query):
     "The only source found; else what to write."
-    found = [s for s in found if kind in ('', s.kind)]
-    if len(found) == 1: return found[0]
-    end = f'?{query}' if query else ''
-    if found: raise SourceError(f'{path} can be opened in several ways: ' + '; '.join(f'{s}{end} ({s.why})' for s in found[:8]) + '; write one of these')
+    found = [s for s in found if kind in ("", s.kind)]
+    if len(found) == 1:
+        return found[0]
+    end = f"?{query}" if query else ""
+    if found:
+        raise SourceError(
+            f"{path} can be opened in several ways: "
+            + "; ".join(f"{s}{end} ({s.why})" for s in found[:8])
+            + "; write one of these"
+        )
     there = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else [path.name]
-    raise SourceError(f'{path}: nothing known in it{f" for {kind}:" if kind else ""}; there is {", ".join(there) or "nothing"}. If you know better, write KIND:PATH; the kinds are {", ".join(readers)}')
+    raise SourceError(
+        f"{path}: nothing known in it{f' for {kind}:' if kind else ''}; there is {', '.join(there) or 'nothing'}. If you know better, write KIND:PATH; the kinds are {', '.join(readers)}"
+    )
+
 
 def _options(kind, query, source):
     "The options in a source, of the right types."
     known, options = options_of(kind), {}
     for name, value in parse_qsl(query, keep_blank_values=True):
-        if name not in known: raise SourceError(f'{source!r}: unknown option {name!r} of {kind}; {nearest(name, known)}')
-        try: options[name] = type(known[name])(value)
-        except ValueError: raise SourceError(f'{source!r}: {name}={value} is no {type(known[name]).__name__}') from None
+        if name not in known:
+            raise SourceError(f"{source!r}: unknown option {name!r} of {kind}; {nearest(name, known)}")
+        try:
+            options[name] = type(known[name])(value)
+        except ValueError:
+            raise SourceError(f"{source!r}: {name}={value} is no {type(known[name]).__name__}") from None
     return options
 
 # %% ../../nbs/1_data/1d_sources.ipynb #74025291
-def parse_source(source:str,  # e.g. `microworld:study?noise=0.3`, or a path
-                 )->Source:
+def parse_source(
+    source: str,  # e.g. `microworld:study?noise=0.3`, or a path
+) -> Source:
     "Take a source apart, look where it does not say what it is, and check its options."
-    kind, colon, rest = source.partition(':')
-    if not colon or kind not in readers and kind != 'auto': kind, rest = '', source
-    place, _, query = rest.partition('?'); path = at_root(place)
-    if kind in ('', 'auto') and (not place or not path.exists()):
-        if kind == '' and colon and not re.search(r'[/\\]', source.partition(':')[0]): raise SourceError(f'unknown kind of source {source.partition(":")[0]!r} in {source!r}; {nearest(source.partition(":")[0], readers)}')
-        raise SourceError(f'{source}: there is no such file or folder; link or copy the data there, or write KIND:PLACE with one of {", ".join(readers)}')
-    if kind in ('microworld', 'webdataset'): return Source(kind, place, _options(kind, query, source))
-    if not path.exists(): raise SourceError(f'{place}: there is no such file or folder; link or copy the data there')
-    if kind in ('folder', 'datasets') or kind in readers and path.is_file(): return Source(kind, str(path), _options(kind, query, source))
-    found = _one(look(path), path, kind.removeprefix('auto'), query)
+    kind, colon, rest = source.partition(":")
+    if not colon or kind not in readers and kind != "auto":
+        kind, rest = "", source
+    place, _, query = rest.partition("?")
+    path = at_root(place)
+    if kind in ("", "auto") and (not place or not path.exists()):
+        if kind == "" and colon and not re.search(r"[/\\]", source.partition(":")[0]):
+            raise SourceError(
+                f"unknown kind of source {source.partition(':')[0]!r} in {source!r}; {nearest(source.partition(':')[0], readers)}"
+            )
+        raise SourceError(
+            f"{source}: there is no such file or folder; link or copy the data there, or write KIND:PLACE with one of {', '.join(readers)}"
+        )
+    if kind in ("microworld", "webdataset"):
+        return Source(kind, place, _options(kind, query, source))
+    if not path.exists():
+        raise SourceError(f"{place}: there is no such file or folder; link or copy the data there")
+    if kind in ("folder", "datasets") or kind in readers and path.is_file():
+        return Source(kind, str(path), _options(kind, query, source))
+    found = _one(look(path), path, kind.removeprefix("auto"), query)
     return Source(found.kind, found.place, _options(found.kind, query, source), found.why)
 
 # %% ../../nbs/1_data/1d_sources.ipynb #9684e0b3
-def open_pairs(source:str,  # `KIND:PLACE?option=value`, or a path below the project
-               ):           # has a length, `keys`, `problems`, `source`, and a record for each number
+def open_pairs(
+    source: str,  # `KIND:PLACE?option=value`, or a path below the project
+):  # has a length, `keys`, `problems`, `source`, and a record for each number
     "Open a collection of pairs."
     found = parse_source(source)
-    try: pairs = readers[found.kind](found.place, **found.options)
-    except ValueError as e: raise SourceError(f'{source!r}: {e}') from None
+    try:
+        pairs = readers[found.kind](found.place, **found.options)
+    except ValueError as e:
+        raise SourceError(f"{source!r}: {e}") from None
     pairs.source = found
     return pairs
 
 # %% ../../nbs/1_data/1d_sources.ipynb #52aec40e
-def survey(pairs,          # from `open_pairs`
-           first:int=200,  # how many pairs to look at
-           )->dict:        # looked, usable, problems, sizes, words, captions, examples
+def survey(
+    pairs,  # from `open_pairs`
+    first: int = 200,  # how many pairs to look at
+) -> dict:  # looked, usable, problems, sizes, words, captions, examples
     "What the first pairs of a collection are like."
-    problems, sizes, words, captions, examples, usable = Problems(pairs.problems), Counter(), Counter(), Counter(), [], 0
+    problems, sizes, words, captions, examples, usable = (
+        Problems(pairs.problems),
+        Counter(),
+        Counter(),
+        Counter(),
+        [],
+        0,
+    )
     for i in range(looked := min(first, len(pairs))):
-        r = pairs[i]; caption, remarks = clean_caption(r['caption'])
-        row = r['key'] if not r['problem'] else r['problem']['row']
-        if r['problem']: problems.add(**r['problem'])
-        for remark in r['remarks'] + [f'caption: {x}' for x in remarks]: problems.add(pairs.name, row, remark, 'used as described' if caption else 'the pair is not used')
-        usable += bool(r['image'] and caption); sizes[(r['width'], r['height'])] += bool(r['image'])
-        words[len(caption.split())] += 1; captions[max(1, len(json.loads(r['captions'])))] += 1
-        if len(examples) < 5: examples.append((r['key'], caption[:100]))
-    return dict(looked=looked, usable=usable, problems=problems, sizes=+sizes, words=words, captions=captions, examples=examples)
+        r = pairs[i]
+        caption, remarks = clean_caption(r["caption"])
+        row = r["key"] if not r["problem"] else r["problem"]["row"]
+        if r["problem"]:
+            problems.add(**r["problem"])
+        for remark in r["remarks"] + [f"caption: {x}" for x in remarks]:
+            problems.add(pairs.name, row, remark, "used as described" if caption else "the pair is not used")
+        usable += bool(r["image"] and caption)
+        sizes[(r["width"], r["height"])] += bool(r["image"])
+        words[len(caption.split())] += 1
+        captions[max(1, len(json.loads(r["captions"])))] += 1
+        if len(examples) < 5:
+            examples.append((r["key"], caption[:100]))
+    return dict(
+        looked=looked, usable=usable, problems=problems, sizes=+sizes, words=words, captions=captions, examples=examples
+    )

@@ -16,167 +16,265 @@ from .readers import SourceError
 # %% ../../nbs/1_data/19_streams.ipynb #386fbb6b
 class Damage(SourceError):
     "A file that cannot be read further: what is wrong with it, and what helps."
-    def __init__(self,
-                 file:str,    # its name
-                 row:str,     # the entry
-                 what:str,    # what is wrong
-                 remedy:str,  # what helps
-                 ):
-        super().__init__(f'{file}{", " if row else ""}{row}: {what}; {remedy}')
+
+    def __init__(
+        self,
+        file: str,  # its name
+        row: str,  # the entry
+        what: str,  # what is wrong
+        remedy: str,  # what helps
+    ):
+        super().__init__(f"{file}{', ' if row else ''}{row}: {what}; {remedy}")
         self.file, self.row, self.what, self.remedy = file, row, what, remedy
 
 # %% ../../nbs/1_data/19_streams.ipynb #91ce7bc7
-_signs = {b'\xff\xfe': ('text in UTF-16', 'save it as UTF-8'), b'\xfe\xff': ('text in UTF-16', 'save it as UTF-8'), b'\x1f\x8b': ('compressed', 'unpack it with gunzip'),
-          b'PK': ('compressed', 'unpack it with unzip'), b'BZ': ('compressed', 'unpack it with bunzip2'), b'\x28\xb5\x2f\xfd': ('compressed', 'unpack it with zstd -d')}
+_signs = {
+    b"\xff\xfe": ("text in UTF-16", "save it as UTF-8"),
+    b"\xfe\xff": ("text in UTF-16", "save it as UTF-8"),
+    b"\x1f\x8b": ("compressed", "unpack it with gunzip"),
+    b"PK": ("compressed", "unpack it with unzip"),
+    b"BZ": ("compressed", "unpack it with bunzip2"),
+    b"\x28\xb5\x2f\xfd": ("compressed", "unpack it with zstd -d"),
+}
+
+
 @contextmanager
-def open_text(path:str|Path,  # a file
-              ):              # gives an open text file
+def open_text(
+    path: str | Path,  # a file
+):  # gives an open text file
     "A file as text, or the reason why not."
     path = Path(path)
-    if path.is_dir(): raise SourceError(f'{path.name} is a folder where a file should be; name a file in it')
-    if path.exists() and not path.is_file(): raise SourceError(f'{path.name} is no plain file; copy its content into one')
-    try: file = open(path, 'rb')
-    except OSError as e: raise SourceError(f'{path}: {e.strerror}; check the path') from None
+    if path.is_dir():
+        raise SourceError(f"{path.name} is a folder where a file should be; name a file in it")
+    if path.exists() and not path.is_file():
+        raise SourceError(f"{path.name} is no plain file; copy its content into one")
+    try:
+        file = open(path, "rb")
+    except OSError as e:
+        raise SourceError(f"{path}: {e.strerror}; check the path") from None
     with file:
-        head = file.read(64); file.seek(0)
+        head = file.read(64)
+        file.seek(0)
         for sign, (what, remedy) in _signs.items():
-            if head.startswith(sign) and not (sign == b'BZ' and head[2:3] != b'h'): raise Damage(path.name, '', what, remedy)
-        if not head.strip(b'\xef\xbb\xbf \t\r\n\0') and path.stat().st_size < 64: raise Damage(path.name, '', 'the file is empty', 'fetch it again')
-        yield io.TextIOWrapper(file, encoding='utf-8-sig', errors='surrogateescape')
+            if head.startswith(sign) and not (sign == b"BZ" and head[2:3] != b"h"):
+                raise Damage(path.name, "", what, remedy)
+        if not head.strip(b"\xef\xbb\xbf \t\r\n\0") and path.stat().st_size < 64:
+            raise Damage(path.name, "", "the file is empty", "fetch it again")
+        yield io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape")
 
 # %% ../../nbs/1_data/19_streams.ipynb #b9bba386
 longest = 2**22
-def text_lines(path:str|Path,  # a text file
-               ):              # gives (number from 1, line without its end, or None where it is too long)
+
+
+def text_lines(
+    path: str | Path,  # a text file
+):  # gives (number from 1, line without its end, or None where it is too long)
     "The lines of a file."
     with open_text(path) as file:
         for number in itertools.count(1):
             line = file.readline(longest)
-            if not line: return
-            whole = line.endswith('\n') or len(line) < longest
-            while not whole: whole = (more := file.readline(longest)) == '' or more.endswith('\n'); line = None
-            yield number, line if line is None else line.removesuffix('\n')
+            if not line:
+                return
+            whole = line.endswith("\n") or len(line) < longest
+            while not whole:
+                whole = (more := file.readline(longest)) == "" or more.endswith("\n")
+                line = None
+            yield number, line if line is None else line.removesuffix("\n")
 
 # %% ../../nbs/1_data/19_streams.ipynb #b528520e
 def _row(lines, separator):
     "The cells of a row that takes all these lines; None if it is not complete; a text if it is wrong."
-    try: return next(csv.reader([l + '\n' for l in lines[:-1]] + lines[-1:], delimiter=separator, strict=True), [])
+    try:
+        return next(csv.reader([l + "\n" for l in lines[:-1]] + lines[-1:], delimiter=separator, strict=True), [])
     except csv.Error as e:
-        if 'unexpected end' in str(e): return None
-        return 'the quotation marks do not match' if len(lines) > 1 or 'expected after' in str(e) else f'it is no row of a table ({e})'
+        if "unexpected end" in str(e):
+            return None
+        return (
+            "the quotation marks do not match"
+            if len(lines) > 1 or "expected after" in str(e)
+            else f"it is no row of a table ({e})"
+        )
 
 # %% ../../nbs/1_data/19_streams.ipynb #99f8a445
-def csv_rows(path:str|Path,     # a text file
-             separator:str=',', # between the cells
-             ):                 # gives (number of the line, list of cells, or a text that says what is wrong)
+def csv_rows(
+    path: str | Path,  # a text file
+    separator: str = ",",  # between the cells
+):  # gives (number of the line, list of cells, or a text that says what is wrong)
     "The rows of a table; one that is broken takes no other with it."
     source, waiting = text_lines(path), deque()
-    def following(): return waiting.popleft() if waiting else next(source, None)
-    while (first := following()):
-        taken, cells = [first], 'the line is too long' if first[1] is None else _row([first[1]], separator)
+
+    def following():
+        return waiting.popleft() if waiting else next(source, None)
+
+    while first := following():
+        taken, cells = [first], "the line is too long" if first[1] is None else _row([first[1]], separator)
         while cells is None and len(taken) < 20 and (more := following()):
-            taken.append(more); cells = _row([l for _, l in taken], separator) if more[1] is not None else 'the quotation marks do not match'
-        if not isinstance(cells, list): cells = cells or 'a quotation mark is not closed'; waiting.extendleft(taken[:0:-1])
-        if cells: yield first[0], cells
+            taken.append(more)
+            cells = (
+                _row([l for _, l in taken], separator) if more[1] is not None else "the quotation marks do not match"
+            )
+        if not isinstance(cells, list):
+            cells = cells or "a quotation mark is not closed"
+            waiting.extendleft(taken[:0:-1])
+        if cells:
+            yield first[0], cells
 
 # %% ../../nbs/1_data/19_streams.ipynb #745f3f66
-_decoder, _space = json.JSONDecoder(), re.compile(r'[ \t\r\n]*')
+_decoder, _space = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
+
+
 class _Json:
     "The part of a JSON file that is in memory."
-    def __init__(self, file): self.file, self.text, self.at, self.number, self.ended = file, '', 0, None, False
+
+    def __init__(self, file):
+        self.file, self.text, self.at, self.number, self.ended = file, "", 0, None, False
+
     def more(self):
         new = self.file.read(max(2**16, len(self.text) - self.at))
-        self.text, self.at, self.ended = self.text[self.at:] + new, 0, not new
+        self.text, self.at, self.ended = self.text[self.at :] + new, 0, not new
         return not self.ended
+
     def peek(self):
         "The next letter that is no space; empty at the end."
         while True:
             self.at = _space.match(self.text, self.at).end()
-            if self.at < len(self.text): return self.text[self.at]
-            if not self.more(): return ''
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if not self.more():
+                return ""
 
 # %% ../../nbs/1_data/19_streams.ipynb #2e43f4e6
 @patch
-def take(self:_Json, letters):
+def take(self: _Json, letters):
     "One of these letters."
-    if (found := self.peek()) not in letters or not found: raise ValueError(f'{found!r} where one of {letters} should be' if found else 'the file breaks off')
+    if (found := self.peek()) not in letters or not found:
+        raise ValueError(f"{found!r} where one of {letters} should be" if found else "the file breaks off")
     self.at += 1
     return found
 
+
 @patch
-def value(self:_Json):
+def value(self: _Json):
     "The next value."
     self.peek()
     while True:
         wrong = None
         try:
             value, end = _decoder.raw_decode(self.text, self.at)
-            if end + 4 < len(self.text) or self.ended: self.at = end; return value
-        except RecursionError: raise ValueError('nested too deeply') from None
-        except ValueError as e: wrong = getattr(e, 'msg', str(e))
-        if wrong and len(self.text) - self.at > longest: raise ValueError(wrong)
-        if not self.more() and wrong: raise ValueError(f'the file breaks off or is damaged ({wrong})')
+            if end + 4 < len(self.text) or self.ended:
+                self.at = end
+                return value
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
+        except ValueError as e:
+            wrong = getattr(e, "msg", str(e))
+        if wrong and len(self.text) - self.at > longest:
+            raise ValueError(wrong)
+        if not self.more() and wrong:
+            raise ValueError(f"the file breaks off or is damaged ({wrong})")
 
 # %% ../../nbs/1_data/19_streams.ipynb #d07c5398
 def _list(t, name):
     "The entries of a list."
-    t.take('['); t.number = 0
-    if t.peek() == ']': t.take(']'); return
+    t.take("[")
+    t.number = 0
+    if t.peek() == "]":
+        t.take("]")
+        return
     while True:
         yield name, t.number, t.value()
         t.number += 1
-        if t.take(',]') == ']': return
+        if t.take(",]") == "]":
+            return
 
 # %% ../../nbs/1_data/19_streams.ipynb #2ae950bb
-def json_items(path:str|Path,  # a JSON file
-               ):              # gives (name of the list, or empty, number of the entry, or None, entry)
+def json_items(
+    path: str | Path,  # a JSON file
+):  # gives (name of the list, or empty, number of the entry, or None, entry)
     "The entries of a JSON list, or those of all lists in an object; raises `Damage` where it cannot go on."
     with open_text(path) as file:
-        t, name = _Json(file), ''
+        t, name = _Json(file), ""
         try:
-            if t.peek() == '[': yield from _list(t, name)
-            elif t.take('[{') and t.peek() == '}': t.take('}')
+            if t.peek() == "[":
+                yield from _list(t, name)
+            elif t.take("[{") and t.peek() == "}":
+                t.take("}")
             else:
                 while True:
                     t.number = None
-                    if t.peek() != '"': raise ValueError('a name in quotation marks should be here')
-                    name = t.value(); t.take(':')
-                    if t.peek() == '[': yield from _list(t, name)
-                    else: yield name, None, t.value()
-                    if t.take(',}') == '}': break
-            if t.peek(): raise ValueError(f'{t.peek()!r} after the end; JSON Lines are called .jsonl')
-        except ValueError as e: raise Damage(Path(path).name, f'{name}[{t.number}]' if t.number is not None else name, f'damaged JSON: {e}', 'fetch the file again; what comes before is used') from None
+                    if t.peek() != '"':
+                        raise ValueError("a name in quotation marks should be here")
+                    name = t.value()
+                    t.take(":")
+                    if t.peek() == "[":
+                        yield from _list(t, name)
+                    else:
+                        yield name, None, t.value()
+                    if t.take(",}") == "}":
+                        break
+            if t.peek():
+                raise ValueError(f"{t.peek()!r} after the end; JSON Lines are called .jsonl")
+        except ValueError as e:
+            raise Damage(
+                Path(path).name,
+                f"{name}[{t.number}]" if t.number is not None else name,
+                f"damaged JSON: {e}",
+                "fetch the file again; what comes before is used",
+            ) from None
 
 # %% ../../nbs/1_data/19_streams.ipynb #74fd2222
-separators = {'.tsv': '\t', '.token': '\t'}
-def find_separator(path:str|Path,  # a table
-                   )->str:         # one letter
+separators = {".tsv": "\t", ".token": "\t"}
+
+
+def find_separator(
+    path: str | Path,  # a table
+) -> str:  # one letter
     "The letter that divides the first line into the most cells."
-    if Path(path).suffix in separators: return separators[Path(path).suffix]
-    first = next((line for _, line in text_lines(path) if line), '')
-    return max('\t,;|', key=first.count)
+    if Path(path).suffix in separators:
+        return separators[Path(path).suffix]
+    first = next((line for _, line in text_lines(path) if line), "")
+    return max("\t,;|", key=first.count)
 
 # %% ../../nbs/1_data/19_streams.ipynb #d3dff121
-def records(path:str|Path,  # .csv, .tsv, .jsonl or .json
-            ):              # gives (row, dictionary, or a text that says what is wrong)
+def records(
+    path: str | Path,  # .csv, .tsv, .jsonl or .json
+):  # gives (row, dictionary, or a text that says what is wrong)
     "The rows of a table as dictionaries."
-    if Path(path).suffix == '.json': yield from ((f'{name}[{i}]' if i is not None else name, x if isinstance(x, dict) else 'the entry is no object') for name, i, x in json_items(path))
-    elif Path(path).suffix in ('.jsonl', '.ndjson'): yield from _json_lines(path)
+    if Path(path).suffix == ".json":
+        yield from (
+            (f"{name}[{i}]" if i is not None else name, x if isinstance(x, dict) else "the entry is no object")
+            for name, i, x in json_items(path)
+        )
+    elif Path(path).suffix in (".jsonl", ".ndjson"):
+        yield from _json_lines(path)
     else:
         rows = csv_rows(path, find_separator(path))
-        number, names = next(rows, (1, 'no row'))
-        if not isinstance(names, list): raise Damage(Path(path).name, f'line {number}', names, 'give the table a line of column names')
-        if len(set(names)) < len(names): raise Damage(Path(path).name, f'line {number}', f'a column name comes twice: {", ".join(names)[:200]}', 'rename one')
+        number, names = next(rows, (1, "no row"))
+        if not isinstance(names, list):
+            raise Damage(Path(path).name, f"line {number}", names, "give the table a line of column names")
+        if len(set(names)) < len(names):
+            raise Damage(
+                Path(path).name, f"line {number}", f"a column name comes twice: {', '.join(names)[:200]}", "rename one"
+            )
         for number, cells in rows:
-            if isinstance(cells, list): cells = dict(zip(names, cells)) if len(cells) == len(names) else f'wrong number of cells: {len(cells)}, there are {len(names)} columns'
-            yield f'line {number}', cells
+            if isinstance(cells, list):
+                cells = (
+                    dict(zip(names, cells))
+                    if len(cells) == len(names)
+                    else f"wrong number of cells: {len(cells)}, there are {len(names)} columns"
+                )
+            yield f"line {number}", cells
 
 # %% ../../nbs/1_data/19_streams.ipynb #5b0ed7e6
 def _json_lines(path):
     "The objects of a JSON Lines file."
     for number, line in text_lines(path):
-        if line is None: yield f'line {number}', 'the line is too long'
+        if line is None:
+            yield f"line {number}", "the line is too long"
         elif line.strip():
-            try: item = json.loads(line)
-            except (ValueError, RecursionError) as e: yield f'line {number}', f'damaged JSON: {getattr(e, "msg", "nested too deeply")}'
-            else: yield f'line {number}', item if isinstance(item, dict) else 'the entry is no object'
+            try:
+                item = json.loads(line)
+            except (ValueError, RecursionError) as e:
+                yield f"line {number}", f"damaged JSON: {getattr(e, 'msg', 'nested too deeply')}"
+            else:
+                yield f"line {number}", item if isinstance(item, dict) else "the entry is no object"

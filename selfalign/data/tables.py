@@ -18,103 +18,148 @@ from .shards import Texts, as_caption, as_captions, first_rows, key_numbers
 from .streams import Damage
 
 # %% ../../nbs/1_data/1a_tables.ipynb #ff95d0d7
-columns = ('row', 'key', 'image', 'caption', 'captions', 'scene', 'caption_source')
-def as_row(row:str,       # where it stands, e.g. `line 7`
-           key,           # of the pair, or of its picture
-           image=None,    # path of the picture, as the file writes it; None: named elsewhere
-           caption=None,  # a text, or a list of texts; None: elsewhere
-           captions=None, # all captions, where they are kept apart: a list, or an object of kinds
-           scene=None,    # what the picture shows; pairs of one scene stay together in a split
-           caption_source=None, # who wrote the caption
-           )->tuple:      # the same, in the order of `columns`
+columns = ("row", "key", "image", "caption", "captions", "scene", "caption_source")
+
+
+def as_row(
+    row: str,  # where it stands, e.g. `line 7`
+    key,  # of the pair, or of its picture
+    image=None,  # path of the picture, as the file writes it; None: named elsewhere
+    caption=None,  # a text, or a list of texts; None: elsewhere
+    captions=None,  # all captions, where they are kept apart: a list, or an object of kinds
+    scene=None,  # what the picture shows; pairs of one scene stay together in a split
+    caption_source=None,  # who wrote the caption
+) -> tuple:  # the same, in the order of `columns`
     "What a file says of a pair."
-    if isinstance(caption, list): captions, caption = captions or caption, next(iter(caption), '')
-    key = str(key) if isinstance(key, (str, int)) and not isinstance(key, bool) else ''
+    if isinstance(caption, list):
+        captions, caption = captions or caption, next(iter(caption), "")
+    key = str(key) if isinstance(key, (str, int)) and not isinstance(key, bool) else ""
     return row, key, image, caption, captions, scene, caption_source
 
 # %% ../../nbs/1_data/1a_tables.ipynb #e2838802
 def _wrong(key, image, caption):
     "What makes a row unusable, and the remedy; or None."
-    if image is None and caption is None: return 'no picture and no caption', 'leave the row out'
-    if image is not None and (not isinstance(image, str) or not image.strip()): return 'no picture', 'name its file'
-    if image and image[:8].lower().startswith(('http://', 'https:/', 'ftp://')): return f'the picture is an address: {image[:100]}', 'fetch the pictures with img2dataset'
-    if image and not stays_below(image): return f'the path leaves the folder: {image[:100]!r}', 'write paths below the folder of the pictures'
-    if not key.strip(): return 'no key', 'give every pair a key of its own'
-    if len(key) > 500 or len(image or '') > 1000: return f'the key or the path is too long: {key[:50]!r}', 'shorten it'
-    if caption is not None and not as_caption(caption).strip(): return 'no caption', 'write one or leave the pair out'
+    if image is None and caption is None:
+        return "no picture and no caption", "leave the row out"
+    if image is not None and (not isinstance(image, str) or not image.strip()):
+        return "no picture", "name its file"
+    if image and image[:8].lower().startswith(("http://", "https:/", "ftp://")):
+        return f"the picture is an address: {image[:100]}", "fetch the pictures with img2dataset"
+    if image and not stays_below(image):
+        return f"the path leaves the folder: {image[:100]!r}", "write paths below the folder of the pictures"
+    if not key.strip():
+        return "no key", "give every pair a key of its own"
+    if len(key) > 500 or len(image or "") > 1000:
+        return f"the key or the path is too long: {key[:50]!r}", "shorten it"
+    if caption is not None and not as_caption(caption).strip():
+        return "no caption", "write one or leave the pair out"
 
 # %% ../../nbs/1_data/1a_tables.ipynb #e3265f9f
 def _checked(rows, file, problems, strip):
     "The rows that can be stored."
     try:
         for r in rows:
-            if isinstance(r[1], str) and len(r) == 2: problems.add(file, r[0], r[1], 'repair the row or leave it out'); continue
+            if isinstance(r[1], str) and len(r) == 2:
+                problems.add(file, r[0], r[1], "repair the row or leave it out")
+                continue
             row, key, image, caption, captions, scene, source = r
-            while strip and isinstance(image, str) and image.startswith('../'): image = image[3:]
+            while strip and isinstance(image, str) and image.startswith("../"):
+                image = image[3:]
             wrong = _wrong(key, image, caption)
-            if wrong: problems.add(file, row, *wrong); continue
+            if wrong:
+                problems.add(file, row, *wrong)
+                continue
             captions = as_captions(captions)
-            yield (row, *(as_caption(x) if x is not None else None for x in (key, image, caption)), json.dumps(captions) if captions else None, as_caption(scene) or None, as_caption(source) or None)
-    except Damage as e: problems.add(e.file, e.row, e.what, e.remedy)
+            yield (
+                row,
+                *(as_caption(x) if x is not None else None for x in (key, image, caption)),
+                json.dumps(captions) if captions else None,
+                as_caption(scene) or None,
+                as_caption(source) or None,
+            )
+    except Damage as e:
+        problems.add(e.file, e.row, e.what, e.remedy)
 
 # %% ../../nbs/1_data/1a_tables.ipynb #f40c023c
-def store(rows,           # tuples in the order of `columns`
-          folder:str|Path,  # where the file goes
-          ):              # pyarrow Table, mapped from the file
+def store(
+    rows,  # tuples in the order of `columns`
+    folder: str | Path,  # where the file goes
+):  # pyarrow Table, mapped from the file
     "Write rows to an Arrow file and map it."
     import pyarrow as pa
-    schema, path = pa.schema([(c, pa.string()) for c in columns]), Path(folder)/'rows.arrow'
-    with pa.OSFile(str(path), 'wb') as sink, pa.ipc.new_file(sink, schema) as writer:
+
+    schema, path = pa.schema([(c, pa.string()) for c in columns]), Path(folder) / "rows.arrow"
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         while batch := list(islice(rows, 10_000)):
             writer.write_batch(pa.record_batch([pa.array(c, pa.string()) for c in zip(*batch)], schema=schema))
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 # %% ../../nbs/1_data/1a_tables.ipynb #5b0f7eb9
-def _texts(table, column, rows): return table[column].take(np.asarray(rows, np.int64))
+def _texts(table, column, rows):
+    return table[column].take(np.asarray(rows, np.int64))
+
 
 def _double(table, numbers, first, repeats):
     "Which rows are duplicates, and of what."
     import pyarrow.compute as pc
-    named, worded = (table[c].is_valid().to_numpy() for c in ('image', 'caption'))
+
+    named, worded = (table[c].is_valid().to_numpy() for c in ("image", "caption"))
     rows = np.flatnonzero(named & (first[numbers] != np.arange(len(numbers))))
-    other = pc.not_equal(_texts(table, 'image', rows), _texts(table, 'image', first[numbers[rows]])).to_numpy()
-    found = {int(r): 'duplicate key' for r in rows[other]} | {int(r): 'listed twice' for r in rows[~other & ~worded[rows]]}
+    other = pc.not_equal(_texts(table, "image", rows), _texts(table, "image", first[numbers[rows]])).to_numpy()
+    found = {int(r): "duplicate key" for r in rows[other]} | {
+        int(r): "listed twice" for r in rows[~other & ~worded[rows]]
+    }
     again = rows[~other & worded[rows]]
-    if repeats or not len(again): return found
+    if repeats or not len(again):
+        return found
     both = np.sort(np.concatenate([again, np.unique(first[numbers[again]])]))
-    words = numbers[both].astype(np.int64)*len(both) + key_numbers(_texts(table, 'caption', both))
-    return found | {int(r): 'the same picture with the same caption' for r in np.delete(both, first_rows(words))}
+    words = numbers[both].astype(np.int64) * len(both) + key_numbers(_texts(table, "caption", both))
+    return found | {int(r): "the same picture with the same caption" for r in np.delete(both, first_rows(words))}
 
 # %% ../../nbs/1_data/1a_tables.ipynb #664ab4de
-def group_captions(table,            # from `store`
-                   repeats:bool,     # whether the same caption twice is no duplicate
-                   listed,           # called with a row's number, what and remedy
-                   )->tuple:         # row of each picture, rows of all captions, where each picture's captions start
+def group_captions(
+    table,  # from `store`
+    repeats: bool,  # whether the same caption twice is no duplicate
+    listed,  # called with a row's number, what and remedy
+) -> tuple:  # row of each picture, rows of all captions, where each picture's captions start
     "Find the captions of each picture."
-    numbers = key_numbers(table['key']); named, worded = (table[c].is_valid().to_numpy() for c in ('image', 'caption'))
-    rows = np.flatnonzero(named); first = np.full(numbers.max(initial=-1) + 1, -1, np.int64)
-    rows = rows[first_rows(numbers[rows])]; first[numbers[rows]] = rows
+    numbers = key_numbers(table["key"])
+    named, worded = (table[c].is_valid().to_numpy() for c in ("image", "caption"))
+    rows = np.flatnonzero(named)
+    first = np.full(numbers.max(initial=-1) + 1, -1, np.int64)
+    rows = rows[first_rows(numbers[rows])]
+    first[numbers[rows]] = rows
     twice = _double(table, numbers, first, repeats)
-    for r, what in twice.items(): listed(r, what, 'the first one was kept')
-    kept = worded.copy(); kept[list(twice)] = False
-    for r in np.flatnonzero(kept & (first[numbers] < 0)): listed(r, 'a caption without a picture', 'add the picture to the list or leave the caption out')
-    kept &= first[numbers] >= 0; place = np.full(len(first), -1, np.int64); place[numbers[rows]] = np.arange(len(rows))
-    order = np.flatnonzero(kept); order = order[np.argsort(place[numbers[order]], kind='stable')]
+    for r, what in twice.items():
+        listed(r, what, "the first one was kept")
+    kept = worded.copy()
+    kept[list(twice)] = False
+    for r in np.flatnonzero(kept & (first[numbers] < 0)):
+        listed(r, "a caption without a picture", "add the picture to the list or leave the caption out")
+    kept &= first[numbers] >= 0
+    place = np.full(len(first), -1, np.int64)
+    place[numbers[rows]] = np.arange(len(rows))
+    order = np.flatnonzero(kept)
+    order = order[np.argsort(place[numbers[order]], kind="stable")]
     counts = np.bincount(place[numbers[order]], minlength=len(rows))
-    for r in rows[counts == 0]: listed(r, 'no caption', 'write one or leave the picture out')
+    for r in rows[counts == 0]:
+        listed(r, "no caption", "write one or leave the picture out")
     return rows[counts > 0], order, np.concatenate([[0], np.cumsum(counts[counts > 0])])
 
 # %% ../../nbs/1_data/1a_tables.ipynb #33e1793f
 def _there(folder, name):
     "Whether there is a file with this name; names were checked, and where a link leads is asked at opening."
-    return os.path.isfile(f'{folder}/{name}')
+    return os.path.isfile(f"{folder}/{name}")
 
-def picture_folder(given:str,      # relative to the project; empty: look for it
-                   names:list,     # the first paths of a collection
-                   places:list,    # folders, the likeliest first
-                   )->tuple:       # (folder, whether one of the files is there)
+
+def picture_folder(
+    given: str,  # relative to the project; empty: look for it
+    names: list,  # the first paths of a collection
+    places: list,  # folders, the likeliest first
+) -> tuple:  # (folder, whether one of the files is there)
     "The folder that a collection's paths begin at."
-    if given and not at_root(given).is_dir(): raise SourceError(f'images={given}: there is no such folder; name the one that holds the pictures')
+    if given and not at_root(given).is_dir():
+        raise SourceError(f"images={given}: there is no such folder; name the one that holds the pictures")
     places = [at_root(given)] if given else [Path(p) for p in places]
     found = next((p for p in places if any(_there(p, n) for n in names)), None)
     return found or places[0], found is not None
@@ -122,72 +167,126 @@ def picture_folder(given:str,      # relative to the project; empty: look for it
 # %% ../../nbs/1_data/1a_tables.ipynb #e01f9d81
 class TablePairs:
     "Pairs of a table, with their pictures in files."
-    def __init__(self,
-                 name:str,             # the source
-                 file:str,             # name of the table, for problems
-                 rows,                 # from `as_row`, or (row, what is wrong)
-                 places:list,          # folders where the pictures may lie
-                 images:str='',        # the folder, if it is known
-                 caption_source:str='web',  # who wrote the captions, where the rows do not say
-                 repeats:bool=False,   # whether the same caption of a picture may come twice
-                 cells:bool=False,     # whether pictures lie in tables: `table.parquet#column/row`
-                 ):
-        self.name, self.file, self.caption_source, self.cells, self.problems = name, file, caption_source, cells, Problems()
-        self._folder = tempfile.TemporaryDirectory(prefix='selfalign-', ignore_cleanup_errors=True)
+
+    def __init__(
+        self,
+        name: str,  # the source
+        file: str,  # name of the table, for problems
+        rows,  # from `as_row`, or (row, what is wrong)
+        places: list,  # folders where the pictures may lie
+        images: str = "",  # the folder, if it is known
+        caption_source: str = "web",  # who wrote the captions, where the rows do not say
+        repeats: bool = False,  # whether the same caption of a picture may come twice
+        cells: bool = False,  # whether pictures lie in tables: `table.parquet#column/row`
+    ):
+        self.name, self.file, self.caption_source, self.cells, self.problems = (
+            name,
+            file,
+            caption_source,
+            cells,
+            Problems(),
+        )
+        self._folder = tempfile.TemporaryDirectory(prefix="selfalign-", ignore_cleanup_errors=True)
         self.table = store(_checked(rows, file, self.problems, bool(images)), self._folder.name)
         self._rows, self._captions, self._starts = group_captions(self.table, repeats, self._list)
-        self.keys, self.images = (Texts(self.table[c], self._rows) for c in ('key', 'image'))
-        if not len(self): self._refuse()
-        self.folder, there = picture_folder(images, [self._file(self.images[i]) for i in range(min(64, len(self)))], places)
-        if not there: self.problems.add(file, '', f'none of the first pictures is there: {self.images[0]} was looked for in {", ".join(str(p) for p in places)}', 'put the pictures in place, or say where they are with images=FOLDER')
-        root = find_root(); base = self.folder.relative_to(root) if self.folder.is_relative_to(root) else self.folder
-        self._base = f'{base.as_posix()}/'
-    def __len__(self): return len(self._rows)
-    def _file(self, image): return image.partition('#')[0] if self.cells else image
-    def _list(self, row, what, remedy): self.problems.add(self.file, self.table['row'][int(row)].as_py(), what, remedy)
+        self.keys, self.images = (Texts(self.table[c], self._rows) for c in ("key", "image"))
+        if not len(self):
+            self._refuse()
+        self.folder, there = picture_folder(
+            images, [self._file(self.images[i]) for i in range(min(64, len(self)))], places
+        )
+        if not there:
+            self.problems.add(
+                file,
+                "",
+                f"none of the first pictures is there: {self.images[0]} was looked for in {', '.join(str(p) for p in places)}",
+                "put the pictures in place, or say where they are with images=FOLDER",
+            )
+        root = find_root()
+        base = self.folder.relative_to(root) if self.folder.is_relative_to(root) else self.folder
+        self._base = f"{base.as_posix()}/"
+
+    def __len__(self):
+        return len(self._rows)
+
+    def _file(self, image):
+        return image.partition("#")[0] if self.cells else image
+
+    def _list(self, row, what, remedy):
+        self.problems.add(self.file, self.table["row"][int(row)].as_py(), what, remedy)
+
     def _refuse(self):
-        worst = max(self.problems, key=lambda p: p['what'].startswith('damaged'), default=None)
-        if worst: raise SourceError('{file}: no usable pair; {row}: {what}; {remedy}'.format(**worst))
-        raise SourceError(f'{self.file}: no pair in it; fetch it again, or name another file')
+        worst = max(self.problems, key=lambda p: p["what"].startswith("damaged"), default=None)
+        if worst:
+            raise SourceError("{file}: no usable pair; {row}: {what}; {remedy}".format(**worst))
+        raise SourceError(f"{self.file}: no pair in it; fetch it again, or name another file")
 
 # %% ../../nbs/1_data/1a_tables.ipynb #fa6bf034
 @patch
-def reference(self:TablePairs,
-              i:int,           # number of a pair
-              )->str:          # for the pairs table
+def reference(
+    self: TablePairs,
+    i: int,  # number of a pair
+) -> str:  # for the pairs table
     "Where the picture lies."
-    return f'{self._base}{"" if self.cells else "#"}{self.images[i]}'
+    return f"{self._base}{'' if self.cells else '#'}{self.images[i]}"
+
 
 @patch
-def _record(self:TablePairs, i, look):
+def _record(self: TablePairs, i, look):
     "The record with this number, with its picture or without."
-    if not 0 <= i < len(self): raise IndexError(i)
-    row, here = int(self._rows[i]), self._captions[self._starts[i]:self._starts[i + 1]]
-    texts = [self.table['caption'][int(j)].as_py() for j in here]; said = {c: self.table[c][row].as_py() or self.table[c][int(here[0])].as_py() for c in ('captions', 'scene', 'caption_source')}
+    if not 0 <= i < len(self):
+        raise IndexError(i)
+    row, here = int(self._rows[i]), self._captions[self._starts[i] : self._starts[i + 1]]
+    texts = [self.table["caption"][int(j)].as_py() for j in here]
+    said = {
+        c: self.table[c][row].as_py() or self.table[c][int(here[0])].as_py()
+        for c in ("captions", "scene", "caption_source")
+    }
     reference, key = self.reference(i), self.keys[i]
-    known = dict(caption=texts[0], captions=said['captions'] or json.dumps(texts), scene=said['scene'] or key, caption_source=said['caption_source'] or self.caption_source)
-    record = make_record(key, (lambda: read_picture(reference, '.')) if look else None, '', self.file, f'{self.table["row"][row].as_py()} ({key})', reference=reference, **known)
-    return record | dict(remarks=record['remarks'] + ['caption: not UTF-8, unreadable letters replaced']*('\ufffd' in texts[0]))
+    known = dict(
+        caption=texts[0],
+        captions=said["captions"] or json.dumps(texts),
+        scene=said["scene"] or key,
+        caption_source=said["caption_source"] or self.caption_source,
+    )
+    record = make_record(
+        key,
+        (lambda: read_picture(reference, ".")) if look else None,
+        "",
+        self.file,
+        f"{self.table['row'][row].as_py()} ({key})",
+        reference=reference,
+        **known,
+    )
+    return record | dict(
+        remarks=record["remarks"] + ["caption: not UTF-8, unreadable letters replaced"] * ("\ufffd" in texts[0])
+    )
+
 
 @patch
-def __getitem__(self:TablePairs, i):
+def __getitem__(self: TablePairs, i):
     "The record with this number."
     return self._record(i, True)
 
+
 @patch
-def told(self:TablePairs,
-         i:int,     # number of a pair
-         )->dict:   # its record, with `image` None
+def told(
+    self: TablePairs,
+    i: int,  # number of a pair
+) -> dict:  # its record, with `image` None
     "What is said of a picture, which is not opened."
     return self._record(i, False)
 
 # %% ../../nbs/1_data/1a_tables.ipynb #d6e16332
 @patch
-def coverage(self:TablePairs,
-             )->dict:     # pictures, how many are there, and the first that are not
+def coverage(
+    self: TablePairs,
+) -> dict:  # pictures, how many are there, and the first that are not
     "Look for every picture once."
     there, missing = 0, []
     for image in self.images:
-        found = _there(self.folder, self._file(image)); there += found
-        if not found and len(missing) < 5: missing.append(image)
+        found = _there(self.folder, self._file(image))
+        there += found
+        if not found and len(missing) < 5:
+            missing.append(image)
     return dict(pictures=len(self), there=there, missing=missing)

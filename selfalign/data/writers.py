@@ -14,14 +14,17 @@ from .images import file_name
 from .readers import Problems, SourceError
 
 # %% ../../nbs/1_data/1e_writers.ipynb #fdf4a4c2
-kept = ('caption_source', 'scene')
+kept = ("caption_source", "scene")
+
+
 def _png(record):
-    record['image'].save(out := io.BytesIO(), 'PNG')
+    record["image"].save(out := io.BytesIO(), "PNG")
     return out.getvalue()
+
 
 def _name(record):
     "A name for the files of a pair, without a dot."
-    return file_name(record['key'] if '.' not in record['key'] else f'/{record["key"]}', '').replace('.', '_')
+    return file_name(record["key"] if "." not in record["key"] else f"/{record['key']}", "").replace(".", "_")
 
 # %% ../../nbs/1_data/1e_writers.ipynb #712d6d80
 def _webdataset(records, folder, per_shard=10_000):
@@ -29,58 +32,99 @@ def _webdataset(records, folder, per_shard=10_000):
     archive = None
     for n, r in enumerate(records):
         if n % per_shard == 0:
-            if archive: archive.close()
-            archive = tarfile.open(folder/f'{n//per_shard:05d}.tar', 'w')
-        details = {k: r[k] for k in ('key', 'caption', *kept)} | dict(captions=json.loads(r['captions']))
-        for suffix, data in dict(png=_png(r), txt=r['caption'].encode(), json=json.dumps(details, ensure_ascii=False).encode()).items():
-            info = tarfile.TarInfo(f'{_name(r)}.{suffix}'); info.size = len(data); archive.addfile(info, io.BytesIO(data))
-    if archive: archive.close()
+            if archive:
+                archive.close()
+            archive = tarfile.open(folder / f"{n // per_shard:05d}.tar", "w")
+        details = {k: r[k] for k in ("key", "caption", *kept)} | dict(captions=json.loads(r["captions"]))
+        for suffix, data in dict(
+            png=_png(r), txt=r["caption"].encode(), json=json.dumps(details, ensure_ascii=False).encode()
+        ).items():
+            info = tarfile.TarInfo(f"{_name(r)}.{suffix}")
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    if archive:
+        archive.close()
 
 # %% ../../nbs/1_data/1e_writers.ipynb #4e0adada
 def _coco(records, folder):
     "captions_pairs.json beside a folder of pictures."
-    (folder/'pairs').mkdir(); images, annotations = (open(folder/f'{n}.part', 'w', encoding='utf-8') for n in ('images', 'annotations')); number = 0
+    (folder / "pairs").mkdir()
+    images, annotations = (open(folder / f"{n}.part", "w", encoding="utf-8") for n in ("images", "annotations"))
+    number = 0
     with images, annotations:
         for n, r in enumerate(records):
-            id = int(r['key']) if r['key'].isdecimal() and str(int(r['key'])) == r['key'] else r['key']
-            name = f'{_name(r)}.png'; (folder/'pairs'/name).write_bytes(_png(r)); others = json.loads(r['captions'])
-            images.write(',\n'*bool(n) + json.dumps(dict(id=id, file_name=name, width=r['width'], height=r['height']) | {k: r[k] for k in kept}, ensure_ascii=False))
-            for text in dict.fromkeys([r['caption'], *(others.values() if isinstance(others, dict) else others)]):
-                annotations.write(',\n'*bool(number) + json.dumps(dict(id=number, image_id=id, caption=text), ensure_ascii=False)); number += 1
-    with open(folder/'captions_pairs.json', 'w', encoding='utf-8') as out:
-        for name in ('images', 'annotations'):
+            id = int(r["key"]) if r["key"].isdecimal() and str(int(r["key"])) == r["key"] else r["key"]
+            name = f"{_name(r)}.png"
+            (folder / "pairs" / name).write_bytes(_png(r))
+            others = json.loads(r["captions"])
+            images.write(
+                ",\n" * bool(n)
+                + json.dumps(
+                    dict(id=id, file_name=name, width=r["width"], height=r["height"]) | {k: r[k] for k in kept},
+                    ensure_ascii=False,
+                )
+            )
+            for text in dict.fromkeys([r["caption"], *(others.values() if isinstance(others, dict) else others)]):
+                annotations.write(
+                    ",\n" * bool(number) + json.dumps(dict(id=number, image_id=id, caption=text), ensure_ascii=False)
+                )
+                number += 1
+    with open(folder / "captions_pairs.json", "w", encoding="utf-8") as out:
+        for name in ("images", "annotations"):
             out.write(f'{"{" if name == "images" else ","}"{name}": [\n')
-            with open(folder/f'{name}.part', encoding='utf-8') as part:
-                while text := part.read(2**20): out.write(text)
-            out.write(']'); (folder/f'{name}.part').unlink()
-        out.write('}\n')
+            with open(folder / f"{name}.part", encoding="utf-8") as part:
+                while text := part.read(2**20):
+                    out.write(text)
+            out.write("]")
+            (folder / f"{name}.part").unlink()
+        out.write("}\n")
 
 # %% ../../nbs/1_data/1e_writers.ipynb #33f6fd66
 def _metadata(records, folder):
     "metadata.jsonl beside a folder of pictures."
-    (folder/'images').mkdir()
-    with open(folder/'metadata.jsonl', 'w', encoding='utf-8') as out:
+    (folder / "images").mkdir()
+    with open(folder / "metadata.jsonl", "w", encoding="utf-8") as out:
         for r in records:
-            name = f'images/{_name(r)}.png'; (folder/name).write_bytes(_png(r))
-            out.write(json.dumps({k: r[k] for k in ('key', 'caption', *kept)} | dict(file_name=name, captions=json.loads(r['captions'])), ensure_ascii=False) + '\n')
+            name = f"images/{_name(r)}.png"
+            (folder / name).write_bytes(_png(r))
+            out.write(
+                json.dumps(
+                    {k: r[k] for k in ("key", "caption", *kept)}
+                    | dict(file_name=name, captions=json.loads(r["captions"])),
+                    ensure_ascii=False,
+                )
+                + "\n"
+            )
 
 # %% ../../nbs/1_data/1e_writers.ipynb #89a89f4c
 layouts = dict(webdataset=_webdataset, coco=_coco, metadata=_metadata)
-def write_pairs(pairs,             # from `open_pairs`, or any records
-                folder:str|Path,   # a new folder
-                format:str='webdataset',  # webdataset, coco or metadata
-                )->Problems:       # pairs that could not be written
+
+
+def write_pairs(
+    pairs,  # from `open_pairs`, or any records
+    folder: str | Path,  # a new folder
+    format: str = "webdataset",  # webdataset, coco or metadata
+) -> Problems:  # pairs that could not be written
     "Write pairs in a layout that others read; the folder appears complete or not at all."
     folder, problems = Path(folder), Problems()
-    if format not in layouts: raise SourceError(f'unknown format {format!r}; {nearest(format, layouts)}')
-    if folder.exists(): raise SourceError(f'{folder} is already there; name a new folder, or remove it first')
+    if format not in layouts:
+        raise SourceError(f"unknown format {format!r}; {nearest(format, layouts)}")
+    if folder.exists():
+        raise SourceError(f"{folder} is already there; name a new folder, or remove it first")
+
     def usable():
         for i in range(len(pairs)):
             r = pairs[i]
-            if r['problem'] or not r['caption'].strip(): problems.add(**(r['problem'] or dict(file=str(folder.name), row=r['key'], what='no caption', remedy='write one')))
-            else: yield r
+            if r["problem"] or not r["caption"].strip():
+                problems.add(
+                    **(r["problem"] or dict(file=str(folder.name), row=r["key"], what="no caption", remedy="write one"))
+                )
+            else:
+                yield r
+
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix='.partial-', dir=folder.parent) as beside:
-        (made := Path(beside)/'pairs').mkdir()
-        layouts[format](usable(), made); publish(made, folder)
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder.parent) as beside:
+        (made := Path(beside) / "pairs").mkdir()
+        layouts[format](usable(), made)
+        publish(made, folder)
     return problems

@@ -18,162 +18,217 @@ from ..study.files import read_json
 from ..study.settings import nearest
 
 # %% ../../nbs/2_models/2c_adapters.ipynb #5e33568d
-TARGETS = dict(attention=('q_proj', 'k_proj', 'v_proj', 'out_proj', 'qkv', 'proj'), mlp=('c_fc', 'c_proj', 'fc1', 'fc2'))
-TOWERS = dict(image=('visual.', 'vision_model.'), text=('transformer.', 'text.', 'text_model.'))
+TARGETS = dict(
+    attention=("q_proj", "k_proj", "v_proj", "out_proj", "qkv", "proj"), mlp=("c_fc", "c_proj", "fc1", "fc2")
+)
+TOWERS = dict(image=("visual.", "vision_model."), text=("transformer.", "text.", "text_model."))
 
 # %% ../../nbs/2_models/2c_adapters.ipynb #f895f500
-def kind_of(name:str,                 # of a module in its model
-            module:torch.nn.Module,   # that module
-            )->tuple:                 # (tower, target), or empty where nothing is adapted
+def kind_of(
+    name: str,  # of a module in its model
+    module: torch.nn.Module,  # that module
+) -> tuple:  # (tower, target), or empty where nothing is adapted
     "Where a layer stands and what it does."
     tower = next((t for t, starts in TOWERS.items() if name.startswith(starts)), None)
-    if tower is None or not re.search(r'\.\d+\.', name): return ()
-    if isinstance(module, torch.nn.MultiheadAttention): return tower, 'attention'
-    if not isinstance(module, torch.nn.Linear): return ()
-    return next(((tower, t) for t, ends in TARGETS.items() if name.rsplit('.', 1)[-1] in ends), ())
+    if tower is None or not re.search(r"\.\d+\.", name):
+        return ()
+    if isinstance(module, torch.nn.MultiheadAttention):
+        return tower, "attention"
+    if not isinstance(module, torch.nn.Linear):
+        return ()
+    return next(((tower, t) for t, ends in TARGETS.items() if name.rsplit(".", 1)[-1] in ends), ())
 
 # %% ../../nbs/2_models/2c_adapters.ipynb #35db68c6
 def _chosen(wanted, known, what):
     "The names as a tuple; an unknown one is refused."
     wanted = (wanted,) if isinstance(wanted, str) else tuple(wanted)
     for w in wanted:
-        if w not in known: raise ModelError(f'unknown {what} {w!r}; {nearest(w, known)}')
-    if not wanted: raise ModelError(f'no {what} at all; choose from {", ".join(known)}')
+        if w not in known:
+            raise ModelError(f"unknown {what} {w!r}; {nearest(w, known)}")
+    if not wanted:
+        raise ModelError(f"no {what} at all; choose from {', '.join(known)}")
     return wanted
 
 # %% ../../nbs/2_models/2c_adapters.ipynb #5deee260
-def find_layers(model:torch.nn.Module,             # a dual encoder of open_clip or transformers
-                targets=('attention', 'mlp'),      # kinds of layers
-                towers=('image', 'text'),          # in which towers
-                )->pd.DataFrame:                   # name, tower, target, kind
+def find_layers(
+    model: torch.nn.Module,  # a dual encoder of open_clip or transformers
+    targets=("attention", "mlp"),  # kinds of layers
+    towers=("image", "text"),  # in which towers
+) -> pd.DataFrame:  # name, tower, target, kind
     "The layers that would be adapted."
-    targets, towers, rows, fused = _chosen(targets, TARGETS, 'target'), _chosen(towers, TOWERS, 'tower'), [], ('/',)
+    targets, towers, rows, fused = _chosen(targets, TARGETS, "target"), _chosen(towers, TOWERS, "tower"), [], ("/",)
     for name, module in model.named_modules():
         kind = kind_of(name, module)
-        if not kind or name.startswith(fused): continue
-        if isinstance(module, torch.nn.MultiheadAttention): fused += (f'{name}.',)
-        if kind[0] in towers and kind[1] in targets: rows.append((name, *kind, type(module).__name__))
-    found = pd.DataFrame(rows, columns=['name', 'tower', 'target', 'kind'])
+        if not kind or name.startswith(fused):
+            continue
+        if isinstance(module, torch.nn.MultiheadAttention):
+            fused += (f"{name}.",)
+        if kind[0] in towers and kind[1] in targets:
+            rows.append((name, *kind, type(module).__name__))
+    found = pd.DataFrame(rows, columns=["name", "tower", "target", "kind"])
     for tower in towers:
-        if tower not in set(found.tower): raise ModelError(f'{type(model).__name__}: no layer of {" or ".join(targets)} found in the {tower} tower; its blocks are named in a way that this study does not know')
+        if tower not in set(found.tower):
+            raise ModelError(
+                f"{type(model).__name__}: no layer of {' or '.join(targets)} found in the {tower} tower; its blocks are named in a way that this study does not know"
+            )
     return found
 
 # %% ../../nbs/2_models/2c_adapters.ipynb #ff274295
-def layer_pattern(names  # of layers
-                 )->str: # matches these, and their sisters in other blocks
+def layer_pattern(
+    names,  # of layers
+) -> str:  # matches these, and their sisters in other blocks
     "One regular expression, with the block's number left open."
-    return '|'.join(dict.fromkeys(re.sub(r'\\\.\d+\\\.', r'\\.\\d+\\.', re.escape(n)) for n in names))
+    return "|".join(dict.fromkeys(re.sub(r"\\\.\d+\\\.", r"\\.\\d+\\.", re.escape(n)) for n in names))
 
 # %% ../../nbs/2_models/2c_adapters.ipynb #a0c1cdcc
 def _put_back(weight, out_weight, layer, inputs, output):
     "Forward hook of a fused attention: undo rounding."
-    if layer.merged: return
+    if layer.merged:
+        return
     layer.base_layer.in_proj_weight, layer.base_layer.out_proj.base_layer.weight = weight, out_weight
 
 # %% ../../nbs/2_models/2c_adapters.ipynb #ccfbf600
 def _keep_exact(adapted):
     "Put the hook on each fused attention of an adapted model."
     from peft.tuners.lora.layer import MultiheadAttention
+
     for layer in adapted.modules():
-        if not isinstance(layer, MultiheadAttention): continue
+        if not isinstance(layer, MultiheadAttention):
+            continue
         originals = layer.base_layer.in_proj_weight, layer.base_layer.out_proj.base_layer.weight
         layer.register_forward_hook(partial(_put_back, *originals))
 
 # %% ../../nbs/2_models/2c_adapters.ipynb #2f700754
 def _is_adapted(model):
     "Whether there are adapters in it already."
-    return any('lora_' in name for name, _ in model.named_parameters())
+    return any("lora_" in name for name, _ in model.named_parameters())
 
 # %% ../../nbs/2_models/2c_adapters.ipynb #8c7d165e
 def _may_adapt(encoder, rank=1):
     "Refuse what cannot be adapted, or not again."
-    if rank < 1: raise ModelError(f'a correction of rank {rank} corrects nothing; it must be 1 or more')
-    if _is_adapted(encoder.model): raise ModelError(f'{encoder.reference} has adapters already; merge them first, or load the model again')
+    if rank < 1:
+        raise ModelError(f"a correction of rank {rank} corrects nothing; it must be 1 or more")
+    if _is_adapted(encoder.model):
+        raise ModelError(f"{encoder.reference} has adapters already; merge them first, or load the model again")
 
 # %% ../../nbs/2_models/2c_adapters.ipynb #ed993744
 def _now_adapted(encoder, adapted):
     "Tell the encoder, and its fingerprint, that it is another model now."
-    _keep_exact(adapted); adapted.eval()
-    encoder.reference = replace(encoder.reference, name=f'{encoder.reference.name}+lora', path=None)
-    encoder.__dict__.pop('hash', None)
+    _keep_exact(adapted)
+    adapted.eval()
+    encoder.reference = replace(encoder.reference, name=f"{encoder.reference.name}+lora", path=None)
+    encoder.__dict__.pop("hash", None)
     return adapted
 
 # %% ../../nbs/2_models/2c_adapters.ipynb #414d1b07
-def add_lora(encoder,                       # a `DualEncoder`; it is adapted in place
-             rank:int=4,                    # of the corrections
-             alpha:float=0.,                # scale is alpha/rank; 0: as the rank, so that the scale is 1
-             targets=('attention', 'mlp'),  # kinds of layers
-             towers=('image', 'text'),      # in which towers
-             rslora:bool=False,             # scale is alpha/sqrt(rank)
-             dropout:float=0.,              # of what goes into the corrections, in training
-             dora:bool=False,               # DoRA: a length of its own for each row of the corrected weight
-             seed:int=0,                    # of the matrices A
-             ):                             # `peft.PeftModel` around the encoder's model
+def add_lora(
+    encoder,  # a `DualEncoder`; it is adapted in place
+    rank: int = 4,  # of the corrections
+    alpha: float = 0.0,  # scale is alpha/rank; 0: as the rank, so that the scale is 1
+    targets=("attention", "mlp"),  # kinds of layers
+    towers=("image", "text"),  # in which towers
+    rslora: bool = False,  # scale is alpha/sqrt(rank)
+    dropout: float = 0.0,  # of what goes into the corrections, in training
+    dora: bool = False,  # DoRA: a length of its own for each row of the corrected weight
+    seed: int = 0,  # of the matrices A
+):  # `peft.PeftModel` around the encoder's model
     "Put trainable corrections of low rank beside the weights; all else is frozen."
     from peft import LoraConfig, get_peft_model
+
     _may_adapt(encoder, rank)
     layers, base = find_layers(encoder.model, targets, towers), str(encoder.reference)
-    if dropout and 'MultiheadAttention' in set(layers.kind): raise ModelError(f'dropout {dropout}: peft cannot apply it in a fused attention and would silently not; take dropout=0 or targets="mlp"')
-    if dora and 'MultiheadAttention' in set(layers.kind): raise ModelError('DoRA: peft has none for a fused attention; take targets="mlp", or a model of transformers, whose projections are separate')
-    config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=layer_pattern(layers.name), use_rslora=rslora, use_dora=dora, lora_dropout=dropout, bias='none')
+    if dropout and "MultiheadAttention" in set(layers.kind):
+        raise ModelError(
+            f'dropout {dropout}: peft cannot apply it in a fused attention and would silently not; take dropout=0 or targets="mlp"'
+        )
+    if dora and "MultiheadAttention" in set(layers.kind):
+        raise ModelError(
+            'DoRA: peft has none for a fused attention; take targets="mlp", or a model of transformers, whose projections are separate'
+        )
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha or rank,
+        target_modules=layer_pattern(layers.name),
+        use_rslora=rslora,
+        use_dora=dora,
+        lora_dropout=dropout,
+        bias="none",
+    )
     with torch.random.fork_rng():
-        torch.manual_seed(seed); adapted = get_peft_model(encoder.model, config)
-    adapted.peft_config['default'].base_model_name_or_path = base
+        torch.manual_seed(seed)
+        adapted = get_peft_model(encoder.model, config)
+    adapted.peft_config["default"].base_model_name_or_path = base
     return _now_adapted(encoder, adapted)
 
 # %% ../../nbs/2_models/2c_adapters.ipynb #ba13fef1
-def trainable(model:torch.nn.Module  # adapted or not
-             )->pd.DataFrame:        # tower, target, tensors, parameters, share of the model
+def trainable(
+    model: torch.nn.Module,  # adapted or not
+) -> pd.DataFrame:  # tower, target, tensors, parameters, share of the model
     "What an optimiser would move."
-    rows, total = [], sum(p.numel() for n, p in model.named_parameters() if 'lora_' not in n)
+    rows, total = [], sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n)
     for name, p in model.named_parameters():
-        if not p.requires_grad: continue
-        name = name.removeprefix('base_model.model.'); layer = name.split('.lora_')[0].rsplit('.', 1)[-1]
-        tower = next((t for t, starts in TOWERS.items() if name.startswith(starts)), 'neither')
-        target = ('mlp' if layer in TARGETS['mlp'] else 'attention') if 'lora_' in name else 'own weights'
-        rows.append(dict(tower=tower, target=target, tensors=1, parameters=p.numel(), share=p.numel()/total))
-    frame = pd.DataFrame(rows, columns=['tower', 'target', 'tensors', 'parameters', 'share'])
-    return frame.groupby(['tower', 'target'], as_index=False).sum()
+        if not p.requires_grad:
+            continue
+        name = name.removeprefix("base_model.model.")
+        layer = name.split(".lora_")[0].rsplit(".", 1)[-1]
+        tower = next((t for t, starts in TOWERS.items() if name.startswith(starts)), "neither")
+        target = ("mlp" if layer in TARGETS["mlp"] else "attention") if "lora_" in name else "own weights"
+        rows.append(dict(tower=tower, target=target, tensors=1, parameters=p.numel(), share=p.numel() / total))
+    frame = pd.DataFrame(rows, columns=["tower", "target", "tensors", "parameters", "share"])
+    return frame.groupby(["tower", "target"], as_index=False).sum()
 
 # %% ../../nbs/2_models/2c_adapters.ipynb #0d3b87be
-def save_adapter(adapted,       # from `add_lora`
-                 folder:Path,   # made if it is not there
-                 ):
+def save_adapter(
+    adapted,  # from `add_lora`
+    folder: Path,  # made if it is not there
+):
     "Write the corrections in peft's format."
     adapted.save_pretrained(folder, save_embedding_layers=False)
 
 # %% ../../nbs/2_models/2c_adapters.ipynb #32f1d32b
-def load_adapter(encoder,       # the `DualEncoder` it was made for; adapted in place
-                 folder:Path,   # from `save_adapter`
-                 ):             # `peft.PeftModel`
+def load_adapter(
+    encoder,  # the `DualEncoder` it was made for; adapted in place
+    folder: Path,  # from `save_adapter`
+):  # `peft.PeftModel`
     "Put saved corrections into a fresh encoder."
     from peft import PeftModel
-    if not (Path(folder)/'adapter_model.safetensors').is_file(): raise ModelError(f'{folder} holds no adapter_model.safetensors; save one with `save_adapter`')
-    if (config := read_json(Path(folder)/'adapter_config.json')) is None: raise ModelError(f'{folder} holds no adapter_config.json; save the adapter again with `save_adapter`')
-    _may_adapt(encoder); base = config.get('base_model_name_or_path')
-    if base != str(encoder.reference): raise ModelError(f'{folder} was trained on {base}, not on {encoder.reference}; load that model')
-    if config.get('kind') == 'paper':
+
+    if not (Path(folder) / "adapter_model.safetensors").is_file():
+        raise ModelError(f"{folder} holds no adapter_model.safetensors; save one with `save_adapter`")
+    if (config := read_json(Path(folder) / "adapter_config.json")) is None:
+        raise ModelError(f"{folder} holds no adapter_config.json; save the adapter again with `save_adapter`")
+    _may_adapt(encoder)
+    base = config.get("base_model_name_or_path")
+    if base != str(encoder.reference):
+        raise ModelError(f"{folder} was trained on {base}, not on {encoder.reference}; load that model")
+    if config.get("kind") == "paper":
         from selfalign.models.paper_lora import load_paper_lora
+
         return load_paper_lora(encoder, folder, config)
     return _now_adapted(encoder, PeftModel.from_pretrained(encoder.model, folder))
 
 # %% ../../nbs/2_models/2c_adapters.ipynb #c5a0158e
-def merge(adapted  # from `add_lora` or `load_adapter`; used up
-         ):        # the plain model, the same object that the encoder holds
+def merge(
+    adapted,  # from `add_lora` or `load_adapter`; used up
+):  # the plain model, the same object that the encoder holds
     "Add the corrections to the weights and forget where they came from."
     return adapted.merge_and_unload().eval().requires_grad_(False)
 
 # %% ../../nbs/2_models/2c_adapters.ipynb #b030603f
-def wise_ft(original:torch.nn.Module,  # plain
-            adapted:torch.nn.Module,   # merged, of the same shape
-            mix:float,                 # 0: the original; 1: the adapted one
-            )->torch.nn.Module:        # a third model
+def wise_ft(
+    original: torch.nn.Module,  # plain
+    adapted: torch.nn.Module,  # merged, of the same shape
+    mix: float,  # 0: the original; 1: the adapted one
+) -> torch.nn.Module:  # a third model
     "The model on the straight line between two others."
     import copy
-    if not 0 <= mix <= 1: raise ModelError(f'mix is {mix}; it lies between 0 (the original) and 1 (the adapted model)')
+
+    if not 0 <= mix <= 1:
+        raise ModelError(f"mix is {mix}; it lies between 0 (the original) and 1 (the adapted model)")
     a, b = original.state_dict(), adapted.state_dict()
     other = sorted(a.keys() ^ b.keys()) or [k for k in a if a[k].shape != b[k].shape]
-    if other: raise ModelError(f'two models of different shape, see {other[0]}; merge the adapters first')
+    if other:
+        raise ModelError(f"two models of different shape, see {other[0]}; merge the adapters first")
     mixed = copy.deepcopy(original)
     mixed.load_state_dict({k: v if torch.equal(v, b[k]) else torch.lerp(v, b[k], mix) for k, v in a.items()})
     return mixed

@@ -13,64 +13,83 @@ import torch.nn.functional as F
 from .train import fit, pictures, step_generator, to_tensor
 
 # %% ../../nbs/2_models/24_autoencoder.ipynb #93465906
-def new_autoencoder(channels:int=24,         # of every layer
-                    latent_channels:int=4,   # numbers kept for each 4 x 4 pixels
-                   ):                        # `diffusers.AutoencoderTiny`
+def new_autoencoder(
+    channels: int = 24,  # of every layer
+    latent_channels: int = 4,  # numbers kept for each 4 x 4 pixels
+):  # `diffusers.AutoencoderTiny`
     "An untrained autoencoder for 64 x 64 pictures."
     from diffusers import AutoencoderTiny
-    return AutoencoderTiny(encoder_block_out_channels=(channels,)*3, decoder_block_out_channels=(channels,)*3,
-                           latent_channels=latent_channels, num_encoder_blocks=(1, 1, 2), num_decoder_blocks=(2, 1, 1))
+
+    return AutoencoderTiny(
+        encoder_block_out_channels=(channels,) * 3,
+        decoder_block_out_channels=(channels,) * 3,
+        latent_channels=latent_channels,
+        num_encoder_blocks=(1, 1, 2),
+        num_decoder_blocks=(2, 1, 1),
+    )
 
 # %% ../../nbs/2_models/24_autoencoder.ipynb #d6e96c1c
-def salience(x:torch.Tensor  # (B, 3, H, W) in [-1, 1]
-            )->torch.Tensor: # (B, 1, H, W) in [0, 1]
+def salience(
+    x: torch.Tensor,  # (B, 3, H, W) in [-1, 1]
+) -> torch.Tensor:  # (B, 1, H, W) in [0, 1]
     "How far each pixel departs from the median of its row."
-    return ((x - x.median(dim=3, keepdim=True).values).abs().mean(1, keepdim=True)*2).clamp(0, 1)
+    return ((x - x.median(dim=3, keepdim=True).values).abs().mean(1, keepdim=True) * 2).clamp(0, 1)
 
 # %% ../../nbs/2_models/24_autoencoder.ipynb #6f73a606
-def autoencoder_loss(model,                      # with `encoder` and `decoder`
-                     x:torch.Tensor,             # (B, 3, 64, 64) in [-1, 1]
-                     generator:torch.Generator,  # noise on the latents
-                     noise:float=.1,             # its standard deviation
-                     )->dict:                    # loss and its parts
+def autoencoder_loss(
+    model,  # with `encoder` and `decoder`
+    x: torch.Tensor,  # (B, 3, 64, 64) in [-1, 1]
+    generator: torch.Generator,  # noise on the latents
+    noise: float = 0.1,  # its standard deviation
+) -> dict:  # loss and its parts
     "Reconstruction error weighted by salience, edges, and well-behaved latents."
     z = model.encoder(x)
-    y = model.decoder(z + noise*torch.randn(z.shape, generator=generator).to(z)).float(); z = z.float()
-    w = 1 + 5*salience(x); error = ((y - x).abs()*w).mean()
+    y = model.decoder(z + noise * torch.randn(z.shape, generator=generator).to(z)).float()
+    z = z.float()
+    w = 1 + 5 * salience(x)
+    error = ((y - x).abs() * w).mean()
     edges = sum((torch.diff(y, dim=d) - torch.diff(x, dim=d)).abs().mean() for d in (2, 3))
     spread = z.mean((0, 2, 3)).pow(2).mean() + (z.std((0, 2, 3)) - 1).pow(2).mean()
-    return dict(loss=error + edges + .1*spread, error=(y - x).abs().mean(), edges=edges, spread=spread)
+    return dict(loss=error + edges + 0.1 * spread, error=(y - x).abs().mean(), edges=edges, spread=spread)
 
 # %% ../../nbs/2_models/24_autoencoder.ipynb #fb3d780c
-def salient_crops(x:torch.Tensor,             # (B, 3, H, W)
-                  size:int,                   # side of the crops
-                  generator:torch.Generator,  # chooses the pixel
-                  )->torch.Tensor:            # (B, 3, size, size)
+def salient_crops(
+    x: torch.Tensor,  # (B, 3, H, W)
+    size: int,  # side of the crops
+    generator: torch.Generator,  # chooses the pixel
+) -> torch.Tensor:  # (B, 3, size, size)
     "A crop of each picture around a pixel drawn in proportion to its salience."
-    weight = salience(x).flatten(1) + .02; side = x.shape[-1]
+    weight = salience(x).flatten(1) + 0.02
+    side = x.shape[-1]
     pixel = torch.multinomial(weight, 1, generator=generator)[:, 0]
-    top, left = ((v - size//2).clamp(0, side - size) for v in (pixel//side, pixel % side))
+    top, left = ((v - size // 2).clamp(0, side - size) for v in (pixel // side, pixel % side))
     rows, columns = (v[:, None] + torch.arange(size) for v in (top, left))
     return x[torch.arange(len(x))[:, None, None], :, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
 
 # %% ../../nbs/2_models/24_autoencoder.ipynb #1fd2afff
-def train_autoencoder(folder:Path,         # checkpoints, curve and model go here
-                      steps:int=2400,      # steps in all
-                      whole:int=900,       # of them on whole pictures, the first ones
-                      n:int=24_000,        # pictures of the pool `generator`
-                      batch:int=32,        # whole pictures a step; of crops, twice as many
-                      channels:int=24,     # width
-                      lr:float=2e-3,       # peak learning rate
-                      seed:int=0,          # of the weights, the batches, the noise and the crops
-                      ):                   # `diffusers.AutoencoderTiny`
+def train_autoencoder(
+    folder: Path,  # checkpoints, curve and model go here
+    steps: int = 2400,  # steps in all
+    whole: int = 900,  # of them on whole pictures, the first ones
+    n: int = 24_000,  # pictures of the pool `generator`
+    batch: int = 32,  # whole pictures a step; of crops, twice as many
+    channels: int = 24,  # width
+    lr: float = 2e-3,  # peak learning rate
+    seed: int = 0,  # of the weights, the batches, the noise and the crops
+):  # `diffusers.AutoencoderTiny`
     "Train the autoencoder and save it in diffusers' format."
-    data = pictures('generator', n); torch.manual_seed(seed)
+    data = pictures("generator", n)
+    torch.manual_seed(seed)
     model = new_autoencoder(channels).to(memory_format=torch.channels_last)
+
     def loss(step):
-        g = step_generator(seed, step); take = batch if step < whole else 2*batch
+        g = step_generator(seed, step)
+        take = batch if step < whole else 2 * batch
         x = to_tensor(data[torch.randint(len(data), (take,), generator=g).sort().values.numpy()])
-        if step >= whole: x = salient_crops(x, 32, g)
+        if step >= whole:
+            x = salient_crops(x, 32, g)
         return autoencoder_loss(model, x.to(next(model.parameters()).device, memory_format=torch.channels_last), g)
-    fit(model, loss, steps, folder, lr=lr, label='autoencoder')
-    model.save_pretrained(Path(folder)/'model')
+
+    fit(model, loss, steps, folder, lr=lr, label="autoencoder")
+    model.save_pretrained(Path(folder) / "model")
     return model

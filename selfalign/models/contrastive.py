@@ -17,103 +17,158 @@ from .train import fit, pictures, step_generator, to_tensor
 from .vocabulary import caption_texts, context_length, tokenize, vocabulary
 
 # %% ../../nbs/2_models/26_contrastive.ipynb #8cec9e02
-def new_clip(tokens:int  # size of the vocabulary
-            ):           # the model, and its configuration as a dict
+def new_clip(
+    tokens: int,  # size of the vocabulary
+):  # the model, and its configuration as a dict
     "An untrained `open_clip.CLIP` and its configuration."
     import open_clip
-    config = dict(embed_dim=128, vision_cfg=dict(image_size=64, layers=4, width=128, head_width=32, patch_size=16),
-                  text_cfg=dict(context_length=context_length, vocab_size=tokens, width=128, heads=4, layers=3,
-                                hf_tokenizer_name='tokenizer'))
-    preprocess = dict(mean=[.5]*3, std=[.5]*3, interpolation='bicubic', resize_mode='shortest')
+
+    config = dict(
+        embed_dim=128,
+        vision_cfg=dict(image_size=64, layers=4, width=128, head_width=32, patch_size=16),
+        text_cfg=dict(
+            context_length=context_length,
+            vocab_size=tokens,
+            width=128,
+            heads=4,
+            layers=3,
+            hf_tokenizer_name="tokenizer",
+        ),
+    )
+    preprocess = dict(mean=[0.5] * 3, std=[0.5] * 3, interpolation="bicubic", resize_mode="shortest")
     model = open_clip.CLIP(**{k: v for k, v in config.items()}, output_dict=True)
     return model, dict(model_cfg=config, preprocess_cfg=preprocess)
 
 # %% ../../nbs/2_models/26_contrastive.ipynb #b811e117
-def save_clip(model,        # `open_clip.CLIP`
-              config:dict,  # from `new_clip`
-              tokenizer,    # from `selfalign.models.vocabulary`
-              folder:Path,  # made if it is not there
-              ):
+def save_clip(
+    model,  # `open_clip.CLIP`
+    config: dict,  # from `new_clip`
+    tokenizer,  # from `selfalign.models.vocabulary`
+    folder: Path,  # made if it is not there
+):
     "Write what `open_clip.create_model_from_pretrained('local-dir:...')` reads."
     from safetensors.torch import save_file
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    (folder/'open_clip_config.json').write_text(json.dumps(config, indent=2), encoding='utf-8')
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder/'open_clip_model.safetensors')
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
     tokenizer.save_pretrained(folder)
 
 # %% ../../nbs/2_models/26_contrastive.ipynb #1bcef89a
-def new_judge(tokens:int  # size of the vocabulary
-             ):           # the model
+def new_judge(
+    tokens: int,  # size of the vocabulary
+):  # the model
     "An untrained `transformers.SiglipModel`."
     from transformers import SiglipConfig, SiglipModel
+
     shape = dict(hidden_size=96, intermediate_size=384, num_hidden_layers=3, num_attention_heads=3)
-    model = SiglipModel(SiglipConfig(vision_config=dict(image_size=64, patch_size=8, **shape),
-        text_config=dict(vocab_size=tokens, max_position_embeddings=context_length, projection_size=96,
-                         pad_token_id=tokens - 1, bos_token_id=tokens - 2, eos_token_id=tokens - 1, **shape)))
-    with torch.no_grad(): model.logit_scale.fill_(np.log(10)); model.logit_bias.fill_(-10)
+    model = SiglipModel(
+        SiglipConfig(
+            vision_config=dict(image_size=64, patch_size=8, **shape),
+            text_config=dict(
+                vocab_size=tokens,
+                max_position_embeddings=context_length,
+                projection_size=96,
+                pad_token_id=tokens - 1,
+                bos_token_id=tokens - 2,
+                eos_token_id=tokens - 1,
+                **shape,
+            ),
+        )
+    )
+    with torch.no_grad():
+        model.logit_scale.fill_(np.log(10))
+        model.logit_bias.fill_(-10)
     return model
 
 # %% ../../nbs/2_models/26_contrastive.ipynb #8a9aa27f
-def save_judge(model,        # `transformers.SiglipModel`
-               tokenizer,    # from `selfalign.models.vocabulary`
-               folder:Path,  # made if it is not there
-               ):
+def save_judge(
+    model,  # `transformers.SiglipModel`
+    tokenizer,  # from `selfalign.models.vocabulary`
+    folder: Path,  # made if it is not there
+):
     "Write what `AutoModel`, `AutoImageProcessor` and `AutoTokenizer` read."
     from transformers import SiglipImageProcessor
-    model.save_pretrained(folder); tokenizer.save_pretrained(folder)
-    SiglipImageProcessor(size=dict(height=64, width=64), image_mean=[.5]*3, image_std=[.5]*3).save_pretrained(folder)
+
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    SiglipImageProcessor(size=dict(height=64, width=64), image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(
+        folder
+    )
 
 # %% ../../nbs/2_models/26_contrastive.ipynb #cedd0950
 def _features(model, pixels, tokens):
     "Unit image and text features, whatever the library."
-    if hasattr(model, 'encode_image'): return model.encode_image(pixels, normalize=True), model.encode_text(tokens, normalize=True)
-    x = model.vision_model(pixel_values=pixels).pooler_output; y = model.text_model(input_ids=tokens).pooler_output
+    if hasattr(model, "encode_image"):
+        return model.encode_image(pixels, normalize=True), model.encode_text(tokens, normalize=True)
+    x = model.vision_model(pixel_values=pixels).pooler_output
+    y = model.text_model(input_ids=tokens).pooler_output
     return F.normalize(x, dim=-1), F.normalize(y, dim=-1)
 
 # %% ../../nbs/2_models/26_contrastive.ipynb #09f20a88
 @torch.no_grad()
-def validate(model,        # a dual encoder of either family
-             tokenizer,    # from `selfalign.models.vocabulary`
-             n:int=500,    # scenes of the pool `validation`
-             )->dict:      # shares: 'r1' and 'object'
+def validate(
+    model,  # a dual encoder of either family
+    tokenizer,  # from `selfalign.models.vocabulary`
+    n: int = 500,  # scenes of the pool `validation`
+) -> dict:  # shares: 'r1' and 'object'
     "R@1 among `n` pictures and their captions, and object accuracy in two-choice questions."
     from selfalign.data.captions import probe_caption
     from selfalign.data.scenes import make_scene, objects
     from dataclasses import replace
-    rng, scenes = np.random.default_rng(0), [make_scene('validation', i) for i in range(n)]
+
+    rng, scenes = np.random.default_rng(0), [make_scene("validation", i) for i in range(n)]
+
     def other(s):
         swapped = replace(s.things[0], object=rng.choice([o for o in objects if o != s.things[0].object]))
         return replace(s, things=(swapped,) + s.things[1:])
-    texts = [probe_caption(s).text for s in scenes]; wrong = [probe_caption(other(s)).text for s in scenes]
-    device = next(model.parameters()).device; x = to_tensor(pictures('validation', n)).to(device)
-    i, t = _features(model, x, tokenize(texts, tokenizer).to(device)); _, u = _features(model, x[:1], tokenize(wrong, tokenizer).to(device))
-    s = i @ t.T; own = s.diag()
-    return dict(r1=(((s >= own[:, None]).sum(1) == 1).float().mean()).item(), object=((own > (i*u).sum(1)).float().mean()).item())
+
+    texts = [probe_caption(s).text for s in scenes]
+    wrong = [probe_caption(other(s)).text for s in scenes]
+    device = next(model.parameters()).device
+    x = to_tensor(pictures("validation", n)).to(device)
+    i, t = _features(model, x, tokenize(texts, tokenizer).to(device))
+    _, u = _features(model, x[:1], tokenize(wrong, tokenizer).to(device))
+    s = i @ t.T
+    own = s.diag()
+    return dict(
+        r1=(((s >= own[:, None]).sum(1) == 1).float().mean()).item(),
+        object=((own > (i * u).sum(1)).float().mean()).item(),
+    )
 
 # %% ../../nbs/2_models/26_contrastive.ipynb #795037fe
-def train_contrastive(name:str,            # 'clip' or 'judge'
-                      folder:Path,         # checkpoints, curve and model
-                      steps:int=1200,      # steps in all
-                      n:int=16_000,        # pairs of the pool of the same name
-                      batch:int=128,       # pairs a step
-                      lr:float=1e-3,       # peak learning rate
-                      noise:float=0.3,     # web noise, 0 to 1
-                      seed:int=0,          # of the weights and the batches
-                      check:int=200,       # steps between validations
-                      ):                   # the trained model
+def train_contrastive(
+    name: str,  # 'clip' or 'judge'
+    folder: Path,  # checkpoints, curve and model
+    steps: int = 1200,  # steps in all
+    n: int = 16_000,  # pairs of the pool of the same name
+    batch: int = 128,  # pairs a step
+    lr: float = 1e-3,  # peak learning rate
+    noise: float = 0.3,  # web noise, 0 to 1
+    seed: int = 0,  # of the weights and the batches
+    check: int = 200,  # steps between validations
+):  # the trained model
     "Train a dual encoder on web pairs and save it in its library's format."
-    tokenizer, data = vocabulary(), pictures(name, n); torch.manual_seed(seed)
+    tokenizer, data = vocabulary(), pictures(name, n)
+    torch.manual_seed(seed)
     tokens = tokenize(caption_texts(name, n, noise), tokenizer)
-    model, config = new_clip(len(tokenizer)) if name == 'clip' else (new_judge(len(tokenizer)), None)
+    model, config = new_clip(len(tokenizer)) if name == "clip" else (new_judge(len(tokenizer)), None)
+
     def loss(step):
-        g = step_generator(seed, step); rows = torch.randint(n, (batch,), generator=g).sort().values
+        g = step_generator(seed, step)
+        rows = torch.randint(n, (batch,), generator=g).sort().values
         device = next(model.parameters()).device
         x, y = (v.float() for v in _features(model, to_tensor(data[rows.numpy()]).to(device), tokens[rows].to(device)))
         scale = model.logit_scale.exp().clamp(max=100)
-        value = info_nce(x, y, scale) if name == 'clip' else sigmoid_loss(x, y, scale, model.logit_bias)
-        if step % check == check - 1: print(step + 1, round(value.item(), 3), validate(model, tokenizer))
+        value = info_nce(x, y, scale) if name == "clip" else sigmoid_loss(x, y, scale, model.logit_bias)
+        if step % check == check - 1:
+            print(step + 1, round(value.item(), 3), validate(model, tokenizer))
         return value
-    fit(model, loss, steps, folder, lr=lr, weight_decay=.1, betas=(.9, .98), decay=.99, label=name)
-    if name == 'clip': save_clip(model, config, tokenizer, Path(folder)/'model')
-    else: save_judge(model, tokenizer, Path(folder)/'model')
+
+    fit(model, loss, steps, folder, lr=lr, weight_decay=0.1, betas=(0.9, 0.98), decay=0.99, label=name)
+    if name == "clip":
+        save_clip(model, config, tokenizer, Path(folder) / "model")
+    else:
+        save_judge(model, tokenizer, Path(folder) / "model")
     return model

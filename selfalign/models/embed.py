@@ -14,109 +14,163 @@ from ..study.settings import StudyError
 from ..study.stage import atomic_write, read_json, write_json
 
 # %% ../../nbs/2_models/21_embed.ipynb #5eaedf96
-class StoreError(StudyError): "Vectors that do not belong together, or a damaged store."
-identity = ('model', 'weights', 'kind', 'preprocessing', 'pooling', 'dimension')
+class StoreError(StudyError):
+    "Vectors that do not belong together, or a damaged store."
+
+
+identity = ("model", "weights", "kind", "preprocessing", "pooling", "dimension")
 
 # %% ../../nbs/2_models/21_embed.ipynb #72336a98
-def manifest_of(encoder,             # a `DualEncoder`
-                kind:str,            # image or text
-                aspect:str='crop',   # how pictures are made square
-                )->dict:
+def manifest_of(
+    encoder,  # a `DualEncoder`
+    kind: str,  # image or text
+    aspect: str = "crop",  # how pictures are made square
+) -> dict:
     "What identifies the vectors that an encoder makes."
-    if kind == 'image': how = f'{aspect} {encoder.size}, mean {list(encoder.mean)}, std {list(encoder.std)}'
-    else: how = f'{encoder.context_length} tokens'
-    return dict(model=str(encoder.reference), weights=encoder.hash, kind=kind, preprocessing=how,
-                pooling='projected, unit length', dimension=encoder.dimension)
+    if kind == "image":
+        how = f"{aspect} {encoder.size}, mean {list(encoder.mean)}, std {list(encoder.std)}"
+    else:
+        how = f"{encoder.context_length} tokens"
+    return dict(
+        model=str(encoder.reference),
+        weights=encoder.hash,
+        kind=kind,
+        preprocessing=how,
+        pooling="projected, unit length",
+        dimension=encoder.dimension,
+    )
 
 # %% ../../nbs/2_models/21_embed.ipynb #a3d7a7ec
 class EmbeddingStore:
     "Vectors by key, on disk, of one model only."
-    def __init__(self,
-                 folder:str|Path,      # where they are, or will be
-                 manifest:dict=None,   # what they must be; None: whatever is there
-                 ):
+
+    def __init__(
+        self,
+        folder: str | Path,  # where they are, or will be
+        manifest: dict = None,  # what they must be; None: whatever is there
+    ):
         self.folder = Path(folder)
-        self.manifest = self._agree(read_json(self.folder/'manifest.json'), manifest)
+        self.manifest = self._agree(read_json(self.folder / "manifest.json"), manifest)
         self.keys, self._where = [], {}
-        for i, shard in enumerate(self.manifest['shards']): self._learn(i, read_json(self.folder/f'{i:05d}.keys.json', []), shard)
-    def __len__(self): return len(self.keys)
-    def __contains__(self, key): return key in self._where
-    def __repr__(self): return f"EmbeddingStore({len(self):,} rows of {self.manifest['dimension']}, {self.manifest['kind']}, {self.manifest['model']})"
+        for i, shard in enumerate(self.manifest["shards"]):
+            self._learn(i, read_json(self.folder / f"{i:05d}.keys.json", []), shard)
+
+    def __len__(self):
+        return len(self.keys)
+
+    def __contains__(self, key):
+        return key in self._where
+
+    def __repr__(self):
+        return f"EmbeddingStore({len(self):,} rows of {self.manifest['dimension']}, {self.manifest['kind']}, {self.manifest['model']})"
+
     def _learn(self, i, keys, shard):
-        if len(keys) != shard['rows']: raise StoreError(f'{self.folder}: shard {i} has {len(keys)} keys for {shard["rows"]} rows; delete the store and encode again')
-        for row, key in enumerate(keys): self._where[key] = i, row
+        if len(keys) != shard["rows"]:
+            raise StoreError(
+                f"{self.folder}: shard {i} has {len(keys)} keys for {shard['rows']} rows; delete the store and encode again"
+            )
+        for row, key in enumerate(keys):
+            self._where[key] = i, row
         self.keys += keys
 
 # %% ../../nbs/2_models/21_embed.ipynb #270719bf
 @patch
-def _agree(self:EmbeddingStore, found, wanted):
+def _agree(self: EmbeddingStore, found, wanted):
     "The manifest to go on with; refuse vectors of another kind."
-    if found is None and wanted is None: raise StoreError(f'{self.folder} holds no embedding store')
-    if found is None: return {k: wanted[k] for k in identity} | dict(dtype='float16', shards=[], rows_hash='')
+    if found is None and wanted is None:
+        raise StoreError(f"{self.folder} holds no embedding store")
+    if found is None:
+        return {k: wanted[k] for k in identity} | dict(dtype="float16", shards=[], rows_hash="")
     for k in identity if wanted else ():
-        if found[k] != wanted[k]: raise StoreError(f'{self.folder} holds vectors of another kind: its {k} is {found[k]!r}, not {wanted[k]!r}; use another folder or delete this one')
+        if found[k] != wanted[k]:
+            raise StoreError(
+                f"{self.folder} holds vectors of another kind: its {k} is {found[k]!r}, not {wanted[k]!r}; use another folder or delete this one"
+            )
     return found
 
 # %% ../../nbs/2_models/21_embed.ipynb #41df9344
 @patch
-def append(self:EmbeddingStore,
-           keys:list,   # texts that are not in the store yet
-           rows,        # as many vectors: array or tensor
-           ):
+def append(
+    self: EmbeddingStore,
+    keys: list,  # texts that are not in the store yet
+    rows,  # as many vectors: array or tensor
+):
     "Add rows, all of them or none."
-    with np.errstate(over='ignore'): rows, keys = np.asarray(rows).astype(np.float16), list(keys)
-    if rows.shape != (len(keys), self.manifest['dimension']): raise StoreError(f'{len(keys)} keys and rows of shape {rows.shape}; the store holds rows of {self.manifest["dimension"]}')
-    if not np.isfinite(rows).all(): raise StoreError(f'the vector of {keys[int(np.argmin(np.isfinite(rows).all(1)))]!r} is not finite in half precision')
-    if len({*keys}) < len(keys) or any(k in self for k in keys): raise StoreError('a key is in the store already; append each key once')
-    i, shard = len(self.manifest['shards']), dict(rows=len(keys), sha256=hashlib.sha256(rows.tobytes()).hexdigest())
-    with atomic_write(self.folder/f'{i:05d}.npy') as beside: np.save(beside, rows)
-    write_json(self.folder/f'{i:05d}.keys.json', keys)
-    shards = self.manifest['shards'] + [shard]
-    self.manifest |= dict(shards=shards, rows_hash=hashlib.sha256(''.join(s['sha256'] for s in shards).encode()).hexdigest())
-    write_json(self.folder/'manifest.json', self.manifest); self._learn(i, keys, shard)
+    with np.errstate(over="ignore"):
+        rows, keys = np.asarray(rows).astype(np.float16), list(keys)
+    if rows.shape != (len(keys), self.manifest["dimension"]):
+        raise StoreError(
+            f"{len(keys)} keys and rows of shape {rows.shape}; the store holds rows of {self.manifest['dimension']}"
+        )
+    if not np.isfinite(rows).all():
+        raise StoreError(
+            f"the vector of {keys[int(np.argmin(np.isfinite(rows).all(1)))]!r} is not finite in half precision"
+        )
+    if len({*keys}) < len(keys) or any(k in self for k in keys):
+        raise StoreError("a key is in the store already; append each key once")
+    i, shard = len(self.manifest["shards"]), dict(rows=len(keys), sha256=hashlib.sha256(rows.tobytes()).hexdigest())
+    with atomic_write(self.folder / f"{i:05d}.npy") as beside:
+        np.save(beside, rows)
+    write_json(self.folder / f"{i:05d}.keys.json", keys)
+    shards = self.manifest["shards"] + [shard]
+    self.manifest |= dict(
+        shards=shards, rows_hash=hashlib.sha256("".join(s["sha256"] for s in shards).encode()).hexdigest()
+    )
+    write_json(self.folder / "manifest.json", self.manifest)
+    self._learn(i, keys, shard)
 
 # %% ../../nbs/2_models/21_embed.ipynb #cf3da8e1
 @patch
-def shard(self:EmbeddingStore,
-          i:int,          # number of the shard
-          )->np.ndarray:  # float16, mapped from disk
+def shard(
+    self: EmbeddingStore,
+    i: int,  # number of the shard
+) -> np.ndarray:  # float16, mapped from disk
     "The rows of one shard."
-    return np.load(self.folder/f'{i:05d}.npy', mmap_mode='r', allow_pickle=False)
+    return np.load(self.folder / f"{i:05d}.npy", mmap_mode="r", allow_pickle=False)
 
 # %% ../../nbs/2_models/21_embed.ipynb #3e04d20b
 @patch
-def read(self:EmbeddingStore,
-         keys:list,      # in any order, repeated or not
-         )->np.ndarray:  # (n, d) float32
+def read(
+    self: EmbeddingStore,
+    keys: list,  # in any order, repeated or not
+) -> np.ndarray:  # (n, d) float32
     "The vectors of these keys."
     missing = [k for k in keys if k not in self]
-    if missing: raise StoreError(f'{self.folder} lacks {len(missing)} keys, the first is {missing[0]!r}')
+    if missing:
+        raise StoreError(f"{self.folder} lacks {len(missing)} keys, the first is {missing[0]!r}")
     where = np.array([self._where[k] for k in keys]).reshape(-1, 2)
-    rows = np.empty((len(keys), self.manifest['dimension']), np.float32)
-    for i in np.unique(where[:, 0]): rows[where[:, 0] == i] = self.shard(i)[where[where[:, 0] == i, 1]]
+    rows = np.empty((len(keys), self.manifest["dimension"]), np.float32)
+    for i in np.unique(where[:, 0]):
+        rows[where[:, 0] == i] = self.shard(i)[where[where[:, 0] == i, 1]]
     return rows
 
 # %% ../../nbs/2_models/21_embed.ipynb #90ae4ec1
 @patch
-def verify(self:EmbeddingStore):
+def verify(self: EmbeddingStore):
     "Compare all rows with the hashes in the manifest."
-    for i, shard in enumerate(self.manifest['shards']):
-        if hashlib.sha256(self.shard(i).tobytes()).hexdigest() != shard['sha256']: raise StoreError(f'{self.folder}: shard {i} was changed or damaged; delete the store and encode again')
+    for i, shard in enumerate(self.manifest["shards"]):
+        if hashlib.sha256(self.shard(i).tobytes()).hexdigest() != shard["sha256"]:
+            raise StoreError(f"{self.folder}: shard {i} was changed or damaged; delete the store and encode again")
 
 # %% ../../nbs/2_models/21_embed.ipynb #f34be25f
-def embed(store:EmbeddingStore,  # where the vectors go
-          keys,                  # what shall be in it
-          encode,                # function of a list of keys: their vectors
-          batch:int=64,          # keys a call
-          shard:int=4096,        # rows a file
-          )->int:                # how many were encoded now
+def embed(
+    store: EmbeddingStore,  # where the vectors go
+    keys,  # what shall be in it
+    encode,  # function of a list of keys: their vectors
+    batch: int = 64,  # keys a call
+    shard: int = 4096,  # rows a file
+) -> int:  # how many were encoded now
     "Encode what is missing."
     from tqdm.auto import tqdm
+
     todo = [k for k in dict.fromkeys(keys) if k not in store]
-    bar = tqdm(total=len(todo), desc=store.manifest['kind'], disable=len(todo) < 20*batch)
+    bar = tqdm(total=len(todo), desc=store.manifest["kind"], disable=len(todo) < 20 * batch)
     for start in range(0, len(todo), shard):
-        part = todo[start:start + shard]; rows = []
-        for i in range(0, len(part), batch): rows.append(np.asarray(encode(part[i:i + batch]))); bar.update(len(rows[-1]))
+        part = todo[start : start + shard]
+        rows = []
+        for i in range(0, len(part), batch):
+            rows.append(np.asarray(encode(part[i : i + batch])))
+            bar.update(len(rows[-1]))
         store.append(part, np.concatenate(rows))
     bar.close()
     return len(todo)

@@ -15,55 +15,74 @@ from .train import fit, pictures, step_generator, to_tensor
 from .vocabulary import caption_texts, text_config, tokenize, vocabulary
 
 # %% ../../nbs/2_models/29_encoders.ipynb #d2f6e10a
-vision_sizes = {'vision-small': dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=2),
-                'vision': dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4),
-                'vision-large': dict(hidden_size=160, num_hidden_layers=5, num_attention_heads=5)}
+vision_sizes = {
+    "vision-small": dict(hidden_size=64, num_hidden_layers=3, num_attention_heads=2),
+    "vision": dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4),
+    "vision-large": dict(hidden_size=160, num_hidden_layers=5, num_attention_heads=5),
+}
 
 # %% ../../nbs/2_models/29_encoders.ipynb #5d7ba894
 class MaskedPictures(nn.Module):
     "A `Dinov2Model` with the two heads that teach it."
-    def __init__(self,
-                 hidden_size:int,  # width of the encoder
-                 patch:int=8,      # side of a patch in pixels
-                 **shape,          # number of layers and heads, as in `vision_sizes`
-                 ):
+
+    def __init__(
+        self,
+        hidden_size: int,  # width of the encoder
+        patch: int = 8,  # side of a patch in pixels
+        **shape,  # number of layers and heads, as in `vision_sizes`
+    ):
         super().__init__()
         from transformers import Dinov2Config, Dinov2Model
+
         config = Dinov2Config(image_size=64, patch_size=patch, hidden_size=hidden_size, mlp_ratio=4, **shape)
         self.patch, self.encoder = patch, Dinov2Model(config)
-        self.pixels, self.summary = nn.Linear(hidden_size, 3*patch*patch), nn.Linear(hidden_size, 3*8*8)
+        self.pixels, self.summary = nn.Linear(hidden_size, 3 * patch * patch), nn.Linear(hidden_size, 3 * 8 * 8)
 
-    def forward(self,
-                x:torch.Tensor,       # (B, 3, 64, 64) in [-1, 1]
-                hidden:torch.Tensor,  # (B, patches) bool: the patches to predict
-                )->dict:              # the loss and its two parts
+    def forward(
+        self,
+        x: torch.Tensor,  # (B, 3, 64, 64) in [-1, 1]
+        hidden: torch.Tensor,  # (B, patches) bool: the patches to predict
+    ) -> dict:  # the loss and its two parts
         "Mean absolute error of the hidden patches and of the whole picture at 8 x 8 pixels."
         h = self.encoder(pixel_values=x, bool_masked_pos=hidden).last_hidden_state
         target = F.unfold(x, self.patch, stride=self.patch).transpose(1, 2)
         patches = (self.pixels(h[:, 1:]).float() - target).abs().mean(-1)
         whole = (self.summary(h[:, 0]).float() - F.avg_pool2d(x, 8).flatten(1)).abs().mean()
-        return dict(loss=(patches*hidden).sum()/hidden.sum() + whole, hidden=(patches*hidden).sum()/hidden.sum(), whole=whole)
+        return dict(
+            loss=(patches * hidden).sum() / hidden.sum() + whole,
+            hidden=(patches * hidden).sum() / hidden.sum(),
+            whole=whole,
+        )
 
 # %% ../../nbs/2_models/29_encoders.ipynb #b2c538ed
-def train_vision(name:str,          # one of `vision_sizes`
-                 folder:Path,       # checkpoints, curve and model
-                 steps:int=300,     # steps in all
-                 n:int=16_000,      # pictures of the pool `vision`
-                 batch:int=64,      # pictures a step
-                 lr:float=1e-3,     # peak learning rate
-                 seed:int=0,        # of the weights, the batches and the hidden patches
-                 ):                 # `transformers.Dinov2Model`
+def train_vision(
+    name: str,  # one of `vision_sizes`
+    folder: Path,  # checkpoints, curve and model
+    steps: int = 300,  # steps in all
+    n: int = 16_000,  # pictures of the pool `vision`
+    batch: int = 64,  # pictures a step
+    lr: float = 1e-3,  # peak learning rate
+    seed: int = 0,  # of the weights, the batches and the hidden patches
+):  # `transformers.Dinov2Model`
     "Train an image encoder on pictures alone and save it in transformers' format."
     from transformers import BitImageProcessor
-    data = pictures('vision', n); torch.manual_seed(seed); model = MaskedPictures(**vision_sizes[name])
+
+    data = pictures("vision", n)
+    torch.manual_seed(seed)
+    model = MaskedPictures(**vision_sizes[name])
+
     def loss(step):
         g, device = step_generator(seed, step), next(model.parameters()).device
-        rows = torch.randint(n, (batch,), generator=g).sort().values; hidden = torch.rand(batch, 64, generator=g) < .6
+        rows = torch.randint(n, (batch,), generator=g).sort().values
+        hidden = torch.rand(batch, 64, generator=g) < 0.6
         return model(to_tensor(data[rows.numpy()]).to(device), hidden.to(device))
-    fit(model, loss, steps, folder, lr=lr, weight_decay=.05, betas=(.9, .95), decay=.995, label=name)
-    model.encoder.save_pretrained(Path(folder)/'model')
-    processor = BitImageProcessor(size=dict(shortest_edge=64), crop_size=dict(height=64, width=64), image_mean=[.5]*3, image_std=[.5]*3)
-    processor.save_pretrained(Path(folder)/'model')
+
+    fit(model, loss, steps, folder, lr=lr, weight_decay=0.05, betas=(0.9, 0.95), decay=0.995, label=name)
+    model.encoder.save_pretrained(Path(folder) / "model")
+    processor = BitImageProcessor(
+        size=dict(shortest_edge=64), crop_size=dict(height=64, width=64), image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    processor.save_pretrained(Path(folder) / "model")
     return model.encoder
 
 # %% ../../nbs/2_models/29_encoders.ipynb #e7c816d5
@@ -74,78 +93,104 @@ def _padding(ids, end):
 # %% ../../nbs/2_models/29_encoders.ipynb #b6157645
 class MaskedTexts(nn.Module):
     "A `BertForMaskedLM` whose first token also predicts the bag of words."
-    def __init__(self,
-                 tokens:int,  # size of the vocabulary
-                 ):
+
+    def __init__(
+        self,
+        tokens: int,  # size of the vocabulary
+    ):
         super().__init__()
         from transformers import BertConfig, BertForMaskedLM
-        self.bert = BertForMaskedLM(BertConfig(num_hidden_layers=3, type_vocab_size=1, **text_config(tokens))); self.tokens = tokens
+
+        self.bert = BertForMaskedLM(BertConfig(num_hidden_layers=3, type_vocab_size=1, **text_config(tokens)))
+        self.tokens = tokens
         self.bag = nn.Linear(128, tokens)
 
-    def forward(self,
-                ids:torch.Tensor,   # (B, L) int64
-                hide:torch.Tensor,  # (B, L) bool: the words to predict
-                )->dict:            # the loss and its two parts
+    def forward(
+        self,
+        ids: torch.Tensor,  # (B, L) int64
+        hide: torch.Tensor,  # (B, L) bool: the words to predict
+    ) -> dict:  # the loss and its two parts
         "Cross-entropy of the hidden words, and of the bag of words by the first token."
-        pad = _padding(ids, self.tokens - 1); hide = hide & ~pad & (ids < self.tokens - 2)
-        out = self.bert.bert(input_ids=ids.masked_fill(hide, self.tokens - 2), attention_mask=(~pad).long()).last_hidden_state
+        pad = _padding(ids, self.tokens - 1)
+        hide = hide & ~pad & (ids < self.tokens - 2)
+        out = self.bert.bert(
+            input_ids=ids.masked_fill(hide, self.tokens - 2), attention_mask=(~pad).long()
+        ).last_hidden_state
         words = F.cross_entropy(self.bert.cls(out)[hide].float(), ids[hide])
-        bag = torch.zeros(len(ids), self.tokens, device=ids.device).scatter_(1, ids, 1.)
-        summary = F.binary_cross_entropy_with_logits(self.bag(out[:, 0]).float(), bag, reduction='sum')/len(ids)
-        return dict(loss=words + .1*summary, words=words, summary=summary)
+        bag = torch.zeros(len(ids), self.tokens, device=ids.device).scatter_(1, ids, 1.0)
+        summary = F.binary_cross_entropy_with_logits(self.bag(out[:, 0]).float(), bag, reduction="sum") / len(ids)
+        return dict(loss=words + 0.1 * summary, words=words, summary=summary)
 
 # %% ../../nbs/2_models/29_encoders.ipynb #594052d4
-def train_text(folder:Path,      # checkpoints, curve and model
-               steps:int=400,    # steps in all
-               n:int=16_000,     # captions of the pool `text`
-               batch:int=128,    # captions a step
-               lr:float=1e-3,    # peak learning rate
-               seed:int=0,       # of the weights, the batches and the hidden words
-               ):                # `transformers.BertForMaskedLM`
+def train_text(
+    folder: Path,  # checkpoints, curve and model
+    steps: int = 400,  # steps in all
+    n: int = 16_000,  # captions of the pool `text`
+    batch: int = 128,  # captions a step
+    lr: float = 1e-3,  # peak learning rate
+    seed: int = 0,  # of the weights, the batches and the hidden words
+):  # `transformers.BertForMaskedLM`
     "Train the text encoder on captions alone and save it, with the vocabulary, in transformers' format."
-    tokenizer = vocabulary(); ids = tokenize(caption_texts('text', n), tokenizer)
-    torch.manual_seed(seed); model = MaskedTexts(len(tokenizer))
+    tokenizer = vocabulary()
+    ids = tokenize(caption_texts("text", n), tokenizer)
+    torch.manual_seed(seed)
+    model = MaskedTexts(len(tokenizer))
+
     def loss(step):
         g, device = step_generator(seed, step), next(model.parameters()).device
         x = ids[torch.randint(n, (batch,), generator=g)]
-        x = x[:, :int((~_padding(x, len(tokenizer) - 1)).sum(1).max())]   # as long as the longest text
-        return model(x.to(device), (torch.rand(x.shape, generator=g) < .3).to(device))
-    fit(model, loss, steps, folder, lr=lr, betas=(.9, .98), decay=.995, label='text')
-    model.bert.save_pretrained(Path(folder)/'model'); tokenizer.save_pretrained(Path(folder)/'model')
+        x = x[:, : int((~_padding(x, len(tokenizer) - 1)).sum(1).max())]  # as long as the longest text
+        return model(x.to(device), (torch.rand(x.shape, generator=g) < 0.3).to(device))
+
+    fit(model, loss, steps, folder, lr=lr, betas=(0.9, 0.98), decay=0.995, label="text")
+    model.bert.save_pretrained(Path(folder) / "model")
+    tokenizer.save_pretrained(Path(folder) / "model")
     return model.bert
 
 # %% ../../nbs/2_models/29_encoders.ipynb #2368a759
-def train_lm(folder:Path,      # checkpoints, curve and model
-             steps:int=400,    # steps in all
-             n:int=16_000,     # captions of the pool `text`
-             batch:int=128,    # captions a step
-             lr:float=1e-3,    # peak learning rate
-             seed:int=0,       # of the weights and the batches
-             ):                # `transformers.LlamaForCausalLM`
+def train_lm(
+    folder: Path,  # checkpoints, curve and model
+    steps: int = 400,  # steps in all
+    n: int = 16_000,  # captions of the pool `text`
+    batch: int = 128,  # captions a step
+    lr: float = 1e-3,  # peak learning rate
+    seed: int = 0,  # of the weights and the batches
+):  # `transformers.LlamaForCausalLM`
     "Train the causal language model on captions alone and save it in transformers' format."
     from transformers import LlamaConfig, LlamaForCausalLM
-    tokenizer = vocabulary(); ids, end = tokenize(caption_texts('text', n), tokenizer), len(tokenizer) - 1
+
+    tokenizer = vocabulary()
+    ids, end = tokenize(caption_texts("text", n), tokenizer), len(tokenizer) - 1
     torch.manual_seed(seed)
     shape = dict(num_hidden_layers=4, num_key_value_heads=4, tie_word_embeddings=True)
     model = LlamaForCausalLM(LlamaConfig(**shape, **text_config(len(tokenizer))))
+
     def loss(step):
         g, device = step_generator(seed, step), next(model.parameters()).device
-        x = ids[torch.randint(n, (batch,), generator=g)]; pad = _padding(x, end)
-        x, pad = (v[:, :int((~pad).sum(1).max())] for v in (x, pad))
+        x = ids[torch.randint(n, (batch,), generator=g)]
+        pad = _padding(x, end)
+        x, pad = (v[:, : int((~pad).sum(1).max())] for v in (x, pad))
         logits = model(input_ids=x.to(device)).logits[:, :-1].float()
-        return F.cross_entropy(logits.flatten(0, 1), x[:, 1:].masked_fill(pad[:, 1:], -100).flatten().to(device), ignore_index=-100)
-    fit(model, loss, steps, folder, lr=lr, betas=(.9, .98), decay=.995, label='lm')
-    model.save_pretrained(Path(folder)/'model'); tokenizer.save_pretrained(Path(folder)/'model')
+        return F.cross_entropy(
+            logits.flatten(0, 1), x[:, 1:].masked_fill(pad[:, 1:], -100).flatten().to(device), ignore_index=-100
+        )
+
+    fit(model, loss, steps, folder, lr=lr, betas=(0.9, 0.98), decay=0.995, label="lm")
+    model.save_pretrained(Path(folder) / "model")
+    tokenizer.save_pretrained(Path(folder) / "model")
     return model
 
 # %% ../../nbs/2_models/29_encoders.ipynb #102aa32d
 @torch.no_grad()
-def continue_caption(model,         # a causal language model
-                     tokenizer,     # its tokenizer
-                     start:str,     # first words of a caption
-                     words:int=16,  # tokens to add at most
-                     )->str:        # the start and what follows
+def continue_caption(
+    model,  # a causal language model
+    tokenizer,  # its tokenizer
+    start: str,  # first words of a caption
+    words: int = 16,  # tokens to add at most
+) -> str:  # the start and what follows
     "Greedy continuation of a caption."
-    ids = tokenizer(start, return_tensors='pt').input_ids[:, :-1]
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=words, do_sample=False, pad_token_id=len(tokenizer) - 1)
+    ids = tokenizer(start, return_tensors="pt").input_ids[:, :-1]
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=words, do_sample=False, pad_token_id=len(tokenizer) - 1
+    )
     return tokenizer.decode(out[0], skip_special_tokens=True)

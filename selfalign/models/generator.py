@@ -18,198 +18,281 @@ from .vocabulary import caption_texts, text_config, tokenize, vocabulary
 # %% ../../nbs/2_models/28_generator.ipynb #09b5fa20
 class WordKeeper(torch.nn.Module):
     "A `CLIPTextModel` with the heads that teach it to keep every word."
-    def __init__(self,
-                 tokens:int,    # size of the vocabulary
-                 last:int=3,    # how many of the last words it must name in order
-                 ):
+
+    def __init__(
+        self,
+        tokens: int,  # size of the vocabulary
+        last: int = 3,  # how many of the last words it must name in order
+    ):
         super().__init__()
         from transformers import CLIPTextConfig, CLIPTextModel
-        self.tokens = tokens; self.text = CLIPTextModel(CLIPTextConfig(num_hidden_layers=3, hidden_act='gelu', projection_dim=128, **text_config(tokens)))
-        self.bag = torch.nn.Linear(128, tokens); self.last = torch.nn.ModuleList(torch.nn.Linear(128, tokens) for _ in range(last))
 
-    def forward(self,
-                ids:torch.Tensor,  # (B, L) int64
-                )->dict:           # the loss and its two parts
+        self.tokens = tokens
+        self.text = CLIPTextModel(
+            CLIPTextConfig(num_hidden_layers=3, hidden_act="gelu", projection_dim=128, **text_config(tokens))
+        )
+        self.bag = torch.nn.Linear(128, tokens)
+        self.last = torch.nn.ModuleList(torch.nn.Linear(128, tokens) for _ in range(last))
+
+    def forward(
+        self,
+        ids: torch.Tensor,  # (B, L) int64
+    ) -> dict:  # the loss and its two parts
         "Binary cross-entropy of the words so far, summed over the vocabulary, and cross-entropy of the last words."
         h, end = self.text(input_ids=ids).last_hidden_state, self.tokens - 2
-        said = F.one_hot(ids, self.tokens).cumsum(1).clamp(max=1).float(); said[..., end:] = 0
-        bag = F.binary_cross_entropy_with_logits(self.bag(h).float(), said, reduction='none').sum(-1).mean()
+        said = F.one_hot(ids, self.tokens).cumsum(1).clamp(max=1).float()
+        said[..., end:] = 0
+        bag = F.binary_cross_entropy_with_logits(self.bag(h).float(), said, reduction="none").sum(-1).mean()
         order = []
-        for k, head in enumerate(self.last):   # at token i, the word k places before it
-            words = ids[:, :ids.shape[1] - k].masked_fill(ids[:, k:] >= end, -100)
+        for k, head in enumerate(self.last):  # at token i, the word k places before it
+            words = ids[:, : ids.shape[1] - k].masked_fill(ids[:, k:] >= end, -100)
             order.append(F.cross_entropy(head(h[:, k:]).float().flatten(0, 1), words.flatten(), ignore_index=-100))
         order = torch.stack(order).mean()
         return dict(loss=bag + order, bag=bag, order=order)
 
 # %% ../../nbs/2_models/28_generator.ipynb #8d6d0a42
-def train_caption_encoder(folder:Path,      # checkpoints, curve and model
-                          steps:int=800,    # steps in all
-                          n:int=40_000,     # web captions of the pool `generator`
-                          batch:int=128,    # captions a step
-                          lr:float=2e-3,    # peak learning rate
-                          noise:float=0.3,  # web noise, 0 to 1
-                          seed:int=0,       # of the weights and the batches
-                          ):                # `transformers.CLIPTextModel`
+def train_caption_encoder(
+    folder: Path,  # checkpoints, curve and model
+    steps: int = 800,  # steps in all
+    n: int = 40_000,  # web captions of the pool `generator`
+    batch: int = 128,  # captions a step
+    lr: float = 2e-3,  # peak learning rate
+    noise: float = 0.3,  # web noise, 0 to 1
+    seed: int = 0,  # of the weights and the batches
+):  # `transformers.CLIPTextModel`
     "Train the generator's text encoder on captions alone and save it."
-    tokenizer = vocabulary(); ids = tokenize(caption_texts('generator', n, noise), tokenizer)
-    torch.manual_seed(seed); keeper = WordKeeper(len(tokenizer))
+    tokenizer = vocabulary()
+    ids = tokenize(caption_texts("generator", n, noise), tokenizer)
+    torch.manual_seed(seed)
+    keeper = WordKeeper(len(tokenizer))
+
     def loss(step):
         pick = torch.randint(n, (batch,), generator=step_generator(seed, step))
         return keeper(ids[pick].to(next(keeper.parameters()).device))
-    fit(keeper, loss, steps, folder, lr=lr, decay=.995, label='caption encoder')
-    keeper.text.save_pretrained(Path(folder)/'model')
+
+    fit(keeper, loss, steps, folder, lr=lr, decay=0.995, label="caption encoder")
+    keeper.text.save_pretrained(Path(folder) / "model")
     return keeper.text
 
 # %% ../../nbs/2_models/28_generator.ipynb #f4f0785a
 @torch.no_grad()
-def loudness(text,        # `transformers.CLIPTextModel`
-             one:str,     # a caption
-             other:str,   # another
-             )->float:    # 0: read alike; 1: as far apart as either is long
+def loudness(
+    text,  # `transformers.CLIPTextModel`
+    one: str,  # a caption
+    other: str,  # another
+) -> float:  # 0: read alike; 1: as far apart as either is long
     "How differently a text encoder reads two captions."
     a, b = text(input_ids=tokenize([one, other], vocabulary())).last_hidden_state[:, -1].float()
-    return ((a - b).norm()/a.norm()).item()
+    return ((a - b).norm() / a.norm()).item()
 
 # %% ../../nbs/2_models/28_generator.ipynb #3dce5d3a
-def new_unet(channels:tuple=(64, 112),  # of the levels, 16 and 8 cells a side
-             latent_channels:int=4,     # numbers that the autoencoder keeps in a cell
-             context:int=128,           # width of the text encoder
-             ):                         # `diffusers.UNet2DConditionModel`
+def new_unet(
+    channels: tuple = (64, 112),  # of the levels, 16 and 8 cells a side
+    latent_channels: int = 4,  # numbers that the autoencoder keeps in a cell
+    context: int = 128,  # width of the text encoder
+):  # `diffusers.UNet2DConditionModel`
     "An untrained UNet; captions enter at every level but the first."
     from diffusers import UNet2DConditionModel
+
     deep = len(channels) - 1
-    return UNet2DConditionModel(sample_size=16, in_channels=latent_channels, out_channels=latent_channels, block_out_channels=channels,
-        down_block_types=('DownBlock2D',) + ('CrossAttnDownBlock2D',)*deep, up_block_types=('CrossAttnUpBlock2D',)*deep + ('UpBlock2D',),
-        layers_per_block=1, cross_attention_dim=context, attention_head_dim=4, norm_num_groups=16,
-        addition_embed_type='text', addition_embed_type_num_heads=4, resnet_time_scale_shift='scale_shift')
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        block_out_channels=channels,
+        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * deep,
+        up_block_types=("CrossAttnUpBlock2D",) * deep + ("UpBlock2D",),
+        layers_per_block=1,
+        cross_attention_dim=context,
+        attention_head_dim=4,
+        norm_num_groups=16,
+        addition_embed_type="text",
+        addition_embed_type_num_heads=4,
+        resnet_time_scale_shift="scale_shift",
+    )
 
 # %% ../../nbs/2_models/28_generator.ipynb #f2e59c5f
 def new_scheduler():  # `diffusers.DDIMScheduler`
     "Cosine schedule, velocity prediction, steps spaced from the noisy end."
     from diffusers import DDIMScheduler
-    return DDIMScheduler(beta_schedule='squaredcos_cap_v2', prediction_type='v_prediction', clip_sample=False, set_alpha_to_one=True,
-                         timestep_spacing='trailing')
+
+    return DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        timestep_spacing="trailing",
+    )
 
 # %% ../../nbs/2_models/28_generator.ipynb #7c87cadc
 @torch.no_grad()
-def encode_latents(autoencoder,        # `diffusers.AutoencoderTiny`
-                   pixels:np.ndarray,  # (n, 64, 64, 3) uint8
-                   batch:int=256,      # pictures at a time
-                   )->torch.Tensor:    # (n, c, 16, 16), on the CPU
+def encode_latents(
+    autoencoder,  # `diffusers.AutoencoderTiny`
+    pixels: np.ndarray,  # (n, 64, 64, 3) uint8
+    batch: int = 256,  # pictures at a time
+) -> torch.Tensor:  # (n, c, 16, 16), on the CPU
     "Scaled latents of pictures."
     device = next(autoencoder.parameters()).device
-    out = [autoencoder.encoder(to_tensor(pixels[i:i + batch]).to(device)).cpu() for i in range(0, len(pixels), batch)]
-    return torch.cat(out)*autoencoder.config.scaling_factor
+    out = [autoencoder.encoder(to_tensor(pixels[i : i + batch]).to(device)).cpu() for i in range(0, len(pixels), batch)]
+    return torch.cat(out) * autoencoder.config.scaling_factor
 
 # %% ../../nbs/2_models/28_generator.ipynb #e97a30a0
-def clip_filter(clip_folder:Path,    # open_clip folder of the scorer; not opened if all are kept
-                pixels:np.ndarray,   # (n, 64, 64, 3) uint8
-                texts:list,          # n captions
-                keep:float,          # share of pairs to keep, 0 to 1
-                )->np.ndarray:       # sorted row numbers
+def clip_filter(
+    clip_folder: Path,  # open_clip folder of the scorer; not opened if all are kept
+    pixels: np.ndarray,  # (n, 64, 64, 3) uint8
+    texts: list,  # n captions
+    keep: float,  # share of pairs to keep, 0 to 1
+) -> np.ndarray:  # sorted row numbers
     "Rows whose picture and caption have the highest CLIP scores."
-    if keep >= 1: return np.arange(len(texts))
+    if keep >= 1:
+        return np.arange(len(texts))
     from PIL import Image
     from selfalign.models.load import load_dual_encoder
-    clip, cosines = load_dual_encoder(f'open_clip:{clip_folder}'), []
+
+    clip, cosines = load_dual_encoder(f"open_clip:{clip_folder}"), []
     for i in range(0, len(texts), 512):
-        x = clip.encode_image([Image.fromarray(p) for p in pixels[i:i + 512]])
-        cosines.append((x*clip.encode_text(texts[i:i + 512])).sum(1))
+        x = clip.encode_image([Image.fromarray(p) for p in pixels[i : i + 512]])
+        cosines.append((x * clip.encode_text(texts[i : i + 512])).sum(1))
     order = torch.cat(cosines).argsort(descending=True).numpy()
-    return np.sort(order[:round(keep*len(order))])
+    return np.sort(order[: round(keep * len(order))])
 
 # %% ../../nbs/2_models/28_generator.ipynb #6647b2e0
 @torch.no_grad()
-def encode_captions(text,         # `transformers.CLIPTextModel`
-                    texts:list,   # n captions
-                    tokenizer,    # from `selfalign.models.vocabulary`
-                    batch:int=512,   # captions at a time
-                    )->torch.Tensor: # (n + 1, context length, width), half precision
+def encode_captions(
+    text,  # `transformers.CLIPTextModel`
+    texts: list,  # n captions
+    tokenizer,  # from `selfalign.models.vocabulary`
+    batch: int = 512,  # captions at a time
+) -> torch.Tensor:  # (n + 1, context length, width), half precision
     "What the UNet will attend to, for every caption and for none."
-    ids = tokenize(list(texts) + [''], tokenizer)
-    return torch.cat([text(input_ids=ids[i:i + batch]).last_hidden_state.half() for i in range(0, len(ids), batch)])
+    ids = tokenize(list(texts) + [""], tokenizer)
+    return torch.cat([text(input_ids=ids[i : i + batch]).last_hidden_state.half() for i in range(0, len(ids), batch)])
 
 # %% ../../nbs/2_models/28_generator.ipynb #44656e4a
-def velocity_loss(unet,                       # predicts the velocity
-                  z:torch.Tensor,             # (B, c, h, w) latents of unit spread
-                  context:torch.Tensor,       # (B, tokens, width) of their captions
-                  alphas:torch.Tensor,        # share of the picture left at each time, squared
-                  generator:torch.Generator,  # draws times and noise
-                  )->torch.Tensor:            # scalar
+def velocity_loss(
+    unet,  # predicts the velocity
+    z: torch.Tensor,  # (B, c, h, w) latents of unit spread
+    context: torch.Tensor,  # (B, tokens, width) of their captions
+    alphas: torch.Tensor,  # share of the picture left at each time, squared
+    generator: torch.Generator,  # draws times and noise
+) -> torch.Tensor:  # scalar
     "Mean squared error of the velocity at stratified times (v-prediction, Salimans and Ho 2022, appendix D)."
     batch, device = len(z), next(unet.parameters()).device
-    t = (((torch.arange(batch) + torch.rand(batch, generator=generator))/batch).sqrt()*len(alphas)).long().clamp(max=len(alphas) - 1)
-    a, s, eps = alphas[t].sqrt().view(-1, 1, 1, 1), (1 - alphas[t]).sqrt().view(-1, 1, 1, 1), torch.randn(z.shape, generator=generator)
-    v = unet((a*z + s*eps).to(device), t.to(device), context.float().to(device)).sample
-    return F.mse_loss(v.float(), (a*eps - s*z).to(device))
+    t = (
+        (((torch.arange(batch) + torch.rand(batch, generator=generator)) / batch).sqrt() * len(alphas))
+        .long()
+        .clamp(max=len(alphas) - 1)
+    )
+    a, s, eps = (
+        alphas[t].sqrt().view(-1, 1, 1, 1),
+        (1 - alphas[t]).sqrt().view(-1, 1, 1, 1),
+        torch.randn(z.shape, generator=generator),
+    )
+    v = unet((a * z + s * eps).to(device), t.to(device), context.float().to(device)).sample
+    return F.mse_loss(v.float(), (a * eps - s * z).to(device))
 
 # %% ../../nbs/2_models/28_generator.ipynb #c9525f10
-def train_generator(folder:Path,                   # checkpoints, curve and model
-                    autoencoder_folder:Path,       # a trained autoencoder
-                    text_folder:Path,              # a trained caption encoder
-                    clip_folder:Path,              # a trained clip, which filters the pairs
-                    steps:int=5000,                # steps in all
-                    n:int=40_000,                  # web pairs of the pool `generator`
-                    keep:float=0.7,                # share of pairs that the filter leaves
-                    batch:int=64,                  # pictures a step
-                    lr:float=2e-3,                 # peak learning rate
-                    channels:tuple=(64, 112),      # width of the UNet
-                    noise:float=0.3,               # web noise, 0 to 1
-                    seed:int=0,                    # of the weights, the batches, the times and the noise
-                    ):                             # `diffusers.StableDiffusionPipeline`
+def train_generator(
+    folder: Path,  # checkpoints, curve and model
+    autoencoder_folder: Path,  # a trained autoencoder
+    text_folder: Path,  # a trained caption encoder
+    clip_folder: Path,  # a trained clip, which filters the pairs
+    steps: int = 5000,  # steps in all
+    n: int = 40_000,  # web pairs of the pool `generator`
+    keep: float = 0.7,  # share of pairs that the filter leaves
+    batch: int = 64,  # pictures a step
+    lr: float = 2e-3,  # peak learning rate
+    channels: tuple = (64, 112),  # width of the UNet
+    noise: float = 0.3,  # web noise, 0 to 1
+    seed: int = 0,  # of the weights, the batches, the times and the noise
+):  # `diffusers.StableDiffusionPipeline`
     "Train the UNet on web pairs and save the whole pipeline."
     from diffusers import AutoencoderTiny
     from diffusers.models.attention_processor import AttnProcessor
     from transformers import CLIPTextModel
-    autoencoder, tokenizer = AutoencoderTiny.from_pretrained(autoencoder_folder, torch_dtype=torch.float32).eval(), vocabulary()
-    data, texts = pictures('generator', n), caption_texts('generator', n, noise)
+
+    autoencoder, tokenizer = (
+        AutoencoderTiny.from_pretrained(autoencoder_folder, torch_dtype=torch.float32).eval(),
+        vocabulary(),
+    )
+    data, texts = pictures("generator", n), caption_texts("generator", n, noise)
     text = CLIPTextModel.from_pretrained(text_folder, dtype=torch.float32).eval().requires_grad_(False)
     rows = clip_filter(clip_folder, data, texts, keep)
-    latents, context = encode_latents(autoencoder, data[rows]), encode_captions(text, [texts[i] for i in rows], tokenizer)
-    scale = float(1/latents.std()); latents *= scale
-    autoencoder.register_to_config(scaling_factor=autoencoder.config.scaling_factor*scale)
-    torch.manual_seed(seed); unet = new_unet(tuple(channels), latents.shape[1], context.shape[-1])
-    unet.to(memory_format=torch.channels_last).train(); unet.set_attn_processor(AttnProcessor())
+    latents, context = (
+        encode_latents(autoencoder, data[rows]),
+        encode_captions(text, [texts[i] for i in rows], tokenizer),
+    )
+    scale = float(1 / latents.std())
+    latents *= scale
+    autoencoder.register_to_config(scaling_factor=autoencoder.config.scaling_factor * scale)
+    torch.manual_seed(seed)
+    unet = new_unet(tuple(channels), latents.shape[1], context.shape[-1])
+    unet.to(memory_format=torch.channels_last).train()
+    unet.set_attn_processor(AttnProcessor())
     alphas = new_scheduler().alphas_cumprod
+
     def loss(step):
-        g = step_generator(seed, step); pick = torch.randint(len(latents), (batch,), generator=g)
-        said = torch.where(torch.rand(batch, generator=g) < .1, len(latents), pick)
+        g = step_generator(seed, step)
+        pick = torch.randint(len(latents), (batch,), generator=g)
+        said = torch.where(torch.rand(batch, generator=g) < 0.1, len(latents), pick)
         return velocity_loss(unet, latents[pick], context[said], alphas, g)
-    fit(unet, loss, steps, folder, lr=lr, optimiser='muon', decay=.998, every=120, log=50, label='generator')
-    pipe = pipeline(unet, text, autoencoder, tokenizer); pipe.save_pretrained(Path(folder)/'model', safe_serialization=True)
+
+    fit(unet, loss, steps, folder, lr=lr, optimiser="muon", decay=0.998, every=120, log=50, label="generator")
+    pipe = pipeline(unet, text, autoencoder, tokenizer)
+    pipe.save_pretrained(Path(folder) / "model", safe_serialization=True)
     return pipe
 
 # %% ../../nbs/2_models/28_generator.ipynb #ddf0a229
-def pipeline(unet,          # trained
-             text,          # from `train_caption_encoder`
-             autoencoder,   # with the scaling factor that the UNet was trained with
-             tokenizer,     # from `selfalign.models.vocabulary`
-             ):             # `diffusers.StableDiffusionPipeline`
+def pipeline(
+    unet,  # trained
+    text,  # from `train_caption_encoder`
+    autoencoder,  # with the scaling factor that the UNet was trained with
+    tokenizer,  # from `selfalign.models.vocabulary`
+):  # `diffusers.StableDiffusionPipeline`
     "Put the parts together."
     from diffusers import StableDiffusionPipeline
-    pipe = StableDiffusionPipeline(vae=autoencoder, text_encoder=text, tokenizer=tokenizer, unet=unet,
-                                   scheduler=new_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+
+    pipe = StableDiffusionPipeline(
+        vae=autoencoder,
+        text_encoder=text,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=new_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 # %% ../../nbs/2_models/28_generator.ipynb #f1245a91
 @torch.no_grad()
-def quick_faithfulness(pipe,               # a pipeline
-                       n:int=64,           # single-object captions of the pool `validation`
-                       steps:int=15,       # denoising steps
-                       guidance:float=3.,  # guidance scale; 1: none
-                       start:int=0,        # first scene of the pool to try
-                       reader=None,        # a `Reader`; without one, the committed one
-                       )->dict:            # shares of object, colour, size, position read back
+def quick_faithfulness(
+    pipe,  # a pipeline
+    n: int = 64,  # single-object captions of the pool `validation`
+    steps: int = 15,  # denoising steps
+    guidance: float = 3.0,  # guidance scale; 1: none
+    start: int = 0,  # first scene of the pool to try
+    reader=None,  # a `Reader`; without one, the committed one
+) -> dict:  # shares of object, colour, size, position read back
     "Generate from full captions and read the pictures back."
     from selfalign.data.captions import probe_caption
     from selfalign.data.scenes import make_scene
     from selfalign.models.reader import verdict
+
     captions, i = [], start
     while len(captions) < n:
-        scene = make_scene('validation', i); i += 1
-        if len(scene.things) == 1: captions.append(probe_caption(scene))
+        scene = make_scene("validation", i)
+        i += 1
+        if len(scene.things) == 1:
+            captions.append(probe_caption(scene))
     generators = [torch.Generator().manual_seed(k) for k in range(n)]
-    images = pipe([c.text for c in captions], num_inference_steps=steps, guidance_scale=guidance, generator=generators,
-                  height=64, width=64).images
+    images = pipe(
+        [c.text for c in captions],
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=generators,
+        height=64,
+        width=64,
+    ).images
     return verdict(images, [c.claims for c in captions], reader).mean().round(3).to_dict()

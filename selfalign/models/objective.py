@@ -18,83 +18,108 @@ from ..study.settings import nearest
 # %% ../../nbs/2_models/2e_objective.ipynb #0538a451
 class Vectors(NamedTuple):
     "A batch, as both towers see it."
-    images: torch.Tensor            # (B, d), unit norm
-    texts: torch.Tensor             # (B, d), unit norm; the captions
-    scale: float                    # inverse temperature, already exponentiated
-    same: torch.Tensor|None = None  # (B, B) bool: picture i shows what caption j says; None: only its own
-    bias: float = 0.                # of the sigmoid loss
-    positives: torch.Tensor|None = None  # (B, d): the same in other words
-    negatives: torch.Tensor|None = None  # (B, d): one word exchanged
-    exchanged: torch.Tensor|None = None  # (B,) bool: for which pairs there is such a text
-    before: tuple|None = None       # pictures and captions as the model saw them before it was tuned
+
+    images: torch.Tensor  # (B, d), unit norm
+    texts: torch.Tensor  # (B, d), unit norm; the captions
+    scale: float  # inverse temperature, already exponentiated
+    same: torch.Tensor | None = None  # (B, B) bool: picture i shows what caption j says; None: only its own
+    bias: float = 0.0  # of the sigmoid loss
+    positives: torch.Tensor | None = None  # (B, d): the same in other words
+    negatives: torch.Tensor | None = None  # (B, d): one word exchanged
+    exchanged: torch.Tensor | None = None  # (B,) bool: for which pairs there is such a text
+    before: tuple | None = None  # pictures and captions as the model saw them before it was tuned
 
 # %% ../../nbs/2_models/2e_objective.ipynb #6ac19362
-def _soft(logits, target): return -(target*F.log_softmax(logits, 1)[:, :target.shape[1]]).sum(1).mean()
+def _soft(logits, target):
+    return -(target * F.log_softmax(logits, 1)[:, : target.shape[1]]).sum(1).mean()
+
 
 def _rows(logits, same=None):
     "Cross-entropy of each row; where several answers are right, against all of them alike."
-    if same is None: return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
-    target = same.to(logits.dtype); return _soft(logits, target/target.sum(1, keepdim=True))
+    if same is None:
+        return F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
+    target = same.to(logits.dtype)
+    return _soft(logits, target / target.sum(1, keepdim=True))
 
 # %% ../../nbs/2_models/2e_objective.ipynb #d88df4e4
-def contrast_nce(v:Vectors         # a batch; with `same`: several captions are right
-                )->torch.Tensor:   # scalar
+def contrast_nce(
+    v: Vectors,  # a batch; with `same`: several captions are right
+) -> torch.Tensor:  # scalar
     "InfoNCE in both directions; hard negatives join the captions that a picture chooses from."
-    logits = v.scale*v.images @ v.texts.T; wide = logits
-    if v.negatives is not None: wide = torch.cat([logits, v.scale*v.images @ v.negatives[v.exchanged].T], 1)
-    return (_rows(wide, v.same) + _rows(logits.T, None if v.same is None else v.same.T))/2
+    logits = v.scale * v.images @ v.texts.T
+    wide = logits
+    if v.negatives is not None:
+        wide = torch.cat([logits, v.scale * v.images @ v.negatives[v.exchanged].T], 1)
+    return (_rows(wide, v.same) + _rows(logits.T, None if v.same is None else v.same.T)) / 2
 
 # %% ../../nbs/2_models/2e_objective.ipynb #bbd1a7f6
-def fitting_bias(images:torch.Tensor,  # (n, d), unit norm
-                 texts:torch.Tensor,   # (n, d), unit norm
-                 scale:float,          # inverse temperature
-                 most:int=512,         # pairs that are looked at
-                 )->float:             # the bias
+def fitting_bias(
+    images: torch.Tensor,  # (n, d), unit norm
+    texts: torch.Tensor,  # (n, d), unit norm
+    scale: float,  # inverse temperature
+    most: int = 512,  # pairs that are looked at
+) -> float:  # the bias
     "The bias with the lowest sigmoid loss on these pairs."
     from scipy.optimize import minimize_scalar
+
     x, y = images[:most].double(), texts[:most].double()
     loss = lambda b: float(sigmoid_loss(x, y, torch.tensor(scale), torch.tensor(b)))
-    return float(minimize_scalar(loss, bounds=(-2*scale - 20, 2*scale), method='bounded').x)
+    return float(minimize_scalar(loss, bounds=(-2 * scale - 20, 2 * scale), method="bounded").x)
 
 # %% ../../nbs/2_models/2e_objective.ipynb #443e21fe
-def positive_term(v:Vectors        # with `positives`
-                 )->torch.Tensor:  # scalar
+def positive_term(
+    v: Vectors,  # with `positives`
+) -> torch.Tensor:  # scalar
     "TSVLC's term for texts that say the same (its code, `loss.py`)."
-    return (_rows(v.scale*v.images @ v.positives.T) + _rows(v.scale*v.texts @ v.positives.T))/2
+    return (_rows(v.scale * v.images @ v.positives.T) + _rows(v.scale * v.texts @ v.positives.T)) / 2
 
 # %% ../../nbs/2_models/2e_objective.ipynb #08c56c38
-def negative_term(v:Vectors        # with `negatives` and `exchanged`
-                 )->torch.Tensor:  # scalar; 0 if no pair has a hard negative
+def negative_term(
+    v: Vectors,  # with `negatives` and `exchanged`
+) -> torch.Tensor:  # scalar; 0 if no pair has a hard negative
     "TSVLC's term for hard negatives: the caption against the same with one word exchanged."
-    margin = v.scale*(v.images*(v.texts - v.negatives)).sum(-1)
-    return F.softplus(-margin[v.exchanged]).mean() if v.exchanged.any() else margin.sum()*0
+    margin = v.scale * (v.images * (v.texts - v.negatives)).sum(-1)
+    return F.softplus(-margin[v.exchanged]).mean() if v.exchanged.any() else margin.sum() * 0
 
 # %% ../../nbs/2_models/2e_objective.ipynb #e51a2757
-def distillation_term(v:Vectors        # with `before`
-                     )->torch.Tensor:  # scalar
+def distillation_term(
+    v: Vectors,  # with `before`
+) -> torch.Tensor:  # scalar
     "Cross-entropy between the frozen model's choices and the tuned one's (open_clip's `DistillClipLoss`)."
-    new, old = v.scale*v.images @ v.texts.T, v.scale*v.before[0] @ v.before[1].T
-    return sum(_soft(n, F.softmax(o, 1)) for n, o in ((new, old), (new.T, old.T)))/2
+    new, old = v.scale * v.images @ v.texts.T, v.scale * v.before[0] @ v.before[1].T
+    return sum(_soft(n, F.softmax(o, 1)) for n, o in ((new, old), (new.T, old.T))) / 2
 
 # %% ../../nbs/2_models/2e_objective.ipynb #fe3dae76
-CONTRASTS = ('infonce', 'multi-positive', 'sigmoid')
+CONTRASTS = ("infonce", "multi-positive", "sigmoid")
+
+
 @dataclass(frozen=True)
 class Objective:
     "What a step minimises: a contrast, and terms with their weights."
-    contrast:str = 'infonce'   # infonce, multi-positive (equal captions are right for each other's pictures) or sigmoid
-    positives:float = 0.       # weight of `positive_term`
-    negatives:float = 0.       # weight of `negative_term`; above 0, hard negatives also join the contrast
-    distill:float = 0.         # weight of `distillation_term`
+
+    contrast: str = "infonce"  # infonce, multi-positive (equal captions are right for each other's pictures) or sigmoid
+    positives: float = 0.0  # weight of `positive_term`
+    negatives: float = 0.0  # weight of `negative_term`; above 0, hard negatives also join the contrast
+    distill: float = 0.0  # weight of `distillation_term`
 
     def __post_init__(self):
-        if self.contrast not in CONTRASTS: raise ModelError(f'unknown contrast {self.contrast!r}; {nearest(self.contrast, CONTRASTS)}')
+        if self.contrast not in CONTRASTS:
+            raise ModelError(f"unknown contrast {self.contrast!r}; {nearest(self.contrast, CONTRASTS)}")
         for term, weight in asdict(self).items():
-            if term != 'contrast' and not weight >= 0: raise ModelError(f'{term} = {weight}: a term\'s weight is 0 or more')
+            if term != "contrast" and not weight >= 0:
+                raise ModelError(f"{term} = {weight}: a term's weight is 0 or more")
 
     def __call__(self, v):
         "The loss of a batch."
-        if self.contrast == 'sigmoid': loss = sigmoid_loss(v.images, v.texts, torch.tensor(v.scale), torch.tensor(v.bias))
-        else: loss = contrast_nce(v if self.contrast == 'multi-positive' else v._replace(same=None))
-        for term, weight in ((positive_term, self.positives), (negative_term, self.negatives), (distillation_term, self.distill)):
-            if weight: loss = loss + weight*term(v)
+        if self.contrast == "sigmoid":
+            loss = sigmoid_loss(v.images, v.texts, torch.tensor(v.scale), torch.tensor(v.bias))
+        else:
+            loss = contrast_nce(v if self.contrast == "multi-positive" else v._replace(same=None))
+        for term, weight in (
+            (positive_term, self.positives),
+            (negative_term, self.negatives),
+            (distillation_term, self.distill),
+        ):
+            if weight:
+                loss = loss + weight * term(v)
         return loss

@@ -18,21 +18,30 @@ from .load import ModelError, _causal_text, parse_reference
 # %% ../../nbs/2_models/2g_operations.ipynb #6235da01
 def _attention(q, k, v, *_, out_shape=None, **__):
     "Scores from queries and keys, then the weighted sum of values; shapes are (..., tokens, numbers)."
-    return 2*math.prod(q[:-1])*k[-2]*(q[-1] + v[-1])
+    return 2 * math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
 
-def _attention_backward(_, q, k, v, *__, **___): return 2*_attention(q, k, v)
 
-_fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-          torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward}
+def _attention_backward(_, q, k, v, *__, **___):
+    return 2 * _attention(q, k, v)
+
+
+_fused = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
 
 # %% ../../nbs/2_models/2g_operations.ipynb #a80189f5
-def operations(call,   # function without arguments; its products are counted, also those of a `backward` in it
-               )->int: # floating-point operations
+def operations(
+    call,  # function without arguments; its products are counted, also those of a `backward` in it
+) -> int:  # floating-point operations
     "Count what a call multiplies and adds."
-    fast = torch.backends.mha.get_fastpath_enabled(); torch.backends.mha.set_fastpath_enabled(False)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with FlopCounterMode(display=False, custom_mapping=_fused) as counter: call()
-    finally: torch.backends.mha.set_fastpath_enabled(fast)
+        with FlopCounterMode(display=False, custom_mapping=_fused) as counter:
+            call()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     return counter.get_total_flops()
 
 # %% ../../nbs/2_models/2g_operations.ipynb #11092fe3
@@ -41,41 +50,63 @@ def _parts(reference):
     "The parts of a model on `meta`, frozen and ready for inference."
     return {name: part.eval().requires_grad_(False) for name, part in skeleton(reference).items()}
 
+
 def _dual(reference):
     "The part that embeds pictures and texts."
-    found = [m for m in _parts(reference).values() if hasattr(m, 'encode_image') or hasattr(m, 'get_image_features')]
-    if not found: raise ModelError(f'{reference} has no picture and text tower; name a dual encoder, e.g. open_clip:data/micro/clip')
+    found = [m for m in _parts(reference).values() if hasattr(m, "encode_image") or hasattr(m, "get_image_features")]
+    if not found:
+        raise ModelError(
+            f"{reference} has no picture and text tower; name a dual encoder, e.g. open_clip:data/micro/clip"
+        )
     return found[0]
 
-def _empty(*shape, dtype=torch.float32): return torch.empty(shape, dtype=dtype, device='meta')
+
+def _empty(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 # %% ../../nbs/2_models/2g_operations.ipynb #9948e9ec
 def _see(model, n):
     "Embed n pictures that nobody has."
-    if hasattr(model, 'config'): return _vectors(model.get_image_features(pixel_values=_empty(n, 3, *[model.config.vision_config.image_size]*2)))
+    if hasattr(model, "config"):
+        return _vectors(
+            model.get_image_features(pixel_values=_empty(n, 3, *[model.config.vision_config.image_size] * 2))
+        )
     size = model.visual.image_size
     return model.encode_image(_empty(n, 3, *(size if isinstance(size, tuple) else (size, size))))
 
-def _vectors(output): return output if isinstance(output, torch.Tensor) else output.pooler_output
+
+def _vectors(output):
+    return output if isinstance(output, torch.Tensor) else output.pooler_output
 
 # %% ../../nbs/2_models/2g_operations.ipynb #58a8cb97
 def _read(model, n, tokens):
     "Embed n texts of so many tokens, as this study's encoders do."
-    if hasattr(model, 'config'):
+    if hasattr(model, "config"):
         room = model.config.text_config.max_position_embeddings
-        return _vectors(model.get_text_features(input_ids=_empty(n, room if 'siglip' in model.config.model_type else min(tokens, room), dtype=torch.long)))
+        return _vectors(
+            model.get_text_features(
+                input_ids=_empty(
+                    n, room if "siglip" in model.config.model_type else min(tokens, room), dtype=torch.long
+                )
+            )
+        )
     ids = _empty(n, model.context_length, dtype=torch.long)
-    if getattr(model, 'text_pool_type', '') not in ('argmax', 'eos'): return model.encode_text(ids)
+    if getattr(model, "text_pool_type", "") not in ("argmax", "eos"):
+        return model.encode_text(ids)
     return _causal_text(model, ids, torch.full((n,), min(tokens, model.context_length) - 1))
 
 # %% ../../nbs/2_models/2g_operations.ipynb #fb19718a
 def _watched(model, call):
     "Operations of a call, and numbers in the largest result of a layer."
-    sizes = [0]; keep = lambda _, __, out: sizes.append(out.numel()) if isinstance(out, torch.Tensor) else None
+    sizes = [0]
+    keep = lambda _, __, out: sizes.append(out.numel()) if isinstance(out, torch.Tensor) else None
     hooks = [m.register_forward_hook(keep) for m in model.modules() if not list(m.children())]
     try:
-        with torch.no_grad(): return operations(call), max(sizes)
-    finally: [h.remove() for h in hooks]
+        with torch.no_grad():
+            return operations(call), max(sizes)
+    finally:
+        [h.remove() for h in hooks]
+
 
 @functools.cache
 def _looking(reference):
@@ -84,16 +115,21 @@ def _looking(reference):
     return _watched(model, lambda: _see(model, 1))
 
 # %% ../../nbs/2_models/2g_operations.ipynb #330db1c8
-TOKENS = 20   # of a caption, begin and end among them
-def picture_embedded(reference:str,  # a dual encoder, `library:folder-or-hub-id`
-                     )->int:         # operations
+TOKENS = 20  # of a caption, begin and end among them
+
+
+def picture_embedded(
+    reference: str,  # a dual encoder, `library:folder-or-hub-id`
+) -> int:  # operations
     "What it takes to embed one picture."
     return _looking(reference)[0]
 
+
 @functools.cache
-def text_embedded(reference:str,      # a dual encoder
-                  tokens:int=TOKENS,  # of the text, begin and end among them
-                  )->int:             # operations
+def text_embedded(
+    reference: str,  # a dual encoder
+    tokens: int = TOKENS,  # of the text, begin and end among them
+) -> int:  # operations
     "What it takes to embed one text."
     model = _dual(reference)
     return _watched(model, lambda: _read(model, 1, tokens))[0]
@@ -101,66 +137,86 @@ def text_embedded(reference:str,      # a dual encoder
 # %% ../../nbs/2_models/2g_operations.ipynb #d062f643
 def _conditions(unet, n):
     "What Stable Diffusion XL is told besides the caption."
-    if unet.config.addition_embed_type != 'text_time': return {}
-    ids = 6; width = unet.config.projection_class_embeddings_input_dim - ids*unet.config.addition_time_embed_dim
+    if unet.config.addition_embed_type != "text_time":
+        return {}
+    ids = 6
+    width = unet.config.projection_class_embeddings_input_dim - ids * unet.config.addition_time_embed_dim
     return dict(added_cond_kwargs=dict(text_embeds=_empty(n, width), time_ids=_empty(n, ids)))
+
 
 def _denoise(unet, n, cells, tokens):
     "One step of the UNet."
-    return unet(_empty(n, unet.config.in_channels, cells, cells), _empty(), encoder_hidden_states=_empty(n, tokens, unet.config.cross_attention_dim), **_conditions(unet, n))
+    return unet(
+        _empty(n, unet.config.in_channels, cells, cells),
+        _empty(),
+        encoder_hidden_states=_empty(n, tokens, unet.config.cross_attention_dim),
+        **_conditions(unet, n),
+    )
 
 # %% ../../nbs/2_models/2g_operations.ipynb #edf0d58b
 def _painter(reference, size):
     "The parts of a generator, and the side of its latent pictures."
     parts = _parts(reference)
-    if not {'unet', 'vae'} <= set(parts): raise ModelError(f'{reference} has no UNet and autoencoder; operations are counted for pipelines like Stable Diffusion')
-    scale = 2**(len(parts['vae'].config.block_out_channels) - 1)
-    return parts, scale, (size//scale or parts['unet'].config.sample_size)
+    if not {"unet", "vae"} <= set(parts):
+        raise ModelError(
+            f"{reference} has no UNet and autoencoder; operations are counted for pipelines like Stable Diffusion"
+        )
+    scale = 2 ** (len(parts["vae"].config.block_out_channels) - 1)
+    return parts, scale, (size // scale or parts["unet"].config.sample_size)
 
-def picture_side(reference:str,  # a generator
-                 size:int=0,     # 0: the model's own
-                 )->int:         # pixels
+
+def picture_side(
+    reference: str,  # a generator
+    size: int = 0,  # 0: the model's own
+) -> int:  # pixels
     "The side of what a generator paints."
     _, scale, cells = _painter(reference, size)
-    return scale*cells
+    return scale * cells
 
 # %% ../../nbs/2_models/2g_operations.ipynb #76f9d09e
 @functools.cache
 def _painting(reference, twice, size):
     "Operations of reading, of a step and of decoding; numbers in the largest result of a layer."
-    parts, _, cells = _painter(reference, size); unet, vae = parts['unet'], parts['vae']
-    readers = [p for name, p in parts.items() if name.startswith('text_encoder')]
+    parts, _, cells = _painter(reference, size)
+    unet, vae = parts["unet"], parts["vae"]
+    readers = [p for name, p in parts.items() if name.startswith("text_encoder")]
     tokens = readers[0].config.max_position_embeddings
     read = sum(_watched(r, lambda: r(_empty(twice, tokens, dtype=torch.long)))[0] for r in readers)
     step, one = _watched(unet, lambda: _denoise(unet, twice, cells, tokens))
     decode, other = _watched(vae, lambda: vae.decode(_empty(1, vae.config.latent_channels, cells, cells)))
     return read, step, decode, max(one, other)
 
+
 @functools.cache
 def _picture_encoded(reference, size):
     "Operations of the autoencoder's way in."
-    side, vae = picture_side(reference, size), _parts(reference)['vae']
+    side, vae = picture_side(reference, size), _parts(reference)["vae"]
     return _watched(vae, lambda: vae.encode(_empty(1, 3, side, side)))[0]
 
 # %% ../../nbs/2_models/2g_operations.ipynb #c99b3561
-def picture_painted(reference:str,      # a generator, `diffusers:folder-or-hub-id`
-                    steps:int,          # denoising steps
-                    guidance:float,     # above 1, everything but the decoder works twice
-                    size:int=0,         # side in pixels; 0: the model's own
-                    strength:float=0.,  # 0: by the caption alone; else beginning with a picture
-                    )->int:             # operations
+def picture_painted(
+    reference: str,  # a generator, `diffusers:folder-or-hub-id`
+    steps: int,  # denoising steps
+    guidance: float,  # above 1, everything but the decoder works twice
+    size: int = 0,  # side in pixels; 0: the model's own
+    strength: float = 0.0,  # 0: by the caption alone; else beginning with a picture
+) -> int:  # operations
     "What it takes to paint one picture."
     read, step, decode, _ = _painting(reference, 2 if guidance > 1 else 1, size)
-    if not strength: return read + steps*step + decode
-    return read + int(steps*strength)*step + decode + _picture_encoded(reference, size)
+    if not strength:
+        return read + steps * step + decode
+    return read + int(steps * strength) * step + decode + _picture_encoded(reference, size)
 
 # %% ../../nbs/2_models/2g_operations.ipynb #17617e99
 @functools.lru_cache(8)
 def _adapted(reference, **lora):
     "A copy of a dual encoder on `meta` with corrections in it."
     from selfalign.models.adapters import add_lora
-    model = copy.deepcopy(_dual(reference)); add_lora(SimpleNamespace(model=model, reference=parse_reference(reference)), **lora)
+
+    model = copy.deepcopy(_dual(reference))
+    add_lora(SimpleNamespace(model=model, reference=parse_reference(reference)), **lora)
     return model.train()
+
 
 def _step(model, batch, tokens):
     "Forward and backward, for a batch."
@@ -168,74 +224,112 @@ def _step(model, batch, tokens):
 
 # %% ../../nbs/2_models/2g_operations.ipynb #d6b87184
 @functools.cache
-def pair_learned(reference:str,      # a dual encoder
-                 tokens:int=TOKENS,  # of a caption
-                 batch:int=64,       # pairs a step
-                 **lora,             # options of `add_lora`: rank, towers, targets; tuples, not lists
-                 )->float:           # operations
+def pair_learned(
+    reference: str,  # a dual encoder
+    tokens: int = TOKENS,  # of a caption
+    batch: int = 64,  # pairs a step
+    **lora,  # options of `add_lora`: rank, towers, targets; tuples, not lists
+) -> float:  # operations
     "What it takes to learn from one pair with LoRA, forward and backward."
-    return operations(_step(_adapted(reference, **lora), batch, tokens))/batch
+    return operations(_step(_adapted(reference, **lora), batch, tokens)) / batch
 
 # %% ../../nbs/2_models/2g_operations.ipynb #6a5b12b1
-BYTES = dict(float32=4, no=4, float16=2, bfloat16=2, bf16=2)   # of a number; the trainer's words, too
-def parameters(reference:str,   # any model that has a skeleton
-               )->int:          # how many numbers
+BYTES = dict(float32=4, no=4, float16=2, bfloat16=2, bf16=2)  # of a number; the trainer's words, too
+
+
+def parameters(
+    reference: str,  # any model that has a skeleton
+) -> int:  # how many numbers
     "The size of a model."
     return sum(count(_parts(reference)).values())
+
 
 def _kept(model, call):
     "Numbers that the forward pass keeps for the backward pass, weights left out."
     own, found = {p.untyped_storage()._cdata for p in model.parameters()}, {}
-    def keep(t): found[t.untyped_storage()._cdata] = t; return t
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t): call()
+
+    def keep(t):
+        found[t.untyped_storage()._cdata] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        call()
     return sum(t.numel() for key, t in found.items() if key not in own)
 
 # %% ../../nbs/2_models/2g_operations.ipynb #2b49ef53
-COPIES = 4   # of the largest result that are in memory at a time
-def painting_memory(reference:str,             # a generator
-                    batch:int,                 # pictures at a time
-                    guidance:float=2.,         # above 1, twice as many in the UNet
-                    size:int=0,                # side in pixels; 0: the model's own
-                    precision:str='float32',   # of weights and results
-                    )->int:                    # bytes, about
-    "Memory for a generator at work."
-    return BYTES[precision]*(parameters(reference) + COPIES*batch*_painting(reference, 2 if guidance > 1 else 1, size)[-1])
+COPIES = 4  # of the largest result that are in memory at a time
 
-def embedding_memory(reference:str,  # a dual encoder
-                     batch:int,      # pictures at a time
-                     )->int:         # bytes, about
+
+def painting_memory(
+    reference: str,  # a generator
+    batch: int,  # pictures at a time
+    guidance: float = 2.0,  # above 1, twice as many in the UNet
+    size: int = 0,  # side in pixels; 0: the model's own
+    precision: str = "float32",  # of weights and results
+) -> int:  # bytes, about
+    "Memory for a generator at work."
+    return BYTES[precision] * (
+        parameters(reference) + COPIES * batch * _painting(reference, 2 if guidance > 1 else 1, size)[-1]
+    )
+
+
+def embedding_memory(
+    reference: str,  # a dual encoder
+    batch: int,  # pictures at a time
+) -> int:  # bytes, about
     "Memory for a dual encoder at work, in float32."
-    return 4*(parameters(reference) + COPIES*batch*_looking(reference)[1])
+    return 4 * (parameters(reference) + COPIES * batch * _looking(reference)[1])
 
 # %% ../../nbs/2_models/2g_operations.ipynb #3c63192c
 @functools.cache
-def learning_memory(reference:str,        # a dual encoder
-                    batch:int,            # pairs a step
-                    tokens:int=TOKENS,    # of a caption
-                    precision:str='no',   # no (float32) or bf16, of the results; weights stay in float32
-                    **lora,               # options of `add_lora`
-                    )->int:               # bytes, about
+def learning_memory(
+    reference: str,  # a dual encoder
+    batch: int,  # pairs a step
+    tokens: int = TOKENS,  # of a caption
+    precision: str = "no",  # no (float32) or bf16, of the results; weights stay in float32
+    **lora,  # options of `add_lora`
+) -> int:  # bytes, about
     "Memory for a training with LoRA."
-    model = _adapted(reference, **lora); trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    one, two = (_kept(model, lambda: (_see(model, n), _read(model, n, tokens))) for n in (1, 2))   # corrected weights are kept once a step, results once a pair
-    return 4*(parameters(reference) + 5*trained) + BYTES[precision]*(one + (batch - 1)*(two - one))
+    model = _adapted(reference, **lora)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    one, two = (
+        _kept(model, lambda: (_see(model, n), _read(model, n, tokens))) for n in (1, 2)
+    )  # corrected weights are kept once a step, results once a pair
+    return 4 * (parameters(reference) + 5 * trained) + BYTES[precision] * (one + (batch - 1) * (two - one))
 
 # %% ../../nbs/2_models/2g_operations.ipynb #e1cb0cd6
-PRODUCTS = dict(cpu=((1088, 128, 512), (512, 512, 512), (1024, 320, 1280)), cuda=((8192, 8192, 8192), (16384, 1280, 5120)))
+PRODUCTS = dict(
+    cpu=((1088, 128, 512), (512, 512, 512), (1024, 320, 1280)), cuda=((8192, 8192, 8192), (16384, 1280, 5120))
+)
+
+
 def _product_seconds(shape, dtype, where):
     "Seconds of one matrix product."
-    (m, k, n), wait = shape, torch.cuda.synchronize if where == 'cuda' else lambda: None
-    a, b = torch.ones(m, k, dtype=dtype, device=where), torch.ones(k, n, dtype=dtype, device=where); a @ b; wait()
-    while True: start = time.perf_counter(); a @ b; wait(); yield time.perf_counter() - start
+    (m, k, n), wait = shape, torch.cuda.synchronize if where == "cuda" else lambda: None
+    a, b = torch.ones(m, k, dtype=dtype, device=where), torch.ones(k, n, dtype=dtype, device=where)
+    a @ b
+    wait()
+    while True:
+        start = time.perf_counter()
+        a @ b
+        wait()
+        yield time.perf_counter() - start
 
 # %% ../../nbs/2_models/2g_operations.ipynb #0e9e5996
-def measured_rate(seconds:float=1.,  # how long to try
-                  )->float:          # operations a second
+def measured_rate(
+    seconds: float = 1.0,  # how long to try
+) -> float:  # operations a second
     "The machine's own matrix-product rate."
-    where = 'cuda' if torch.cuda.is_available() else 'cpu'; shapes = PRODUCTS[where]; best = 0.
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    shapes = PRODUCTS[where]
+    best = 0.0
     for shape in shapes:
-        timer, end = _product_seconds(shape, torch.bfloat16 if where == 'cuda' else torch.float32, where), time.perf_counter() + seconds/len(shapes)
+        timer, end = (
+            _product_seconds(shape, torch.bfloat16 if where == "cuda" else torch.float32, where),
+            time.perf_counter() + seconds / len(shapes),
+        )
         while True:
-            best = max(best, 2*math.prod(shape)/next(timer))
-            if time.perf_counter() > end: break
+            best = max(best, 2 * math.prod(shape) / next(timer))
+            if time.perf_counter() > end:
+                break
     return best

@@ -18,45 +18,64 @@ from ..study.files import atomic_write, write_json
 # %% ../../nbs/2_models/2d_paper_lora.ipynb #9990f31c
 class LowRank(nn.Module):
     "A weight with a correction of low rank beside it, as loralib shapes it."
-    def __init__(self,
-                 weight:torch.Tensor,  # (out, in) or (out, in, k, k)
-                 rank:int,             # r; r·k of a convolution
-                 alpha:float,          # the scale is alpha/rank
-                 xavier:bool=False,    # both matrices at random; else B is zero
-                 ):
+
+    def __init__(
+        self,
+        weight: torch.Tensor,  # (out, in) or (out, in, k, k)
+        rank: int,  # r; r·k of a convolution
+        alpha: float,  # the scale is alpha/rank
+        xavier: bool = False,  # both matrices at random; else B is zero
+    ):
         super().__init__()
         out, inner, k = weight.shape[0], weight.shape[1], weight.shape[2] if weight.ndim == 4 else 1
-        self.scale = alpha/rank
-        self.lora_A, self.lora_B = nn.Parameter(weight.new_zeros(rank*k, inner*k)), nn.Parameter(weight.new_zeros(out*k, rank*k))
-        if xavier: nn.init.xavier_uniform_(self.lora_A), nn.init.xavier_uniform_(self.lora_B)
-        else: nn.init.kaiming_uniform_(self.lora_A, a=5**.5)
+        self.scale = alpha / rank
+        self.lora_A, self.lora_B = (
+            nn.Parameter(weight.new_zeros(rank * k, inner * k)),
+            nn.Parameter(weight.new_zeros(out * k, rank * k)),
+        )
+        if xavier:
+            nn.init.xavier_uniform_(self.lora_A), nn.init.xavier_uniform_(self.lora_B)
+        else:
+            nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
 
-    def forward(self, weight): return weight + self.scale*(self.lora_B @ self.lora_A).view(weight.shape)
+    def forward(self, weight):
+        return weight + self.scale * (self.lora_B @ self.lora_A).view(weight.shape)
 
 # %% ../../nbs/2_models/2d_paper_lora.ipynb #102e8841
-def paper_layers(model:nn.Module,   # an open_clip model
-                 conv:bool=True,    # the patch embedding, too
-                 )->list:           # (module's name, module, weight's name)
+def paper_layers(
+    model: nn.Module,  # an open_clip model
+    conv: bool = True,  # the patch embedding, too
+) -> list:  # (module's name, module, weight's name)
     "Which weights the paper's code corrects."
     found, fused = [], ()
     for name, module in model.named_modules():
-        if not name.startswith(TOWERS['image'] + TOWERS['text']): continue
-        if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None and '.resblocks.' in name:
-            found.append((name, module, 'in_proj_weight')); fused += (f'{name}.out_proj',)
-        elif name in fused or name.endswith(('.mlp.c_fc', '.mlp.c_proj')): found.append((name, module, 'weight'))
-        elif conv and name == 'visual.conv1': found.append((name, module, 'weight'))
+        if not name.startswith(TOWERS["image"] + TOWERS["text"]):
+            continue
+        if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None and ".resblocks." in name:
+            found.append((name, module, "in_proj_weight"))
+            fused += (f"{name}.out_proj",)
+        elif name in fused or name.endswith((".mlp.c_fc", ".mlp.c_proj")):
+            found.append((name, module, "weight"))
+        elif conv and name == "visual.conv1":
+            found.append((name, module, "weight"))
     for tower, starts in TOWERS.items():
-        if not any(f.startswith(starts) for f in fused): raise ModelError(f'{type(model).__name__} has no fused attention (nn.MultiheadAttention) in its {tower} tower, for which alone the paper\'s adapter is defined; take an open_clip ViT, or add_lora')
+        if not any(f.startswith(starts) for f in fused):
+            raise ModelError(
+                f"{type(model).__name__} has no fused attention (nn.MultiheadAttention) in its {tower} tower, for which alone the paper's adapter is defined; take an open_clip ViT, or add_lora"
+            )
     return found
 
 # %% ../../nbs/2_models/2d_paper_lora.ipynb #0c91e215
 class PaperLoRA:
     "The paper's corrections in a model, with the methods of a `PeftModel` that this study uses."
-    def __init__(self,
-                 model:nn.Module,  # corrected
-                 layers:list,      # from `paper_layers`
-                 config:dict,      # how it was made
-                 ): self.model, self.layers, self.config = model, layers, config
+
+    def __init__(
+        self,
+        model: nn.Module,  # corrected
+        layers: list,  # from `paper_layers`
+        config: dict,  # how it was made
+    ):
+        self.model, self.layers, self.config = model, layers, config
 
     def named_parameters(self):
         "Those of the model, the corrections among them."
@@ -68,76 +87,107 @@ class PaperLoRA:
 
     def eval(self):
         "Put the model to use."
-        self.model.eval(); return self
+        self.model.eval()
+        return self
 
-    def weights(self)->dict:  # name to tensor
+    def weights(self) -> dict:  # name to tensor
         "The corrections alone."
-        return {n: p.detach().contiguous().clone() for n, p in self.named_parameters() if 'lora_' in n}
+        return {n: p.detach().contiguous().clone() for n, p in self.named_parameters() if "lora_" in n}
 
-    def save_pretrained(self,
-                        folder:Path,  # made if it is not there
-                        **_,          # what peft takes and this has no use for
-                        ):
+    def save_pretrained(
+        self,
+        folder: Path,  # made if it is not there
+        **_,  # what peft takes and this has no use for
+    ):
         "Write corrections and configuration."
         from safetensors.torch import save_file
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with atomic_write(Path(folder)/'adapter_model.safetensors') as beside: save_file(self.weights(), beside)
-        write_json(Path(folder)/'adapter_config.json', self.config)
 
-    def merge_and_unload(self)->nn.Module:  # the plain model
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with atomic_write(Path(folder) / "adapter_model.safetensors") as beside:
+            save_file(self.weights(), beside)
+        write_json(Path(folder) / "adapter_config.json", self.config)
+
+    def merge_and_unload(self) -> nn.Module:  # the plain model
         "Write the corrected weights where the old ones stood."
-        for _, module, weight in self.layers: parametrize.remove_parametrizations(module, weight, leave_parametrized=True)
+        for _, module, weight in self.layers:
+            parametrize.remove_parametrizations(module, weight, leave_parametrized=True)
         return self.model
 
 # %% ../../nbs/2_models/2d_paper_lora.ipynb #a9df2919
-def add_paper_lora(encoder,            # a `DualEncoder` of open_clip; it is adapted in place
-                   rank:int=4,         # of the corrections
-                   alpha:float=1.,     # their scale is alpha/rank
-                   xavier:bool=True,   # the fused projection starts away from zero
-                   conv:bool=True,     # the patch embedding is corrected
-                   seed:int=0,         # of the matrices
-                   )->PaperLoRA:       # with the methods of a `PeftModel`
+def add_paper_lora(
+    encoder,  # a `DualEncoder` of open_clip; it is adapted in place
+    rank: int = 4,  # of the corrections
+    alpha: float = 1.0,  # their scale is alpha/rank
+    xavier: bool = True,  # the fused projection starts away from zero
+    conv: bool = True,  # the patch embedding is corrected
+    seed: int = 0,  # of the matrices
+) -> PaperLoRA:  # with the methods of a `PeftModel`
     "Self-Align's adapter (its code: `open_clip/model.py`, `loralib/layers.py`); the defaults are the paper's."
     _may_adapt(encoder, rank)
     layers = paper_layers(encoder.model, conv)
-    config = dict(kind='paper', base_model_name_or_path=str(encoder.reference), rank=rank, alpha=alpha, xavier=xavier, conv=conv)
+    config = dict(
+        kind="paper", base_model_name_or_path=str(encoder.reference), rank=rank, alpha=alpha, xavier=xavier, conv=conv
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for _, module, weight in layers:
-            stored = getattr(module, weight); stored.requires_grad_(False)
-            parametrize.register_parametrization(module, weight, LowRank(stored, rank, alpha, xavier and weight == 'in_proj_weight'))
+            stored = getattr(module, weight)
+            stored.requires_grad_(False)
+            parametrize.register_parametrization(
+                module, weight, LowRank(stored, rank, alpha, xavier and weight == "in_proj_weight")
+            )
     return _now_adapted(encoder, PaperLoRA(encoder.model, layers, config))
 
 # %% ../../nbs/2_models/2d_paper_lora.ipynb #1ec2b912
-def load_paper_lora(encoder,       # the `DualEncoder` it was made for; adapted in place
-                    folder:Path,   # from `save_adapter`
-                    config:dict,   # its `adapter_config.json`, which `load_adapter` has read and checked
-                    )->PaperLoRA:
+def load_paper_lora(
+    encoder,  # the `DualEncoder` it was made for; adapted in place
+    folder: Path,  # from `save_adapter`
+    config: dict,  # its `adapter_config.json`, which `load_adapter` has read and checked
+) -> PaperLoRA:
     "Put saved corrections of the paper's kind into a fresh encoder; called by `load_adapter`."
     from safetensors.torch import load_file
-    adapted = add_paper_lora(encoder, **{k: config[k] for k in ('rank', 'alpha', 'xavier', 'conv')})
-    saved = load_file(Path(folder)/'adapter_model.safetensors'); own = dict(adapted.named_parameters())
+
+    adapted = add_paper_lora(encoder, **{k: config[k] for k in ("rank", "alpha", "xavier", "conv")})
+    saved = load_file(Path(folder) / "adapter_model.safetensors")
+    own = dict(adapted.named_parameters())
     other = sorted(saved.keys() ^ adapted.weights().keys())
-    if other: raise ModelError(f'{folder} does not fit {encoder.reference}, see {other[0]}')
+    if other:
+        raise ModelError(f"{folder} does not fit {encoder.reference}, see {other[0]}")
     with torch.no_grad():
-        for name, value in saved.items(): own[name].copy_(value)
+        for name, value in saved.items():
+            own[name].copy_(value)
     return adapted
 
 # %% ../../nbs/2_models/2d_paper_lora.ipynb #3809b8db
-def counted(adapted     # from `add_lora` or `add_paper_lora`
-            )->dict:    # part of the model to trainable numbers
+def counted(
+    adapted,  # from `add_lora` or `add_paper_lora`
+) -> dict:  # part of the model to trainable numbers
     "Trainable numbers: in the patch embedding, the picture tower's blocks, the text tower's blocks."
-    def part(name): return 'patch embedding' if 'conv1' in name else 'image tower' if any(t in name for t in TOWERS['image']) else 'text tower'
+
+    def part(name):
+        return (
+            "patch embedding"
+            if "conv1" in name
+            else "image tower"
+            if any(t in name for t in TOWERS["image"])
+            else "text tower"
+        )
+
     found = pd.Series({n: p.numel() for n, p in adapted.named_parameters() if p.requires_grad})
     return {k: int(v) for k, v in found.groupby(found.index.map(part)).sum().items()}
 
 # %% ../../nbs/2_models/2d_paper_lora.ipynb #d28eecc2
-def papers_size(adapt,           # `add_lora` or `add_paper_lora`
-                name:str='ViT-B-32-quickgelu',  # an architecture of open_clip
-                )->int:          # trainable numbers
+def papers_size(
+    adapt,  # `add_lora` or `add_paper_lora`
+    name: str = "ViT-B-32-quickgelu",  # an architecture of open_clip
+) -> int:  # trainable numbers
     "What an adapter of rank 4 counts on a full-size model, without its weights."
     from types import SimpleNamespace
     import open_clip
     from selfalign.models.load import parse_reference
-    with torch.device('meta'): model = open_clip.create_model(name, device='meta').requires_grad_(False)
-    return sum(counted(adapt(SimpleNamespace(model=model, reference=parse_reference(f'open_clip:{name}')), rank=4)).values())
+
+    with torch.device("meta"):
+        model = open_clip.create_model(name, device="meta").requires_grad_(False)
+    return sum(
+        counted(adapt(SimpleNamespace(model=model, reference=parse_reference(f"open_clip:{name}")), rank=4)).values()
+    )

@@ -17,135 +17,210 @@ from ..study.settings import StudyError, find_root, nearest
 @dataclass(frozen=True)
 class Recipe:
     "How one model is trained."
-    steps: int          # optimiser steps of a full training
-    sees: str           # what it may see, for the card
-    what: str           # what it is, for the card
-    needs: tuple = ()   # models that must be trained before
+
+    steps: int  # optimiser steps of a full training
+    sees: str  # what it may see, for the card
+    what: str  # what it is, for the card
+    needs: tuple = ()  # models that must be trained before
     part: bool = False  # not published by itself, but within another model's folder
 
 # %% ../../nbs/2_models/2a_pretrain.ipynb #eee00392
 recipes = {
-    'vocabulary': Recipe(0, 'captions of the pool `text`', 'byte-pair vocabulary', part=True),
-    'reader': Recipe(1600, 'clean renders of the pool `reader` with their truth; used to measure, never to train or select',
-                     'attribute classifier'),
-    'clip': Recipe(1200, 'web pairs of the pool `clip`, with their noise', 'open_clip dual encoder, InfoNCE', ('vocabulary',)),
-    'judge': Recipe(700, 'web pairs of the pool `judge`, with their noise', 'SigLIP dual encoder, sigmoid loss', ('vocabulary',)),
-    'autoencoder': Recipe(2400, 'pictures of the pool `generator`', "the generator's autoencoder", part=True),
-    'caption-encoder': Recipe(800, 'captions of the pool `generator`, with their noise', "the generator's text encoder", ('vocabulary',), part=True),
-    'generator': Recipe(5000, 'web pairs of the pool `generator`, the seven tenths that `clip` scores highest', 'Stable Diffusion pipeline',
-                        ('vocabulary', 'autoencoder', 'caption-encoder', 'clip')),
-    'vision-small': Recipe(300, 'pictures of the pool `vision`', 'self-supervised image encoder, 64 wide'),
-    'vision': Recipe(300, 'pictures of the pool `vision`', 'self-supervised image encoder, 128 wide'),
-    'vision-large': Recipe(300, 'pictures of the pool `vision`', 'self-supervised image encoder, 160 wide'),
-    'text': Recipe(400, 'captions of the pool `text`', 'masked language model', ('vocabulary',)),
-    'lm': Recipe(400, 'captions of the pool `text`', 'causal language model', ('vocabulary',))}
+    "vocabulary": Recipe(0, "captions of the pool `text`", "byte-pair vocabulary", part=True),
+    "reader": Recipe(
+        1600,
+        "clean renders of the pool `reader` with their truth; used to measure, never to train or select",
+        "attribute classifier",
+    ),
+    "clip": Recipe(
+        1200, "web pairs of the pool `clip`, with their noise", "open_clip dual encoder, InfoNCE", ("vocabulary",)
+    ),
+    "judge": Recipe(
+        700, "web pairs of the pool `judge`, with their noise", "SigLIP dual encoder, sigmoid loss", ("vocabulary",)
+    ),
+    "autoencoder": Recipe(2400, "pictures of the pool `generator`", "the generator's autoencoder", part=True),
+    "caption-encoder": Recipe(
+        800,
+        "captions of the pool `generator`, with their noise",
+        "the generator's text encoder",
+        ("vocabulary",),
+        part=True,
+    ),
+    "generator": Recipe(
+        5000,
+        "web pairs of the pool `generator`, the seven tenths that `clip` scores highest",
+        "Stable Diffusion pipeline",
+        ("vocabulary", "autoencoder", "caption-encoder", "clip"),
+    ),
+    "vision-small": Recipe(300, "pictures of the pool `vision`", "self-supervised image encoder, 64 wide"),
+    "vision": Recipe(300, "pictures of the pool `vision`", "self-supervised image encoder, 128 wide"),
+    "vision-large": Recipe(300, "pictures of the pool `vision`", "self-supervised image encoder, 160 wide"),
+    "text": Recipe(400, "captions of the pool `text`", "masked language model", ("vocabulary",)),
+    "lm": Recipe(400, "captions of the pool `text`", "causal language model", ("vocabulary",)),
+}
 
 # %% ../../nbs/2_models/2a_pretrain.ipynb #f92dc14c
-def training_order(names:list   # models wanted; empty: all
-                  )->list:      # names with everything they need, in a working order
+def training_order(
+    names: list,  # models wanted; empty: all
+) -> list:  # names with everything they need, in a working order
     "Resolve names of models, refusing unknown ones."
     out = []
+
     def add(name):
-        if name not in recipes: raise StudyError(f'unknown model {name!r}; {nearest(name, list(recipes))}')
-        for need in recipes[name].needs: add(need)
-        if name not in out: out.append(name)
-    for name in names or recipes: add(name)
+        if name not in recipes:
+            raise StudyError(f"unknown model {name!r}; {nearest(name, list(recipes))}")
+        for need in recipes[name].needs:
+            add(need)
+        if name not in out:
+            out.append(name)
+
+    for name in names or recipes:
+        add(name)
     return out
 
 # %% ../../nbs/2_models/2a_pretrain.ipynb #621f8bdb
 def _train(name, folder, steps):
     "Call the training of one model."
-    here = folder.parent; done = lambda model: here/model/'model'
-    if name == 'vocabulary':
+    here = folder.parent
+    done = lambda model: here / model / "model"
+    if name == "vocabulary":
         from selfalign.models.vocabulary import caption_texts, train_vocabulary
-        train_vocabulary(caption_texts('text', 8000)).save_pretrained(folder/'model')
-    elif name == 'reader':
-        from selfalign.models.reader import train_reader; train_reader(folder, steps)
-    elif name in ('clip', 'judge'):
-        from selfalign.models.contrastive import train_contrastive; train_contrastive(name, folder, steps)
-    elif name == 'autoencoder':
-        from selfalign.models.autoencoder import train_autoencoder; train_autoencoder(folder, steps)
-    elif name == 'caption-encoder':
-        from selfalign.models.generator import train_caption_encoder; train_caption_encoder(folder, steps)
-    elif name == 'generator':
+
+        train_vocabulary(caption_texts("text", 8000)).save_pretrained(folder / "model")
+    elif name == "reader":
+        from selfalign.models.reader import train_reader
+
+        train_reader(folder, steps)
+    elif name in ("clip", "judge"):
+        from selfalign.models.contrastive import train_contrastive
+
+        train_contrastive(name, folder, steps)
+    elif name == "autoencoder":
+        from selfalign.models.autoencoder import train_autoencoder
+
+        train_autoencoder(folder, steps)
+    elif name == "caption-encoder":
+        from selfalign.models.generator import train_caption_encoder
+
+        train_caption_encoder(folder, steps)
+    elif name == "generator":
         from selfalign.models.generator import train_generator
-        train_generator(folder, done('autoencoder'), done('caption-encoder'), done('clip'), steps)
+
+        train_generator(folder, done("autoencoder"), done("caption-encoder"), done("clip"), steps)
     else:
         from selfalign.models import encoders
-        if name.startswith('vision'): encoders.train_vision(name, folder, steps)
-        else: dict(text=encoders.train_text, lm=encoders.train_lm)[name](folder, steps)
+
+        if name.startswith("vision"):
+            encoders.train_vision(name, folder, steps)
+        else:
+            dict(text=encoders.train_text, lm=encoders.train_lm)[name](folder, steps)
 
 # %% ../../nbs/2_models/2a_pretrain.ipynb #eecf56da
-def to_half(folder:Path  # all safetensors files in it and below are rewritten
-           ):
+def to_half(
+    folder: Path,  # all safetensors files in it and below are rewritten
+):
     "Rewrite the safetensors files of a folder in half precision."
     import torch
     from safetensors.torch import load_file, save_file
-    for path in Path(folder).rglob('*.safetensors'):
+
+    for path in Path(folder).rglob("*.safetensors"):
         weights = {k: v.half() if v.dtype in (torch.float32, torch.bfloat16) else v for k, v in load_file(path).items()}
-        save_file(weights, f'{path}.tmp', metadata={'format': 'pt'}); os.replace(f'{path}.tmp', path)
+        save_file(weights, f"{path}.tmp", metadata={"format": "pt"})
+        os.replace(f"{path}.tmp", path)
 
 # %% ../../nbs/2_models/2a_pretrain.ipynb #2978f6cb
-def forget_origin(folder:Path  # with `config.json` files somewhere below
-                  ):
+def forget_origin(
+    folder: Path,  # with `config.json` files somewhere below
+):
     "Remove the path of the training machine from the configurations."
-    for path in Path(folder).rglob('config.json'):
-        config = json.loads(path.read_text(encoding='utf-8'))
-        if config.pop('_name_or_path', None) is not None: write_json(path, config)
+    for path in Path(folder).rglob("config.json"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            write_json(path, config)
 
 # %% ../../nbs/2_models/2a_pretrain.ipynb #623be528
-def model_card(name:str,            # one of `recipes`
-               folder:Path,         # the published model
-               curve:pd.DataFrame,  # its learning curve
-               )->str:              # Markdown
+def model_card(
+    name: str,  # one of `recipes`
+    folder: Path,  # the published model
+    curve: pd.DataFrame,  # its learning curve
+) -> str:  # Markdown
     "What the model is, what it saw, how long and on what it was trained, and the hash of its weights."
-    r, h = recipes[name], hardware(); last = curve.iloc[-1]
-    losses = ', '.join(f'{k} {last[k]:.4f}' for k in curve.columns if k not in ('step', 'seconds', 'sitting'))
-    sittings = int(last.get('sitting', 0)) + 1; resumed = f', resumed {sittings - 1} time{"s"*(sittings > 2)}' if sittings > 1 else ''
-    return '\n'.join(['---', 'license: apache-2.0', 'library_name: selfalign', '---', f'# {name}', '',
-        f'{r.what[0].upper()}{r.what[1:]} of the microworld, 64 x 64 pixels.', '',
-        f'- **Saw:** {r.sees}. Never a scene of the pools `validation` and `evaluation`, never a held-out pair of object and colour.',
-        f'- **Training:** {int(last.step)} steps, {last.seconds/60:.0f} minutes{resumed} ({h["gpu"] or h["cpu"]}, {h["cores"]} cores).',
-        f'- **At the end:** {losses} (means over the last logged steps; the curve is in `training.csv`).',
-        f'- **How good it is:** measured on held-out scenes by the stage `models`; see the report, chapter *models*.',
-        f'- **Weights:** half precision, sha256 `{tree_hash(folder)[:16]}` of the folder without this card.',
-        f'- **Again:** `selfalign pretrain {name}`.', ''])
+    r, h = recipes[name], hardware()
+    last = curve.iloc[-1]
+    losses = ", ".join(f"{k} {last[k]:.4f}" for k in curve.columns if k not in ("step", "seconds", "sitting"))
+    sittings = int(last.get("sitting", 0)) + 1
+    resumed = f", resumed {sittings - 1} time{'s' * (sittings > 2)}" if sittings > 1 else ""
+    return "\n".join(
+        [
+            "---",
+            "license: apache-2.0",
+            "library_name: selfalign",
+            "---",
+            f"# {name}",
+            "",
+            f"{r.what[0].upper()}{r.what[1:]} of the microworld, 64 x 64 pixels.",
+            "",
+            f"- **Saw:** {r.sees}. Never a scene of the pools `validation` and `evaluation`, never a held-out pair of object and colour.",
+            f"- **Training:** {int(last.step)} steps, {last.seconds / 60:.0f} minutes{resumed} ({h['gpu'] or h['cpu']}, {h['cores']} cores).",
+            f"- **At the end:** {losses} (means over the last logged steps; the curve is in `training.csv`).",
+            f"- **How good it is:** measured on held-out scenes by the stage `models`; see the report, chapter *models*.",
+            f"- **Weights:** half precision, sha256 `{tree_hash(folder)[:16]}` of the folder without this card.",
+            f"- **Again:** `selfalign pretrain {name}`.",
+            "",
+        ]
+    )
 
 # %% ../../nbs/2_models/2a_pretrain.ipynb #fa9514ab
-def publish_model(name:str,      # one of `recipes`
-                  trained:Path,  # folder of its training, with `model` and `training.csv`
-                  out:Path,      # where models are published
-                  )->Path:       # where it lies
+def publish_model(
+    name: str,  # one of `recipes`
+    trained: Path,  # folder of its training, with `model` and `training.csv`
+    out: Path,  # where models are published
+) -> Path:  # where it lies
     "Copy a trained model into `out`, halved, with its curve and card."
-    target, beside = Path(out)/name, Path(out)/f'.{name}.new'
-    shutil.rmtree(beside, ignore_errors=True); shutil.copytree(trained/'model', beside); to_half(beside); forget_origin(beside)
-    curve = pd.read_csv(trained/'training.csv'); curve.to_csv(beside/'training.csv', index=False)
-    (beside/'README.md').write_text(model_card(name, beside, curve), encoding='utf-8')
-    shutil.rmtree(target, ignore_errors=True); os.replace(beside, target)
+    target, beside = Path(out) / name, Path(out) / f".{name}.new"
+    shutil.rmtree(beside, ignore_errors=True)
+    shutil.copytree(trained / "model", beside)
+    to_half(beside)
+    forget_origin(beside)
+    curve = pd.read_csv(trained / "training.csv")
+    curve.to_csv(beside / "training.csv", index=False)
+    (beside / "README.md").write_text(model_card(name, beside, curve), encoding="utf-8")
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(beside, target)
     return target
 
 # %% ../../nbs/2_models/2a_pretrain.ipynb #b030fb44
-def pretrain(names:list=(),         # models to train, with what they need; empty: all
-             out:Path|None=None,    # where they are published; default `data/micro`
-             resume:bool=True,      # go on where a training stopped, and keep finished ones
-             budget:float=1.0,      # share of the full number of steps
-             )->list:               # the published folders
+def pretrain(
+    names: list = (),  # models to train, with what they need; empty: all
+    out: Path | None = None,  # where they are published; default `data/micro`
+    resume: bool = True,  # go on where a training stopped, and keep finished ones
+    budget: float = 1.0,  # share of the full number of steps
+) -> list:  # the published folders
     "Train micro models and publish them."
-    root = find_root(); out, work = Path(out or root/'data/micro'), root/'data/runs/pretrain'; published = []
+    root = find_root()
+    out, work = Path(out or root / "data/micro"), root / "data/runs/pretrain"
+    published = []
     for name in training_order(list(names)):
-        folder = work/name; steps = max(2, round(recipes[name].steps*budget)); finished = folder/'finished.json'
-        other = finished.exists() and json.loads(finished.read_text())['steps'] != steps
-        if other or not resume: shutil.rmtree(folder, ignore_errors=True)
+        folder = work / name
+        steps = max(2, round(recipes[name].steps * budget))
+        finished = folder / "finished.json"
+        other = finished.exists() and json.loads(finished.read_text())["steps"] != steps
+        if other or not resume:
+            shutil.rmtree(folder, ignore_errors=True)
         if not finished.exists():
-            folder.mkdir(parents=True, exist_ok=True); _train(name, folder, steps)
-            if name == 'vocabulary': shutil.copytree(folder/'model', out/'text', dirs_exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            _train(name, folder, steps)
+            if name == "vocabulary":
+                shutil.copytree(folder / "model", out / "text", dirs_exist_ok=True)
             write_json(finished, dict(steps=steps))
-        if not recipes[name].part: published.append(publish_model(name, folder, out))
+        if not recipes[name].part:
+            published.append(publish_model(name, folder, out))
     return published
 
 # %% ../../nbs/2_models/2a_pretrain.ipynb #c1b77123
-def curves(folder:Path|None=None  # where models are published; default `data/micro`
-          )->dict:                # name to curve
+def curves(
+    folder: Path | None = None,  # where models are published; default `data/micro`
+) -> dict:  # name to curve
     "Learning curves that lie beside the models."
-    folder = Path(folder or find_root()/'data/micro')
-    return {p.parent.name: pd.read_csv(p) for p in sorted(folder.glob('*/training.csv'))}
+    folder = Path(folder or find_root() / "data/micro")
+    return {p.parent.name: pd.read_csv(p) for p in sorted(folder.glob("*/training.csv"))}

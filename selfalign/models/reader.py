@@ -23,128 +23,172 @@ attributes = dict(colour=tuple(colours), size=tuple(sizes), position=positions, 
 # %% ../../nbs/2_models/27_reader.ipynb #79a57ff9
 class Reader(nn.Module, PyTorchModelHubMixin):
     "Sixteen slots over a small convolutional network."
-    def __init__(self,
-                 width:int=96,  # channels of the body
-                 ):
+
+    def __init__(
+        self,
+        width: int = 96,  # channels of the body
+    ):
         super().__init__()
-        def conv(a, b, stride): return nn.Sequential(nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
+
+        def conv(a, b, stride):
+            return nn.Sequential(nn.Conv2d(a, b, 3, stride, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
+
         self.stem = nn.Sequential(conv(3, 32, 2), conv(32, 64, 2), conv(64, width, 1), conv(width, width, 2))
         self.body = nn.ModuleList([nn.Sequential(conv(width, width, 1), conv(width, width, 1)) for _ in range(2)])
         self.maps = nn.Conv2d(width, len(objects), 1)
         self.presence = nn.Linear(width, len(objects))
-        self.heads = nn.ModuleDict({k: nn.Sequential(nn.Linear(width + 4, 64), nn.ReLU(), nn.Linear(64, len(v)))
-                                    for k, v in attributes.items()})
+        self.heads = nn.ModuleDict(
+            {
+                k: nn.Sequential(nn.Linear(width + 4, 64), nn.ReLU(), nn.Linear(64, len(v)))
+                for k, v in attributes.items()
+            }
+        )
         self.background = nn.Linear(width, len(backgrounds))
 
-    def forward(self,
-                x:torch.Tensor,  # (B, 3, 64, 64) in [-1, 1]
-                )->dict:         # logits: presence (B, 16), each attribute (B, 16, values), background (B, 5)
+    def forward(
+        self,
+        x: torch.Tensor,  # (B, 3, 64, 64) in [-1, 1]
+    ) -> dict:  # logits: presence (B, 16), each attribute (B, 16, values), background (B, 5)
         h = self.stem(x)
-        for block in self.body: h = h + block(h)
-        maps = self.maps(h).flatten(2)                                     # (B, 16, cells)
-        attention = maps.softmax(-1); cells = h.flatten(2).transpose(1, 2) # (B, cells, width)
-        slots = attention @ cells                                          # (B, 16, width)
-        n = h.shape[-1]; grid = (torch.arange(n, device=x.device) + .5)/n*2 - 1
+        for block in self.body:
+            h = h + block(h)
+        maps = self.maps(h).flatten(2)  # (B, 16, cells)
+        attention = maps.softmax(-1)
+        cells = h.flatten(2).transpose(1, 2)  # (B, cells, width)
+        slots = attention @ cells  # (B, 16, width)
+        n = h.shape[-1]
+        grid = (torch.arange(n, device=x.device) + 0.5) / n * 2 - 1
         xy = torch.stack([grid.repeat(n), grid.repeat_interleave(n)], -1)  # (cells, 2), in [-1, 1]
-        mean = attention @ xy; spread = (attention @ xy**2 - mean**2)
+        mean = attention @ xy
+        spread = attention @ xy**2 - mean**2
         seen = torch.cat([slots, mean, spread], -1)
         out = {k: head(seen) for k, head in self.heads.items()}
-        out['presence'] = torch.diagonal(slots @ self.presence.weight.T, dim1=1, dim2=2) + self.presence.bias + maps.amax(-1)
+        out["presence"] = (
+            torch.diagonal(slots @ self.presence.weight.T, dim1=1, dim2=2) + self.presence.bias + maps.amax(-1)
+        )
         return out | dict(background=self.background(h.mean((2, 3))))
 
 # %% ../../nbs/2_models/27_reader.ipynb #ae053d57
 def _targets(scenes):
     "Presence (n, 16) and attribute indices (n, 16), -100 where the object is absent."
-    t = {k: torch.full((len(scenes), len(objects)), -100) for k in attributes}; t['presence'] = torch.zeros(len(scenes), len(objects))
+    t = {k: torch.full((len(scenes), len(objects)), -100) for k in attributes}
+    t["presence"] = torch.zeros(len(scenes), len(objects))
     for i, s in enumerate(scenes):
         for thing in s.things:
-            j = objects.index(thing.object); t['presence'][i, j] = 1
-            for k, values in attributes.items(): t[k][i, j] = values.index(getattr(thing, k))
-    t['background'] = torch.tensor([list(backgrounds).index(s.background) for s in scenes])
+            j = objects.index(thing.object)
+            t["presence"][i, j] = 1
+            for k, values in attributes.items():
+                t[k][i, j] = values.index(getattr(thing, k))
+    t["background"] = torch.tensor([list(backgrounds).index(s.background) for s in scenes])
     return t
 
 # %% ../../nbs/2_models/27_reader.ipynb #76d2182f
 def _soften(x, g):
     "Blur each picture by a random amount."
-    blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode='replicate'), 3, 1)
-    u = torch.rand(len(x), 1, 1, 1, generator=g).to(x); return x.lerp(blurred, u)
+    blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    u = torch.rand(len(x), 1, 1, 1, generator=g).to(x)
+    return x.lerp(blurred, u)
 
 # %% ../../nbs/2_models/27_reader.ipynb #3457bbad
-def reader_loss(out:dict,          # logits, from `Reader`
-                target:dict,       # presence (B, 16), attribute indices (B, 16), background (B,)
-                )->torch.Tensor:   # scalar
+def reader_loss(
+    out: dict,  # logits, from `Reader`
+    target: dict,  # presence (B, 16), attribute indices (B, 16), background (B,)
+) -> torch.Tensor:  # scalar
     "Presence of every object, and the attributes of those that are there."
-    loss = F.binary_cross_entropy_with_logits(out['presence'].float(), target['presence'])*4
-    loss = loss + .3*F.cross_entropy(out['background'].float(), target['background'])
-    for k in attributes: loss = loss + F.cross_entropy(out[k].float().flatten(0, 1), target[k].flatten(), ignore_index=-100)*.5
+    loss = F.binary_cross_entropy_with_logits(out["presence"].float(), target["presence"]) * 4
+    loss = loss + 0.3 * F.cross_entropy(out["background"].float(), target["background"])
+    for k in attributes:
+        loss = loss + F.cross_entropy(out[k].float().flatten(0, 1), target[k].flatten(), ignore_index=-100) * 0.5
     return loss
 
 # %% ../../nbs/2_models/27_reader.ipynb #b6816f17
-def train_reader(folder:Path,      # checkpoints, curve and model
-                 steps:int=1600,   # steps in all
-                 n:int=24_000,     # renders of the pool `reader`
-                 batch:int=64,     # renders a step
-                 lr:float=3e-3,    # peak learning rate
-                 seed:int=0,       # of the weights, the batches and the blur
-                 )->Reader:        # trained, its weights averaged
+def train_reader(
+    folder: Path,  # checkpoints, curve and model
+    steps: int = 1600,  # steps in all
+    n: int = 24_000,  # renders of the pool `reader`
+    batch: int = 64,  # renders a step
+    lr: float = 3e-3,  # peak learning rate
+    seed: int = 0,  # of the weights, the batches and the blur
+) -> Reader:  # trained, its weights averaged
     "Train the reader on clean renders and save it."
-    data, target = pictures('reader', n), _targets([make_scene('reader', i) for i in range(n)])
-    torch.manual_seed(seed); model = Reader().train().to(memory_format=torch.channels_last)
+    data, target = pictures("reader", n), _targets([make_scene("reader", i) for i in range(n)])
+    torch.manual_seed(seed)
+    model = Reader().train().to(memory_format=torch.channels_last)
+
     def loss(step):
-        g = step_generator(seed, step); rows = torch.randint(n, (batch,), generator=g).sort().values
+        g = step_generator(seed, step)
+        rows = torch.randint(n, (batch,), generator=g).sort().values
         device = next(model.parameters()).device
         x = _soften(to_tensor(data[rows.numpy()]), g).to(device, memory_format=torch.channels_last)
         return reader_loss(model(x), {k: v[rows].to(device) for k, v in target.items()})
-    fit(model, loss, steps, folder, lr=lr, label='reader')
-    model.save_pretrained(Path(folder)/'model')
+
+    fit(model, loss, steps, folder, lr=lr, label="reader")
+    model.save_pretrained(Path(folder) / "model")
     return model
 
 # %% ../../nbs/2_models/27_reader.ipynb #6a8c27c7
 @cache
-def load_reader(folder:str=''  # of a trained reader; empty: the committed one
-               )->Reader:      # ready to look
+def load_reader(
+    folder: str = "",  # of a trained reader; empty: the committed one
+) -> Reader:  # ready to look
     "The trained reader, on the CPU in float32."
     from selfalign.study.settings import find_root
-    return Reader.from_pretrained(folder or find_root()/'data/micro/reader').float().eval()
+
+    return Reader.from_pretrained(folder or find_root() / "data/micro/reader").float().eval()
 
 # %% ../../nbs/2_models/27_reader.ipynb #95bbc008
 @torch.no_grad()
-def look(images:list,        # PIL pictures, or an (n, H, W, 3) uint8 array
-         model=None,         # a `Reader`; without one, the committed one
-         batch:int=256,      # pictures at a time
-         )->dict:            # logits of all slots
+def look(
+    images: list,  # PIL pictures, or an (n, H, W, 3) uint8 array
+    model=None,  # a `Reader`; without one, the committed one
+    batch: int = 256,  # pictures at a time
+) -> dict:  # logits of all slots
     "Run the reader over pictures of any size."
     model, outs = model or load_reader(), []
     for i in range(0, len(images), batch):
-        x = torch.stack([to_tensor(np.asarray(p)) for p in images[i:i + batch]])
-        if x.shape[-1] != 64: x = F.interpolate(x, (64, 64), mode='area')
+        x = torch.stack([to_tensor(np.asarray(p)) for p in images[i : i + batch]])
+        if x.shape[-1] != 64:
+            x = F.interpolate(x, (64, 64), mode="area")
         outs.append(model(x))
     return {k: torch.cat([o[k] for o in outs]) for k in outs[0]}
 
 # %% ../../nbs/2_models/27_reader.ipynb #2bb5d56c
-def read(images:list,       # PIL pictures, or an (n, H, W, 3) uint8 array
-         model=None,        # a `Reader`; without one, the committed one
-         )->pd.DataFrame:   # object, colour, size, position, pattern, background, confidence
+def read(
+    images: list,  # PIL pictures, or an (n, H, W, 3) uint8 array
+    model=None,  # a `Reader`; without one, the committed one
+) -> pd.DataFrame:  # object, colour, size, position, pattern, background, confidence
     "What the most present thing of each picture is, and how it looks."
-    out = look(images, model); slot = out['presence'].argmax(1); rows = torch.arange(len(slot))
+    out = look(images, model)
+    slot = out["presence"].argmax(1)
+    rows = torch.arange(len(slot))
     table = {k: [values[i] for i in out[k][rows, slot].argmax(1)] for k, values in attributes.items()}
     table = dict(object=[objects[i] for i in slot], **table)
-    return pd.DataFrame(table | dict(background=[list(backgrounds)[i] for i in out['background'].argmax(1)],
-                                     confidence=out['presence'].sigmoid().amax(1).numpy()))
+    return pd.DataFrame(
+        table
+        | dict(
+            background=[list(backgrounds)[i] for i in out["background"].argmax(1)],
+            confidence=out["presence"].sigmoid().amax(1).numpy(),
+        )
+    )
 
 # %% ../../nbs/2_models/27_reader.ipynb #5257e1a6
-def verdict(images:list,      # PIL pictures, or an (n, H, W, 3) uint8 array
-            claims:list,      # what their captions state (dicts as in `selfalign.data.captions`)
-            model=None,       # a `Reader`; without one, the committed one
-            )->pd.DataFrame:  # share of the claims that hold, by attribute (NaN: none made), and `faithful`: all hold
+def verdict(
+    images: list,  # PIL pictures, or an (n, H, W, 3) uint8 array
+    claims: list,  # what their captions state (dicts as in `selfalign.data.captions`)
+    model=None,  # a `Reader`; without one, the committed one
+) -> pd.DataFrame:  # share of the claims that hold, by attribute (NaN: none made), and `faithful`: all hold
     "Whether the pictures show what their captions state, for the four attributes that the reader measures."
     out, rows = look(images, model), []
     for i, claim in enumerate(claims):
-        things = claim['things']; top = out['presence'][i].topk(len(things)).indices.tolist(); hits = {}
+        things = claim["things"]
+        top = out["presence"][i].topk(len(things)).indices.tolist()
+        hits = {}
         for said in things:
-            j = objects.index(said['object']); hits.setdefault('object', []).append(j in top)
+            j = objects.index(said["object"])
+            hits.setdefault("object", []).append(j in top)
             slot = j if len(things) > 1 or j in top else top[0]
-            for k in ('colour', 'size', 'position'):
-                if k in said: hits.setdefault(k, []).append(attributes[k][out[k][i, slot].argmax()] == said[k])
+            for k in ("colour", "size", "position"):
+                if k in said:
+                    hits.setdefault(k, []).append(attributes[k][out[k][i, slot].argmax()] == said[k])
         rows.append({k: float(np.mean(v)) for k, v in hits.items()} | dict(faithful=all(all(v) for v in hits.values())))
-    return pd.DataFrame(rows, columns=['object', 'colour', 'size', 'position', 'faithful'])
+    return pd.DataFrame(rows, columns=["object", "colour", "size", "position", "faithful"])

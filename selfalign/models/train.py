@@ -17,55 +17,71 @@ from .load import keep_memory
 
 # %% ../../nbs/2_models/22_train.ipynb #8cb19015
 @cache
-def fast_precision(device:str='cpu'  # 'cpu' or 'cuda'
-                  )->str:            # 'bf16' or 'no', as accelerate names them
+def fast_precision(
+    device: str = "cpu",  # 'cpu' or 'cuda'
+) -> str:  # 'bf16' or 'no', as accelerate names them
     "The faster of bfloat16 and float32 for matrix products on this device."
-    if device == 'cuda': return 'bf16' if torch.cuda.is_bf16_supported() else 'no'
+    if device == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "no"
+
     def seconds(dtype, n=256):
-        a = torch.ones(n, n, dtype=dtype); a @ a; start = time.perf_counter()
-        for _ in range(4): a @ a
+        a = torch.ones(n, n, dtype=dtype)
+        a @ a
+        start = time.perf_counter()
+        for _ in range(4):
+            a @ a
         return time.perf_counter() - start
-    return 'bf16' if seconds(torch.bfloat16) < seconds(torch.float32) else 'no'
+
+    return "bf16" if seconds(torch.bfloat16) < seconds(torch.float32) else "no"
 
 # %% ../../nbs/2_models/22_train.ipynb #0c455b3a
-def warmup_cosine(step:int,          # current step, from 0
-                  steps:int,         # steps in all
-                  warmup:float=0.05, # share of the steps spent warming up
-                 )->float:           # factor of the learning rate, 0 to 1
+def warmup_cosine(
+    step: int,  # current step, from 0
+    steps: int,  # steps in all
+    warmup: float = 0.05,  # share of the steps spent warming up
+) -> float:  # factor of the learning rate, 0 to 1
     "Learning-rate factor: linear warm-up, then cosine."
-    up = max(1, int(warmup*steps))
-    if step < up: return (step + 1)/up
-    return .5*(1 + math.cos(math.pi*(step - up)/max(1, steps - up)))
+    up = max(1, int(warmup * steps))
+    if step < up:
+        return (step + 1) / up
+    return 0.5 * (1 + math.cos(math.pi * (step - up) / max(1, steps - up)))
 
 # %% ../../nbs/2_models/22_train.ipynb #c832548f
-def step_generator(seed:int,           # of the training
-                   step:int,           # from 0
-                  )->torch.Generator:  # on the CPU
+def step_generator(
+    seed: int,  # of the training
+    step: int,  # from 0
+) -> torch.Generator:  # on the CPU
     "A source of randomness for one step; the same whenever the step is taken."
-    return torch.Generator().manual_seed((seed*1_000_003 + step)*2_654_435_761 % 2**63)
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) * 2_654_435_761 % 2**63)
 
 # %% ../../nbs/2_models/22_train.ipynb #441886e4
 class Averages:
     "Exponential moving average of a module's weights, in float32."
-    def __init__(self,
-                 module:torch.nn.Module,  # whose weights are averaged
-                 decay:float=.999,        # share of the old average kept in a step, once it has grown to that
-                 ):
+
+    def __init__(
+        self,
+        module: torch.nn.Module,  # whose weights are averaged
+        decay: float = 0.999,  # share of the old average kept in a step, once it has grown to that
+    ):
         self.decay, self.values = decay, {k: v.detach().clone().float() for k, v in module.state_dict().items()}
 
-    def update(self,
-               module:torch.nn.Module,  # with its weights after the step
-               step:int,                # from 0; the memory grows with it
-               ):
+    def update(
+        self,
+        module: torch.nn.Module,  # with its weights after the step
+        step: int,  # from 0; the memory grows with it
+    ):
         "Move the average towards the weights."
-        d = min(self.decay, (1 + step)/(10 + step))
+        d = min(self.decay, (1 + step) / (10 + step))
         for k, v in module.state_dict().items():
-            if v.is_floating_point(): self.values[k].lerp_(v.detach().float(), 1 - d)
-            else: self.values[k] = v.detach().clone()
+            if v.is_floating_point():
+                self.values[k].lerp_(v.detach().float(), 1 - d)
+            else:
+                self.values[k] = v.detach().clone()
 
-    def copy_to(self,
-                module:torch.nn.Module,  # of the same shape
-                ):
+    def copy_to(
+        self,
+        module: torch.nn.Module,  # of the same shape
+    ):
         "Put the averages into a module."
         module.load_state_dict({k: self.values[k].to(v.dtype) for k, v in module.state_dict().items()})
 
@@ -73,102 +89,151 @@ class Averages:
 def _optimiser(module, name, lr, weight_decay, betas, eps):
     "AdamW, or timm's Muon, in two groups: matrices, and whatever should not decay."
     trained = [p for p in module.parameters() if p.requires_grad]
-    groups = [dict(params=[p for p in trained if p.ndim > 1], weight_decay=weight_decay),
-              dict(params=[p for p in trained if p.ndim <= 1], weight_decay=0.)]
-    if name == 'adamw': return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps)
-    if name != 'muon': raise ValueError(f'unknown optimiser {name!r}; there are adamw and muon')
+    groups = [
+        dict(params=[p for p in trained if p.ndim > 1], weight_decay=weight_decay),
+        dict(params=[p for p in trained if p.ndim <= 1], weight_decay=0.0),
+    ]
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps)
+    if name != "muon":
+        raise ValueError(f"unknown optimiser {name!r}; there are adamw and muon")
     from timm.optim import Muon
+
     return Muon(groups, lr=lr, betas=betas, nesterov=True)
 
 # %% ../../nbs/2_models/22_train.ipynb #de49febb
 def _save(state, path):
     "Write a checkpoint whole or not at all."
-    temporary = path.with_suffix('.tmp'); torch.save(state, temporary); os.replace(temporary, path)
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
 
 # %% ../../nbs/2_models/22_train.ipynb #3897f5c0
 def _resume(path, module, optimiser, averages, device):
     "Put a checkpoint back, if there is one; the step, the curve and the seconds it had reached."
-    if not path.exists(): return 0, [], 0.
+    if not path.exists():
+        return 0, [], 0.0
     state = torch.load(path, map_location=device, weights_only=True)
-    module.load_state_dict(state['module']); optimiser.load_state_dict(state['optimiser']); averages.values = state['averages']
-    return state['step'], state['curve'], state['spent']
+    module.load_state_dict(state["module"])
+    optimiser.load_state_dict(state["optimiser"])
+    averages.values = state["averages"]
+    return state["step"], state["curve"], state["spent"]
 
 # %% ../../nbs/2_models/22_train.ipynb #4e94953b
-def fit(module:torch.nn.Module,   # weights to train, float32
-        loss,                     # function of the step's number: the loss, or a dict with 'loss' and more to log
-        steps:int,                # steps in all
-        folder:Path,              # checkpoints and `training.csv` go here
-        lr:float=1e-3,            # peak learning rate
-        optimiser:str='adamw',    # adamw or muon
-        weight_decay:float=0.01,  # of matrices only
-        betas:tuple=(.9, .99),    # how long AdamW remembers gradients and their squares
-        clip:float=1.,            # largest gradient norm
-        eps:float=1e-8,           # AdamW's smallest divisor
-        decay:float=.999,         # of the averaged weights
-        warmup:float=.05,         # share of the steps spent warming up
-        every:float=60.,          # seconds between checkpoints
-        log:int=25,               # steps between rows of the curve
-        label:str='',             # for the progress bar
-        precision:str='',         # 'no' or 'bf16'; empty: the faster one here
-        )->pd.DataFrame:          # the learning curve: step, loss, seconds, and the sitting: how often it had been resumed
+def fit(
+    module: torch.nn.Module,  # weights to train, float32
+    loss,  # function of the step's number: the loss, or a dict with 'loss' and more to log
+    steps: int,  # steps in all
+    folder: Path,  # checkpoints and `training.csv` go here
+    lr: float = 1e-3,  # peak learning rate
+    optimiser: str = "adamw",  # adamw or muon
+    weight_decay: float = 0.01,  # of matrices only
+    betas: tuple = (0.9, 0.99),  # how long AdamW remembers gradients and their squares
+    clip: float = 1.0,  # largest gradient norm
+    eps: float = 1e-8,  # AdamW's smallest divisor
+    decay: float = 0.999,  # of the averaged weights
+    warmup: float = 0.05,  # share of the steps spent warming up
+    every: float = 60.0,  # seconds between checkpoints
+    log: int = 25,  # steps between rows of the curve
+    label: str = "",  # for the progress bar
+    precision: str = "",  # 'no' or 'bf16'; empty: the faster one here
+) -> pd.DataFrame:  # the learning curve: step, loss, seconds, and the sitting: how often it had been resumed
     "Train in place; the averaged weights are left in `module`. Resumes from `folder` by itself."
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    keep_memory(); AcceleratorState._reset_state()   # an earlier training in this process may have had another precision
-    accelerator = Accelerator(mixed_precision=precision or fast_precision('cuda' if torch.cuda.is_available() else 'cpu'))
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True); path = folder/'checkpoint.pt'
-    optimiser = _optimiser(module, optimiser, lr, weight_decay, betas, eps); weights = [p for g in optimiser.param_groups for p in g['params']]
-    module.to(accelerator.device); averages = Averages(module, decay)
-    start, curve, spent = _resume(path, module, optimiser, averages, accelerator.device); sitting = curve[-1].get('sitting', 0) + 1 if curve else 0
-    optimiser = accelerator.prepare(optimiser); begun = saved = time.time(); running = {}
+
+    keep_memory()
+    AcceleratorState._reset_state()  # an earlier training in this process may have had another precision
+    accelerator = Accelerator(
+        mixed_precision=precision or fast_precision("cuda" if torch.cuda.is_available() else "cpu")
+    )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "checkpoint.pt"
+    optimiser = _optimiser(module, optimiser, lr, weight_decay, betas, eps)
+    weights = [p for g in optimiser.param_groups for p in g["params"]]
+    module.to(accelerator.device)
+    averages = Averages(module, decay)
+    start, curve, spent = _resume(path, module, optimiser, averages, accelerator.device)
+    sitting = curve[-1].get("sitting", 0) + 1 if curve else 0
+    optimiser = accelerator.prepare(optimiser)
+    begun = saved = time.time()
+    running = {}
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=label or folder.name, mininterval=2)
     for step in bar:
-        for group in optimiser.param_groups: group['lr'] = lr*warmup_cosine(step, steps, warmup)
-        with accelerator.autocast(): values = loss(step)
+        for group in optimiser.param_groups:
+            group["lr"] = lr * warmup_cosine(step, steps, warmup)
+        with accelerator.autocast():
+            values = loss(step)
         values = values if isinstance(values, dict) else dict(loss=values)
-        accelerator.backward(values['loss'])
+        accelerator.backward(values["loss"])
         accelerator.clip_grad_norm_(weights, clip)
-        optimiser.step(); optimiser.zero_grad(); averages.update(module, step)
-        for k, v in values.items(): running.setdefault(k, []).append(v.detach().float())
+        optimiser.step()
+        optimiser.zero_grad()
+        averages.update(module, step)
+        for k, v in values.items():
+            running.setdefault(k, []).append(v.detach().float())
         if (step + 1) % log == 0 or step + 1 == steps:
-            row = {k: float(torch.stack(v).mean()) for k, v in running.items()}; running = {}
-            curve.append(dict(step=step + 1, **row, seconds=round(spent + time.time() - begun, 1), sitting=sitting)); bar.set_postfix(row)
+            row = {k: float(torch.stack(v).mean()) for k, v in running.items()}
+            running = {}
+            curve.append(dict(step=step + 1, **row, seconds=round(spent + time.time() - begun, 1), sitting=sitting))
+            bar.set_postfix(row)
         if time.time() - saved > every or step + 1 == steps:
             saved = time.time()
-            _save(dict(module=module.state_dict(), optimiser=optimiser.state_dict(), averages=averages.values,
-                       step=step + 1, curve=curve, spent=spent + saved - begun), path)
-    averages.copy_to(module); module.eval()
-    frame = pd.DataFrame(curve); frame.to_csv(folder/'training.csv', index=False)
+            _save(
+                dict(
+                    module=module.state_dict(),
+                    optimiser=optimiser.state_dict(),
+                    averages=averages.values,
+                    step=step + 1,
+                    curve=curve,
+                    spent=spent + saved - begun,
+                ),
+                path,
+            )
+    averages.copy_to(module)
+    module.eval()
+    frame = pd.DataFrame(curve)
+    frame.to_csv(folder / "training.csv", index=False)
     return frame
 
 # %% ../../nbs/2_models/22_train.ipynb #23ac6f6f
-def cached_array(name:str,    # what it holds
-                 make,        # function that makes it
-                 *modules,    # modules whose code it depends on
-                 )->np.ndarray:  # mapped into memory, if it was there already
+def cached_array(
+    name: str,  # what it holds
+    make,  # function that makes it
+    *modules,  # modules whose code it depends on
+) -> np.ndarray:  # mapped into memory, if it was there already
     "An array kept in the folder of runs, made anew when the code that makes it changes."
     import hashlib
     from selfalign.study.settings import find_root
-    code = hashlib.sha256(b''.join(Path(m.__file__).read_bytes() for m in modules)).hexdigest()[:8]
-    path = find_root()/'data/runs/_cache'/f'{name}-{code}.npy'
-    if path.exists(): return np.load(path, mmap_mode='r')
-    path.parent.mkdir(parents=True, exist_ok=True); out = make()
-    temporary = path.with_suffix(f'.{os.getpid()}.npy'); np.save(temporary, out); os.replace(temporary, path)
+
+    code = hashlib.sha256(b"".join(Path(m.__file__).read_bytes() for m in modules)).hexdigest()[:8]
+    path = find_root() / "data/runs/_cache" / f"{name}-{code}.npy"
+    if path.exists():
+        return np.load(path, mmap_mode="r")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    out = make()
+    temporary = path.with_suffix(f".{os.getpid()}.npy")
+    np.save(temporary, out)
+    os.replace(temporary, path)
     return out
 
 # %% ../../nbs/2_models/22_train.ipynb #0be6bbf7
-def pictures(pool:str,            # pool of scenes
-             n:int,               # how many, from number 0
-             noise:float=2.5,     # camera noise, in grey levels of 255
-             )->np.ndarray:       # (n, 64, 64, 3) uint8
+def pictures(
+    pool: str,  # pool of scenes
+    n: int,  # how many, from number 0
+    noise: float = 2.5,  # camera noise, in grey levels of 255
+) -> np.ndarray:  # (n, 64, 64, 3) uint8
     "Rendered scenes of a pool, cached."
     from selfalign.data import scenes
+
     draw = lambda i: np.asarray(scenes.render(scenes.make_scene(pool, i), noise=noise))
-    make = lambda: np.stack([draw(i) for i in tqdm(range(n), desc=f'drawing {pool}', mininterval=2)])
-    return cached_array(f'{pool}-{n}-{noise}', make, scenes)
+    make = lambda: np.stack([draw(i) for i in tqdm(range(n), desc=f"drawing {pool}", mininterval=2)])
+    return cached_array(f"{pool}-{n}-{noise}", make, scenes)
 
 # %% ../../nbs/2_models/22_train.ipynb #4157aac7
-def to_tensor(pixels:np.ndarray  # (..., H, W, 3) uint8
-             )->torch.Tensor:    # (..., 3, H, W) in [-1, 1]
+def to_tensor(
+    pixels: np.ndarray,  # (..., H, W, 3) uint8
+) -> torch.Tensor:  # (..., 3, H, W) in [-1, 1]
     "Bytes to the numbers that the models eat."
-    return torch.as_tensor(np.array(pixels)).movedim(-1, -3).float()/127.5 - 1
+    return torch.as_tensor(np.array(pixels)).movedim(-1, -3).float() / 127.5 - 1

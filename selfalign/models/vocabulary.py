@@ -10,55 +10,79 @@ import json
 from ..data.captions import kinds, web_caption
 
 # %% ../../nbs/2_models/25_vocabulary.ipynb #0e6650dd
-context_length = 32   # tokens a micro model reads, the two special ones included
+context_length = 32  # tokens a micro model reads, the two special ones included
 
 # %% ../../nbs/2_models/25_vocabulary.ipynb #ea08b998
-def caption_texts(pool:str,           # pool of scenes
-                  n:int,              # how many scenes, from number 0
-                  noise:float=0.3,    # probability that something is wrong with a caption, 0 to 1
-                  )->list:            # n texts
+def caption_texts(
+    pool: str,  # pool of scenes
+    n: int,  # how many scenes, from number 0
+    noise: float = 0.3,  # probability that something is wrong with a caption, 0 to 1
+) -> list:  # n texts
     "Captions as the web would offer them, cached."
     import numpy as np
     from selfalign.data import captions, scenes
     from selfalign.models.train import cached_array
+
     make = lambda: np.array([web_caption(pool, i, noise)[0].text for i in range(n)])
-    return cached_array(f'captions-{pool}-{n}-{noise}', make, captions, scenes).tolist()
+    return cached_array(f"captions-{pool}-{n}-{noise}", make, captions, scenes).tolist()
 
 # %% ../../nbs/2_models/25_vocabulary.ipynb #e5a0490a
-def train_vocabulary(texts:list,         # captions
-                     size:int=1024,      # tokens at most, special ones included
-                     ):                  # `transformers.CLIPTokenizer`
+def train_vocabulary(
+    texts: list,  # captions
+    size: int = 1024,  # tokens at most, special ones included
+):  # `transformers.CLIPTokenizer`
     "Learn byte pairs from captions and put them into CLIP's tokenizer."
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    learner = Tokenizer(models.BPE(end_of_word_suffix='</w>')); blank = CLIPTokenizer().backend_tokenizer
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    blank = CLIPTokenizer().backend_tokenizer
     learner.normalizer, learner.pre_tokenizer = blank.normalizer, blank.pre_tokenizer
-    learner.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, end_of_word_suffix='</w>', show_progress=False))
-    merges = [tuple(m) for m in json.loads(learner.to_str())['model']['merges']][:size - 2 - 2*len(alphabet)]
-    tokens = alphabet + [a + '</w>' for a in alphabet] + [''.join(m) for m in merges] + ['<|startoftext|>', '<|endoftext|>']
+    learner.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=size, end_of_word_suffix="</w>", show_progress=False)
+    )
+    merges = [tuple(m) for m in json.loads(learner.to_str())["model"]["merges"]][: size - 2 - 2 * len(alphabet)]
+    tokens = (
+        alphabet + [a + "</w>" for a in alphabet] + ["".join(m) for m in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    )
     return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=context_length)
 
 # %% ../../nbs/2_models/25_vocabulary.ipynb #024780c4
-def vocabulary():   # `transformers.CLIPTokenizer`, about a thousand tokens
+def vocabulary():  # `transformers.CLIPTokenizer`, about a thousand tokens
     "The study's vocabulary: read from `data/micro/text`, or learned anew where that is not there yet."
     from transformers import CLIPTokenizer
     from selfalign.study.settings import find_root
-    folder = find_root()/'data/micro/text'
-    if (folder/'tokenizer.json').exists(): return CLIPTokenizer.from_pretrained(folder)
-    return train_vocabulary(caption_texts('text', 8000))
+
+    folder = find_root() / "data/micro/text"
+    if (folder / "tokenizer.json").exists():
+        return CLIPTokenizer.from_pretrained(folder)
+    return train_vocabulary(caption_texts("text", 8000))
 
 # %% ../../nbs/2_models/25_vocabulary.ipynb #66d596e8
-def tokenize(texts:list,   # captions
-             tokenizer,    # from `vocabulary`
-             ):            # (n, context_length) int64 tensor
+def tokenize(
+    texts: list,  # captions
+    tokenizer,  # from `vocabulary`
+):  # (n, context_length) int64 tensor
     "Token ids of fixed length."
-    return tokenizer(list(texts), padding='max_length', truncation=True, max_length=context_length, return_tensors='pt').input_ids
+    return tokenizer(
+        list(texts), padding="max_length", truncation=True, max_length=context_length, return_tensors="pt"
+    ).input_ids
 
 # %% ../../nbs/2_models/25_vocabulary.ipynb #1843f55f
-def text_config(tokens:int,   # size of the vocabulary
-                **more,       # whatever else the model's configuration needs
-                )->dict:      # for a configuration of transformers
+def text_config(
+    tokens: int,  # size of the vocabulary
+    **more,  # whatever else the model's configuration needs
+) -> dict:  # for a configuration of transformers
     "Width, heads, length and special tokens of a text model."
-    return dict(vocab_size=tokens, hidden_size=128, intermediate_size=512, num_attention_heads=4, max_position_embeddings=context_length,
-                pad_token_id=tokens - 1, bos_token_id=tokens - 2, eos_token_id=tokens - 1, **more)
+    return dict(
+        vocab_size=tokens,
+        hidden_size=128,
+        intermediate_size=512,
+        num_attention_heads=4,
+        max_position_embeddings=context_length,
+        pad_token_id=tokens - 1,
+        bos_token_id=tokens - 2,
+        eos_token_id=tokens - 1,
+        **more,
+    )

@@ -13,79 +13,127 @@ from typing import NamedTuple
 from ..study.settings import Settings, StudyError, find_root, resolve, stages
 
 # %% ../../nbs/8_report/89_at_hand.ipynb #858fbc28
-LIBRARIES = 'open_clip', 'transformers', 'diffusers'
+LIBRARIES = "open_clip", "transformers", "diffusers"
+
+
 class Wanted(NamedTuple):
     "What a parameter takes from outside."
-    parameter: str   # stage.parameter
-    value: str       # as set
-    prefix: str      # in front of the colon, if any
-    place: str       # a path, or a name on the hub
-    path: Path|None  # on this machine; None: on the hub, or drawn by the package itself
+
+    parameter: str  # stage.parameter
+    value: str  # as set
+    prefix: str  # in front of the colon, if any
+    place: str  # a path, or a name on the hub
+    path: Path | None  # on this machine; None: on the hub, or drawn by the package itself
 
 # %% ../../nbs/8_report/89_at_hand.ipynb #2e7ad262
-def outside(parameter:str,     # stage.parameter
-            value:object,      # its value
-            root:Path|None=None,  # repository; None: the one this package lives in
-            )->Wanted|None:    # None: it names nothing outside
+def outside(
+    parameter: str,  # stage.parameter
+    value: object,  # its value
+    root: Path | None = None,  # repository; None: the one this package lives in
+) -> Wanted | None:  # None: it names nothing outside
     "What a value names."
-    if not isinstance(value, str): return None
-    prefix, _, place = value.partition(':') if re.match(r'[a-z_]+:', value) else ('', '', value)
-    place, root = place.partition('?')[0], Path(root or find_root())
-    if prefix == 'microworld': return Wanted(parameter, value, prefix, place, None)
-    if place.startswith(('data/', './', '../', '/', '~')) or place and (root/place).exists(): return Wanted(parameter, value, prefix, place, root/Path(place).expanduser())
+    if not isinstance(value, str):
+        return None
+    prefix, _, place = value.partition(":") if re.match(r"[a-z_]+:", value) else ("", "", value)
+    place, root = place.partition("?")[0], Path(root or find_root())
+    if prefix == "microworld":
+        return Wanted(parameter, value, prefix, place, None)
+    if place.startswith(("data/", "./", "../", "/", "~")) or place and (root / place).exists():
+        return Wanted(parameter, value, prefix, place, root / Path(place).expanduser())
     return Wanted(parameter, value, prefix, place, None) if prefix in LIBRARIES and place else None
 
 # %% ../../nbs/8_report/89_at_hand.ipynb #67431bb3
-def wanted(settings:Settings,  # resolved
-           root:Path|None=None,  # repository; None: the one this package lives in
-           )->list:            # of `Wanted`, each value once, whichever stages name it
+def wanted(
+    settings: Settings,  # resolved
+    root: Path | None = None,  # repository; None: the one this package lives in
+) -> list:  # of `Wanted`, each value once, whichever stages name it
     "All that a run takes from outside."
-    every = [(f'{stage}.{name}', v) for stage, values in settings.values.items() for name, value in values.items() for v in (value if isinstance(value, (list, tuple)) else [value])]
+    every = [
+        (f"{stage}.{name}", v)
+        for stage, values in settings.values.items()
+        for name, value in values.items()
+        for v in (value if isinstance(value, (list, tuple)) else [value])
+    ]
     first = {}
     for parameter, v in every:
-        if v not in first and (want := outside(parameter, v, root)): first[v] = want
+        if v not in first and (want := outside(parameter, v, root)):
+            first[v] = want
     return list(first.values())
 
 # %% ../../nbs/8_report/89_at_hand.ipynb #f5655d48
-def in_place(want:Wanted  # with a path
-             )->tuple|None:  # what is wrong, what to do; None: nothing
+def in_place(
+    want: Wanted,  # with a path
+) -> tuple | None:  # what is wrong, what to do; None: nothing
     "Whether a place on this machine holds what is wanted of it."
-    path, place, last = want.path, want.place, want.place.rstrip('/').rsplit('/', 1)[-1]
-    if any(c in path.name for c in '*{['): path = path.parent
-    make = f'selfalign pretrain {last}' if place.startswith('data/micro/') else f'selfalign make-shapes {last}' if place.startswith('data/random/') else \
-           f'put it there, or: selfalign data link FOLDER --name {place.split("/")[1]}' if place.startswith('data/') else 'put it there'
-    if not path.exists(): return f'there is no {path.relative_to(find_root()) if path.is_relative_to(find_root()) else path}', make
-    if path.is_dir() and not any(path.iterdir()): return 'the folder is empty', make
-    if want.prefix in LIBRARIES and path.is_dir() and not any(path.rglob('*.safetensors')): return 'the folder holds no .safetensors file', make
+    path, place, last = want.path, want.place, want.place.rstrip("/").rsplit("/", 1)[-1]
+    if any(c in path.name for c in "*{["):
+        path = path.parent
+    make = (
+        f"selfalign pretrain {last}"
+        if place.startswith("data/micro/")
+        else f"selfalign make-shapes {last}"
+        if place.startswith("data/random/")
+        else f"put it there, or: selfalign data link FOLDER --name {place.split('/')[1]}"
+        if place.startswith("data/")
+        else "put it there"
+    )
+    if not path.exists():
+        return f"there is no {path.relative_to(find_root()) if path.is_relative_to(find_root()) else path}", make
+    if path.is_dir() and not any(path.iterdir()):
+        return "the folder is empty", make
+    if want.prefix in LIBRARIES and path.is_dir() and not any(path.rglob("*.safetensors")):
+        return "the folder holds no .safetensors file", make
 
 # %% ../../nbs/8_report/89_at_hand.ipynb #5b27a249
-def repository(want:Wanted  # on the hub
-               )->str:      # as the hub names it; empty: the weights lie elsewhere
+def repository(
+    want: Wanted,  # on the hub
+) -> str:  # as the hub names it; empty: the weights lie elsewhere
     "Where on the hub a model lies."
-    if want.prefix != 'open_clip': return '/'.join(want.place.split('/')[:2])   # an adapter is named with its file
-    try: import open_clip
-    except Exception: return want.place   # a broken PyTorch; the doctor says so elsewhere
-    model, _, tag = want.place.partition('/')
-    return (open_clip.get_pretrained_cfg(model, tag).get('hf_hub') or '').strip('/') if model in open_clip.list_models() else want.place
+    if want.prefix != "open_clip":
+        return "/".join(want.place.split("/")[:2])  # an adapter is named with its file
+    try:
+        import open_clip
+    except Exception:
+        return want.place  # a broken PyTorch; the doctor says so elsewhere
+    model, _, tag = want.place.partition("/")
+    return (
+        (open_clip.get_pretrained_cfg(model, tag).get("hf_hub") or "").strip("/")
+        if model in open_clip.list_models()
+        else want.place
+    )
 
-def cached(name:str  # of a repository
-           )->bool:
+
+def cached(
+    name: str,  # of a repository
+) -> bool:
     "Whether this machine's cache holds weights of a model."
     from huggingface_hub import constants
-    return any((Path(constants.HF_HUB_CACHE)/f'models--{name.replace("/", "--")}').glob('snapshots/*/**/*.safetensors'))
+
+    return any(
+        (Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}").glob("snapshots/*/**/*.safetensors")
+    )
 
 # %% ../../nbs/8_report/89_at_hand.ipynb #eab47eae
-def on_hub(want:Wanted  # without a path
-           )->tuple|None:  # what is wrong, what to do; None: nothing
+def on_hub(
+    want: Wanted,  # without a path
+) -> tuple | None:  # what is wrong, what to do; None: nothing
     "Whether the hub, or the cache of this machine, has what is wanted of it."
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
     from selfalign.models.load import mirrors_of
-    name, other = repository(want), 'name another model, or a folder that holds this one'
-    if want.prefix == 'microworld' or not name or cached(name): return None
-    try: HfApi().model_info(name, timeout=10)
-    except RepositoryNotFoundError: return f'the hub has no model {name}, or shows it only to those it knows.{mirrors_of(name)}', other
-    except Exception as e: return f'{name} is not in the cache of this machine, and the hub cannot be asked ({type(e).__name__}).{mirrors_of(name)}', f'connect this machine once, or {other}'
+
+    name, other = repository(want), "name another model, or a folder that holds this one"
+    if want.prefix == "microworld" or not name or cached(name):
+        return None
+    try:
+        HfApi().model_info(name, timeout=10)
+    except RepositoryNotFoundError:
+        return f"the hub has no model {name}, or shows it only to those it knows.{mirrors_of(name)}", other
+    except Exception as e:
+        return (
+            f"{name} is not in the cache of this machine, and the hub cannot be asked ({type(e).__name__}).{mirrors_of(name)}",
+            f"connect this machine once, or {other}",
+        )
 
 # %% ../../nbs/8_report/89_at_hand.ipynb #6b895ac0
 def _questions(values):
@@ -93,33 +141,54 @@ def _questions(values):
     from selfalign.benchmarks.catalogue import at_hand
     from selfalign.benchmarks.items import require_coverage
     from selfalign.self_align.evaluate import read_questions
+
     try:
-        asked = read_questions(*(values[k] for k in ('checklist', 'images', 'first')))
-        require_coverage(asked, at_hand(asked)[0], values['least'])
-    except StudyError as e: return str(e), 'for details: selfalign benchmark vl-checklist (or sugarcrepe), with --data and --images'
+        asked = read_questions(*(values[k] for k in ("checklist", "images", "first")))
+        require_coverage(asked, at_hand(asked)[0], values["least"])
+    except StudyError as e:
+        return str(e), "for details: selfalign benchmark vl-checklist (or sugarcrepe), with --data and --images"
 
 # %% ../../nbs/8_report/89_at_hand.ipynb #2f585fc0
 class Missing(NamedTuple):
     "Something that a run would need."
-    parameter: str   # stage.parameter
-    value: str       # as set
-    what: str        # is wrong
-    remedy: str      # what to do
+
+    parameter: str  # stage.parameter
+    value: str  # as set
+    what: str  # is wrong
+    remedy: str  # what to do
 
 # %% ../../nbs/8_report/89_at_hand.ipynb #6bf5ee58
-def missing(settings:Settings,  # resolved
-            )->list:            # of `Missing`
+def missing(
+    settings: Settings,  # resolved
+) -> list:  # of `Missing`
     "What a run would not find."
-    found, known = {w.value: Missing(w.parameter, w.value, *wrong) for w in wanted(settings) if (wrong := (in_place if w.path else on_hub)(w))}, stages()
+    found, known = (
+        {
+            w.value: Missing(w.parameter, w.value, *wrong)
+            for w in wanted(settings)
+            if (wrong := (in_place if w.path else on_hub)(w))
+        },
+        stages(),
+    )
     for stage, values in settings.values.items():
-        if known[stage].base == 'evaluate' and values.get('checklist') and values['checklist'] not in found and (wrong := _questions(values)):
-            found[values['checklist']] = Missing(f'{stage}.checklist', values['checklist'], *wrong)
+        if (
+            known[stage].base == "evaluate"
+            and values.get("checklist")
+            and values["checklist"] not in found
+            and (wrong := _questions(values))
+        ):
+            found[values["checklist"]] = Missing(f"{stage}.checklist", values["checklist"], *wrong)
     return list(found.values())
 
 # %% ../../nbs/8_report/89_at_hand.ipynb #bb635d87
-def require(settings:Settings  # resolved
-           ):
+def require(
+    settings: Settings,  # resolved
+):
     "Refuse a run that would stop half way for want of a model or of data."
-    if not (gone := missing(settings)): return
-    lines = [f'\n- {m.parameter} = {m.value}: {m.what.rstrip(".")}.\n  What to do: {m.remedy}, or another value with -p {m.parameter}=…' for m in gone]
-    raise StudyError(f'preset {settings.preset} cannot run here yet; nothing was computed.{"".join(lines)}')
+    if not (gone := missing(settings)):
+        return
+    lines = [
+        f"\n- {m.parameter} = {m.value}: {m.what.rstrip('.')}.\n  What to do: {m.remedy}, or another value with -p {m.parameter}=…"
+        for m in gone
+    ]
+    raise StudyError(f"preset {settings.preset} cannot run here yet; nothing was computed.{''.join(lines)}")

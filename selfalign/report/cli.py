@@ -15,10 +15,15 @@ from typer import Argument, Exit, Option, Typer
 from ..study.settings import StudyError, find_root
 
 # %% ../../nbs/8_report/83_cli.ipynb #3911505a
-app = Typer(help='Do generated images improve vision-language models? A study in notebooks.', no_args_is_help=True,
-            add_completion=False, pretty_exceptions_enable=False, context_settings=dict(help_option_names=['-h', '--help']))
-data_app = Typer(help='Look at data, or make it known to the study.', no_args_is_help=True)
-app.add_typer(data_app, name='data')
+app = Typer(
+    help="Do generated images improve vision-language models? A study in notebooks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings=dict(help_option_names=["-h", "--help"]),
+)
+data_app = Typer(help="Look at data, or make it known to the study.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 
 # %% ../../nbs/8_report/83_cli.ipynb #7c6ec9cc
 def _explained(annotation, default, help):
@@ -30,326 +35,526 @@ def _explained(annotation, default, help):
 
 # %% ../../nbs/8_report/83_cli.ipynb #c304cc2a
 def command(
-    group:Typer=app, # the application or group that gets the command
-    name:str|None=None, # name on the command line; None: the function's
-)->'decorator':
+    group: Typer = app,  # the application or group that gets the command
+    name: str | None = None,  # name on the command line; None: the function's
+) -> "decorator":
     "Make a function a command; its comments become the help of its parameters."
+
     def decorate(f):
         docs, required = docments(f), len(f.__defaults__ or ())
-        names = f.__code__.co_varnames[:f.__code__.co_argcount]
-        f.__annotations__ = {n: _explained(f.__annotations__[n], i < len(names) - required, docs[n]) for i, n in enumerate(names)}
+        names = f.__code__.co_varnames[: f.__code__.co_argcount]
+        f.__annotations__ = {
+            n: _explained(f.__annotations__[n], i < len(names) - required, docs[n]) for i, n in enumerate(names)
+        }
+
         @functools.wraps(f)
         def plain(*args, **kwargs):
-            try: return f(*args, **kwargs)
-            except StudyError as e: fail(str(e), 1 if e.__cause__ else 2)
+            try:
+                return f(*args, **kwargs)
+            except StudyError as e:
+                fail(str(e), 1 if e.__cause__ else 2)
+
         return group.command(name)(plain)
+
     return decorate
 
 # %% ../../nbs/8_report/83_cli.ipynb #b71fe4dc
 def fail(
-    message:str, # what went wrong, and what to do about it
-    code:int=2, # exit code: 2 where something was refused, 1 where something failed
+    message: str,  # what went wrong, and what to do about it
+    code: int = 2,  # exit code: 2 where something was refused, 1 where something failed
 ):
     "End the command with one line on the error stream."
-    print(f'selfalign: {message}', file=sys.stderr)
+    print(f"selfalign: {message}", file=sys.stderr)
     raise Exit(code)
 
 # %% ../../nbs/8_report/83_cli.ipynb #303ef0d1
-def _plain(value)->str:
+def _plain(value) -> str:
     "A value without characters that would move the cursor or ring the bell."
-    return '' if value is None else ''.join(c if c.isprintable() else '�' for c in str(value))
+    return "" if value is None else "".join(c if c.isprintable() else "�" for c in str(value))
+
 
 def show_table(
-    columns:list[str], # headings
-    rows, # one sequence of values a row
-    title:str='', # above the table
+    columns: list[str],  # headings
+    rows,  # one sequence of values a row
+    title: str = "",  # above the table
 ):
     "Print a table; text from data cannot play tricks with the terminal."
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
-    table = Table(title=title or None, title_justify='left', box=None, pad_edge=False, header_style='bold', show_header=any(columns))
-    for c in columns: table.add_column(c, overflow='fold')
-    for row in rows: table.add_row(*(Text(_plain(v)) for v in row))
+
+    table = Table(
+        title=title or None,
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+        show_header=any(columns),
+    )
+    for c in columns:
+        table.add_column(c, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(_plain(v)) for v in row))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 # %% ../../nbs/8_report/83_cli.ipynb #f1f80084
-_preset = Annotated[str, Option('--preset')]
-_params = Annotated[list[str], Option('-p', '--param', metavar='STAGE.PARAMETER=VALUE')]
-_force = Annotated[list[str], Option('--force', metavar='STAGE')]
+_preset = Annotated[str, Option("--preset")]
+_params = Annotated[list[str], Option("-p", "--param", metavar="STAGE.PARAMETER=VALUE")]
+_force = Annotated[list[str], Option("--force", metavar="STAGE")]
 
-def _shown(path:Path)->str:
+
+def _shown(path: Path) -> str:
     "A path as a person would type it."
-    try: return str(path.resolve().relative_to(Path.cwd()))
-    except ValueError: return str(path)
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
 
 # %% ../../nbs/8_report/83_cli.ipynb #764b87ed
 @command()
 def run(
-    preset:Annotated[str, Argument()]='micro', # section of settings.ini
-    param:_params=None, # another value for one parameter; may be repeated
-    name:Annotated[str, Option('--run')]='', # name of the run folder; empty: the preset's name
-    force:_force=None, # run this stage again, and what depends on it, although nothing changed; may be repeated
+    preset: Annotated[str, Argument()] = "micro",  # section of settings.ini
+    param: _params = None,  # another value for one parameter; may be repeated
+    name: Annotated[str, Option("--run")] = "",  # name of the run folder; empty: the preset's name
+    force: _force = None,  # run this stage again, and what depends on it, although nothing changed; may be repeated
 ):
     "Run a preset and write its report; what has not changed is skipped."
     from selfalign.report.at_hand import require
     from selfalign.report.render import render
     from selfalign.study import runner
     from selfalign.study.settings import resolve
+
     require(resolve(preset, param or []))
     folder = runner.run(preset, param or [], run=name or None, force=force or [])
-    print(f'Report: {_shown(render(folder))}')
+    print(f"Report: {_shown(render(folder))}")
 
 # %% ../../nbs/8_report/83_cli.ipynb #912db1f4
 @command()
 def report(
-    name:Annotated[str, Argument(metavar='RUN')]='', # name of the run; empty: the latest
+    name: Annotated[str, Argument(metavar="RUN")] = "",  # name of the run; empty: the latest
 ):
     "Write the report of a finished run again."
     from selfalign.report.compare import find_run, run_names
     from selfalign.report.render import render
-    runs = [n for n in run_names() if (find_root()/'data/runs'/n).is_dir()]
-    if not name and not runs: fail('there is no run yet; make one with: selfalign run micro')
+
+    runs = [n for n in run_names() if (find_root() / "data/runs" / n).is_dir()]
+    if not name and not runs:
+        fail("there is no run yet; make one with: selfalign run micro")
     folder = find_run(name or runs[-1])
-    if folder.parent.name == 'reports': fail(f'{name} is a report whose run folder is gone; run it again with: selfalign run {name}')
-    print(f'Report: {_shown(render(folder))}')
+    if folder.parent.name == "reports":
+        fail(f"{name} is a report whose run folder is gone; run it again with: selfalign run {name}")
+    print(f"Report: {_shown(render(folder))}")
 
 # %% ../../nbs/8_report/83_cli.ipynb #7d980de4
 @command()
 def stages():
     "List the stages and the presets."
     from selfalign.study.settings import presets, resolve, stages
-    show_table(['stage', 'reads', 'notebook'],
-               [(s.name, ' '.join((*s.inputs, *(f'{o}?' for o in s.optional))), s.notebook.relative_to(find_root())) for s in stages().values()], 'Stages')
+
+    show_table(
+        ["stage", "reads", "notebook"],
+        [
+            (s.name, " ".join((*s.inputs, *(f"{o}?" for o in s.optional))), s.notebook.relative_to(find_root()))
+            for s in stages().values()
+        ],
+        "Stages",
+    )
     print()
     found = {p: resolve(p, []) for p in presets()}
-    show_table(['preset', 'scale', 'stages', 'title'], [(p, r.scale, ' '.join(r.stages), r.title) for p, r in found.items()], 'Presets')
+    show_table(
+        ["preset", "scale", "stages", "title"],
+        [(p, r.scale, " ".join(r.stages), r.title) for p, r in found.items()],
+        "Presets",
+    )
 
 # %% ../../nbs/8_report/83_cli.ipynb #1ddff852
 @command()
 def params(
-    stage:Annotated[str, Argument()]='', # name of a stage; empty: all stages
-    preset:_preset='micro', # the preset whose values are shown
+    stage: Annotated[str, Argument()] = "",  # name of a stage; empty: all stages
+    preset: _preset = "micro",  # the preset whose values are shown
 ):
     "List the parameters of a stage: value, type, meaning."
     from selfalign.study.settings import parameters, resolve, stages
+
     values = resolve(preset, []).values
     for name in [stage] if stage else stages():
-        rows = [(f'{name}.{p.name}', values.get(name, {}).get(p.name, p.default), p.type, p.help)
-                for p in parameters(name).values()]
-        show_table(['parameter', preset, 'type', 'meaning'], rows)
+        rows = [
+            (f"{name}.{p.name}", values.get(name, {}).get(p.name, p.default), p.type, p.help)
+            for p in parameters(name).values()
+        ]
+        show_table(["parameter", preset, "type", "meaning"], rows)
 
 # %% ../../nbs/8_report/83_cli.ipynb #5bdc5c12
 @command()
 def compare(
-    a:str, # a run
-    b:str, # another run
-    everything:Annotated[bool, Option('--all')]=False, # show numbers that are the same, too
-    csv:Annotated[Path, Option('--csv')]=None, # write the whole comparison to this file
+    a: str,  # a run
+    b: str,  # another run
+    everything: Annotated[bool, Option("--all")] = False,  # show numbers that are the same, too
+    csv: Annotated[Path, Option("--csv")] = None,  # write the whole comparison to this file
 ):
     "Two runs side by side: differences with intervals."
     from selfalign.report.compare import compare, settings_that_differ
     from selfalign.report.tables import amount
+
     table, changed = compare(a, b), settings_that_differ(a, b)
-    if csv: table.to_csv(csv, index=False)
-    if changed: show_table(['set differently', a, b], [(k, *v) for k, v in changed.items()])
-    rows = table if everything else table[table.verdict != 'same']
-    show_table(['number', a, b, 'difference', '95 % interval', 'verdict'],
-               [(f'{r.chapter}/{r.table}/{r.row} {r.metric}', amount(r.a, r.unit), amount(r.b, r.unit), amount(r.difference, r.unit, signed=True),
-                 f'{amount(r.low, r.unit, signed=True)} to {amount(r.high, r.unit, signed=True)}' if r.low == r.low else '', r.verdict) for r in rows.itertuples()],
-               f'{len(rows)} of {len(table)} numbers' + ('' if everything else '; the others are the same, see --all'))
+    if csv:
+        table.to_csv(csv, index=False)
+    if changed:
+        show_table(["set differently", a, b], [(k, *v) for k, v in changed.items()])
+    rows = table if everything else table[table.verdict != "same"]
+    show_table(
+        ["number", a, b, "difference", "95 % interval", "verdict"],
+        [
+            (
+                f"{r.chapter}/{r.table}/{r.row} {r.metric}",
+                amount(r.a, r.unit),
+                amount(r.b, r.unit),
+                amount(r.difference, r.unit, signed=True),
+                f"{amount(r.low, r.unit, signed=True)} to {amount(r.high, r.unit, signed=True)}"
+                if r.low == r.low
+                else "",
+                r.verdict,
+            )
+            for r in rows.itertuples()
+        ],
+        f"{len(rows)} of {len(table)} numbers" + ("" if everything else "; the others are the same, see --all"),
+    )
 
 # %% ../../nbs/8_report/83_cli.ipynb #632f1e0f
 def _show_estimate(found):
     "A line a stage, downloads and room, and the sum."
     from selfalign.report.estimate import spell, spell_operations
-    rows = [(l.stage, l.what, *((spell_operations(l.operations), spell(l.seconds), f'{l.memory/2**30:.2f} GiB' if l.memory else '') if l.parts else ('–', '–', ''))) for l in found.lines]
-    show_table(['stage', 'what it does', 'operations', 'time here', 'memory'], rows, 'What it would take')
-    show_table(['', '', '', ''], [(c.status, c.name, c.found, c.remedy) for c in found.checks], 'Downloads and room')
-    print(f'Total: {found.total}')
+
+    rows = [
+        (
+            l.stage,
+            l.what,
+            *(
+                (spell_operations(l.operations), spell(l.seconds), f"{l.memory / 2**30:.2f} GiB" if l.memory else "")
+                if l.parts
+                else ("–", "–", "")
+            ),
+        )
+        for l in found.lines
+    ]
+    show_table(["stage", "what it does", "operations", "time here", "memory"], rows, "What it would take")
+    show_table(["", "", "", ""], [(c.status, c.name, c.found, c.remedy) for c in found.checks], "Downloads and room")
+    print(f"Total: {found.total}")
 
 # %% ../../nbs/8_report/83_cli.ipynb #52b3cf97
 @command()
 def doctor(
-    preset:_preset='', # the preset whose needs are looked up, with the time, memory and downloads it would take; empty: only the needs of micro
-    param:_params=None, # another value for one parameter; may be repeated
+    preset: _preset = "",  # the preset whose needs are looked up, with the time, memory and downloads it would take; empty: only the needs of micro
+    param: _params = None,  # another value for one parameter; may be repeated
 ):
     "Check this machine, the packages, the models, and what a preset needs and would take."
     from selfalign.report.doctor import examine, outlook
-    name = preset or 'micro'; found = examine(name, None, param or [])
-    for heading, checks in found.items(): show_table(['', '', '', ''], [(c.status, c.name, c.found, c.remedy) for c in checks], heading)
+
+    name = preset or "micro"
+    found = examine(name, None, param or [])
+    for heading, checks in found.items():
+        show_table(["", "", "", ""], [(c.status, c.name, c.found, c.remedy) for c in checks], heading)
     taken = outlook(name, param or []) if preset else None
-    if taken: print(taken) if isinstance(taken, str) else _show_estimate(taken)
-    missing = sum(c.status == 'MISSING' for checks in found.values() for c in checks)
-    if missing: fail(f'{missing} MISSING for preset {name}; the lines above say what to do', 1)
-    print(f'Ready for: selfalign run {name}' + ('' if preset else f'; what it would take: selfalign doctor --preset {name}'))
+    if taken:
+        print(taken) if isinstance(taken, str) else _show_estimate(taken)
+    missing = sum(c.status == "MISSING" for checks in found.values() for c in checks)
+    if missing:
+        fail(f"{missing} MISSING for preset {name}; the lines above say what to do", 1)
+    print(
+        f"Ready for: selfalign run {name}"
+        + ("" if preset else f"; what it would take: selfalign doctor --preset {name}")
+    )
 
 # %% ../../nbs/8_report/83_cli.ipynb #7c6de4a1
 def _most(counts, show, n=4):
     "The most frequent values."
     rest = len(counts) - n
-    return ', '.join(f'{show(v)} ({k:,})' for v, k in sorted(counts.items(), key=lambda x: -x[1])[:n]) + (f' and {rest} others' if rest > 0 else '')
+    return ", ".join(f"{show(v)} ({k:,})" for v, k in sorted(counts.items(), key=lambda x: -x[1])[:n]) + (
+        f" and {rest} others" if rest > 0 else ""
+    )
 
 # %% ../../nbs/8_report/83_cli.ipynb #51f897da
 @command(data_app)
 def inspect(
-    source:str, # a file or folder of pairs, or a source such as microworld:study or karpathy:FILE?split=test
-    first:int=200, # how many pairs to look at
-    coverage:Annotated[bool, Option('--coverage')]=False, # look whether the picture of every pair is there
+    source: str,  # a file or folder of pairs, or a source such as microworld:study or karpathy:FILE?split=test
+    first: int = 200,  # how many pairs to look at
+    coverage: Annotated[bool, Option("--coverage")] = False,  # look whether the picture of every pair is there
 ):
     "Say what a source of pairs holds: format, sizes, captions, what is wrong with which row, examples."
     from selfalign.data.sources import open_pairs, survey
-    path, _, query = source.partition('?')
-    pairs = open_pairs(f'{Path(path).resolve()}{"?" if query else ""}{query}' if Path(path).exists() else source)
-    seen = survey(pairs, first); problems, words = seen['problems'], sorted(seen['words'].elements())
-    rows = [('source', pairs.source), ('recognised by', pairs.source.why or 'its name'), ('pairs', f'{len(pairs):,}'), ('looked at', seen['looked']), ('usable of these', seen['usable']),
-            ('problems', f'{problems.total:,}'), ('sizes', _most(seen['sizes'], lambda s: f'{s[0]}×{s[1]}')), ('captions a picture', _most(seen['captions'], str)),
-            ('words a caption', f'median {words[len(words)//2]}, {words[0]} to {words[-1]}' if words else '')]
-    if coverage and (found := pairs.coverage() if hasattr(pairs, 'coverage') else dict(there=len(pairs), missing=[])):
-        rows.append(('pictures there', f'{found["there"]:,} of {len(pairs):,}' + (f'; not there: {", ".join(found["missing"])} ...' if found['missing'] else '')))
-    show_table(['', ''], rows)
-    show_table(['key', 'caption'], seen['examples'], 'Examples')
-    if problems: show_table(['file', 'row', 'what', 'remedy'], [p.values() for p in problems[:10]], f'{min(10, len(problems))} of {problems.total:,} problems')
+
+    path, _, query = source.partition("?")
+    pairs = open_pairs(f"{Path(path).resolve()}{'?' if query else ''}{query}" if Path(path).exists() else source)
+    seen = survey(pairs, first)
+    problems, words = seen["problems"], sorted(seen["words"].elements())
+    rows = [
+        ("source", pairs.source),
+        ("recognised by", pairs.source.why or "its name"),
+        ("pairs", f"{len(pairs):,}"),
+        ("looked at", seen["looked"]),
+        ("usable of these", seen["usable"]),
+        ("problems", f"{problems.total:,}"),
+        ("sizes", _most(seen["sizes"], lambda s: f"{s[0]}×{s[1]}")),
+        ("captions a picture", _most(seen["captions"], str)),
+        ("words a caption", f"median {words[len(words) // 2]}, {words[0]} to {words[-1]}" if words else ""),
+    ]
+    if coverage and (found := pairs.coverage() if hasattr(pairs, "coverage") else dict(there=len(pairs), missing=[])):
+        rows.append(
+            (
+                "pictures there",
+                f"{found['there']:,} of {len(pairs):,}"
+                + (f"; not there: {', '.join(found['missing'])} ..." if found["missing"] else ""),
+            )
+        )
+    show_table(["", ""], rows)
+    show_table(["key", "caption"], seen["examples"], "Examples")
+    if problems:
+        show_table(
+            ["file", "row", "what", "remedy"],
+            [p.values() for p in problems[:10]],
+            f"{min(10, len(problems))} of {problems.total:,} problems",
+        )
 
 # %% ../../nbs/8_report/83_cli.ipynb #acbc58c9
 @command(data_app)
 def link(
-    folder:Path, # where the data lies on this machine
-    name:str='flickr8k', # the name under data/ that presets use
+    folder: Path,  # where the data lies on this machine
+    name: str = "flickr8k",  # the name under data/ that presets use
 ):
     "Make a folder known to the study as data/NAME, which git ignores."
     import re, shutil
-    target = find_root()/'data'/name
-    if not re.fullmatch(r'[A-Za-z0-9][\w-]*', name) or name in ('micro', 'runs'): fail(f'{name!r} cannot be the name of a data set')
-    if not folder.is_dir(): fail(f'{folder} is not a folder')
-    if target.exists() or target.is_symlink(): fail(f'data/{name} is already there; remove it first')
+
+    target = find_root() / "data" / name
+    if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name) or name in ("micro", "runs"):
+        fail(f"{name!r} cannot be the name of a data set")
+    if not folder.is_dir():
+        fail(f"{folder} is not a folder")
+    if target.exists() or target.is_symlink():
+        fail(f"data/{name} is already there; remove it first")
     target.parent.mkdir(exist_ok=True)
-    try: target.symlink_to(folder.resolve(), target_is_directory=True)
-    except OSError: shutil.copytree(folder, target) # a system without links
-    print(f'data/{name} → {folder}')
+    try:
+        target.symlink_to(folder.resolve(), target_is_directory=True)
+    except OSError:
+        shutil.copytree(folder, target)  # a system without links
+    print(f"data/{name} → {folder}")
 
 # %% ../../nbs/8_report/83_cli.ipynb #4c103f0e
 def _print_overlap(summary, pairs, most):
     "The summary, and the first of the pairs."
     from selfalign.report.tables import amount
-    share = lambda r: f'{amount(r.low, "fraction", bare=True)} to {amount(r.high, "fraction", bare=True)}'
-    show_table(['check', 'pairs', 'in the test set', 'of', 'share', '95 % interval'], [(r.check, r.pairs, r.items, r.n, amount(r.share, 'fraction'), share(r)) for r in summary.itertuples()], 'Suspects')
-    if not len(pairs): return
-    cell = lambda v, form='.0f': '' if v != v else f'{v:{form}}'
-    show_table(['test', 'train', 'checks that agree', 'bits', 'bits, mirrored', 'cosine', 'words in common'],
-               [(r[1], r[2], r[3], cell(r[4]), cell(r[5]), cell(r[6], '.3f'), cell(r[7])) for r in pairs.head(most).itertuples()], f'The {min(most, len(pairs))} most suspicious of {len(pairs):,} pairs; none is proven, look at the pictures')
+
+    share = lambda r: f"{amount(r.low, 'fraction', bare=True)} to {amount(r.high, 'fraction', bare=True)}"
+    show_table(
+        ["check", "pairs", "in the test set", "of", "share", "95 % interval"],
+        [(r.check, r.pairs, r.items, r.n, amount(r.share, "fraction"), share(r)) for r in summary.itertuples()],
+        "Suspects",
+    )
+    if not len(pairs):
+        return
+    cell = lambda v, form=".0f": "" if v != v else f"{v:{form}}"
+    show_table(
+        ["test", "train", "checks that agree", "bits", "bits, mirrored", "cosine", "words in common"],
+        [
+            (r[1], r[2], r[3], cell(r[4]), cell(r[5]), cell(r[6], ".3f"), cell(r[7]))
+            for r in pairs.head(most).itertuples()
+        ],
+        f"The {min(most, len(pairs))} most suspicious of {len(pairs):,} pairs; none is proven, look at the pictures",
+    )
+
 
 @command(data_app)
 def overlap(
-    train:str, # what a model was trained on: a source such as microworld:study, a folder of webdataset tars or of pictures
-    test:str, # what it is tested on, likewise
-    first:int=0, # pictures of each; 0: all
-    encoder:str='', # compare its vectors, too: library:folder-or-hub-id
-    most:int=4, # bits in which the hashes of two pictures may differ, of 64
-    least:float=.98, # cosine from which vectors count as the same
-    csv:Annotated[Path, Option('--csv')]=None, # write all suspected pairs to this file
+    train: str,  # what a model was trained on: a source such as microworld:study, a folder of webdataset tars or of pictures
+    test: str,  # what it is tested on, likewise
+    first: int = 0,  # pictures of each; 0: all
+    encoder: str = "",  # compare its vectors, too: library:folder-or-hub-id
+    most: int = 4,  # bits in which the hashes of two pictures may differ, of 64
+    least: float = 0.98,  # cosine from which vectors count as the same
+    csv: Annotated[Path, Option("--csv")] = None,  # write all suspected pairs to this file
 ):
     "Look for test pictures and captions in a training set."
     from selfalign.benchmarks.overlap import overlap
     from selfalign.models.load import load_dual_encoder
+
     summary, pairs, problems = overlap(train, test, first, load_dual_encoder(encoder) if encoder else None, most, least)
-    if csv: pairs.to_csv(csv, index=False)
+    if csv:
+        pairs.to_csv(csv, index=False)
     _print_overlap(summary, pairs, 10)
-    if problems: show_table(['file', 'row', 'what', 'remedy'], [p.values() for p in problems[:10]], f'{min(10, len(problems))} of {len(problems)} problems')
-    if csv: print(f'All {len(pairs):,} pairs: {_shown(csv)}')
+    if problems:
+        show_table(
+            ["file", "row", "what", "remedy"],
+            [p.values() for p in problems[:10]],
+            f"{min(10, len(problems))} of {len(problems)} problems",
+        )
+    if csv:
+        print(f"All {len(pairs):,} pairs: {_shown(csv)}")
 
 # %% ../../nbs/8_report/83_cli.ipynb #8bcc2878
 def _list_benchmarks():
     "Print what can be asked."
     from selfalign.benchmarks.catalogue import TASKS, task_options
-    options = lambda t: ', '.join(f'{k}={v}' for k, v in task_options(t).items())
-    show_table(['benchmark', 'what it asks', 'audits', 'options'], [(t.name, t.title, ', '.join(t.audits), options(t)) for t in TASKS.values()])
+
+    options = lambda t: ", ".join(f"{k}={v}" for k, v in task_options(t).items())
+    show_table(
+        ["benchmark", "what it asks", "audits", "options"],
+        [(t.name, t.title, ", ".join(t.audits), options(t)) for t in TASKS.values()],
+    )
+
 
 def _cells(r, audits):
     "One printed row of a benchmark's table."
     from selfalign.report.tables import amount
-    bare = lambda v: amount(v, r['unit'], bare=True)
-    sure = f'{bare(r["low"])} to {bare(r["high"])}' if r['low'] == r['low'] else ''
-    left = lambda a: f'{bare(r[a])} ({bare(r[f"{a}: low"])} to {bare(r[f"{a}: high"])}, n {r[f"{a}: n"]:,.0f})' if r[a] == r[a] else 'none left'
-    return r['row'], r['metric'], amount(r['value'], r['unit']), sure, f"{r['n']:,.0f}", bare(r['chance']), *(left(a) if a == 'without leaks' else bare(r[a]) for a in audits), amount(r.get('corrected p'), 'ratio')
+
+    bare = lambda v: amount(v, r["unit"], bare=True)
+    sure = f"{bare(r['low'])} to {bare(r['high'])}" if r["low"] == r["low"] else ""
+    left = lambda a: (
+        f"{bare(r[a])} ({bare(r[f'{a}: low'])} to {bare(r[f'{a}: high'])}, n {r[f'{a}: n']:,.0f})"
+        if r[a] == r[a]
+        else "none left"
+    )
+    return (
+        r["row"],
+        r["metric"],
+        amount(r["value"], r["unit"]),
+        sure,
+        f"{r['n']:,.0f}",
+        bare(r["chance"]),
+        *(left(a) if a == "without leaks" else bare(r[a]) for a in audits),
+        amount(r.get("corrected p"), "ratio"),
+    )
+
 
 def _print_leakage(rows, train):
     "How much of the test is in the training set."
     from selfalign.report.tables import amount
-    bare = lambda v: amount(v, 'fraction', bare=True)
-    show_table(['leakage', 'share', '95 % interval', 'of'], [(r.metric, amount(r.value, 'fraction'), f'{bare(r.low)} to {bare(r.high)}', f'{r.n:,.0f}') for r in rows.itertuples()], f'In {train}; suspects, not proofs: see leakage.csv')
+
+    bare = lambda v: amount(v, "fraction", bare=True)
+    show_table(
+        ["leakage", "share", "95 % interval", "of"],
+        [
+            (r.metric, amount(r.value, "fraction"), f"{bare(r.low)} to {bare(r.high)}", f"{r.n:,.0f}")
+            for r in rows.itertuples()
+        ],
+        f"In {train}; suspects, not proofs: see leakage.csv",
+    )
 
 # %% ../../nbs/8_report/83_cli.ipynb #b2743734
 @command()
 def benchmark(
-    name:Annotated[str, Argument()]='', # which one; none: list them
-    model:str='', # the model: library:folder-or-hub-id
-    data:str='', # where the benchmark lies: a folder, a file, or a source of pairs
-    images:str='', # where its pictures lie, if elsewhere
-    least:float=.99, # share of every file that must be answered
-    out:Path=None, # folder for the results; default: data/runs/_benchmarks/NAME/MODEL
-    train:str='', # what the model was trained on: a source of pairs, a folder of tars or of pictures; empty: leakage is not checked
-    first:int=None, # ask only so many items (pictures, examples) of each file; 0: all; default: the benchmark's own
-    option:Annotated[list[str], Option('-o', '--option', metavar='NAME=VALUE')]=None, # something else to set, see --list; may be repeated
-    everything:Annotated[bool, Option('--list')]=False, # list the benchmarks and their options
+    name: Annotated[str, Argument()] = "",  # which one; none: list them
+    model: str = "",  # the model: library:folder-or-hub-id
+    data: str = "",  # where the benchmark lies: a folder, a file, or a source of pairs
+    images: str = "",  # where its pictures lie, if elsewhere
+    least: float = 0.99,  # share of every file that must be answered
+    out: Path = None,  # folder for the results; default: data/runs/_benchmarks/NAME/MODEL
+    train: str = "",  # what the model was trained on: a source of pairs, a folder of tars or of pictures; empty: leakage is not checked
+    first: int = None,  # ask only so many items (pictures, examples) of each file; 0: all; default: the benchmark's own
+    option: Annotated[
+        list[str], Option("-o", "--option", metavar="NAME=VALUE")
+    ] = None,  # something else to set, see --list; may be repeated
+    everything: Annotated[bool, Option("--list")] = False,  # list the benchmarks and their options
 ):
     "Ask a model a benchmark, blindfold it, and put both side by side."
-    if everything or not name: return _list_benchmarks()
+    if everything or not name:
+        return _list_benchmarks()
     from selfalign.benchmarks.beside import side_by_side
     from selfalign.benchmarks.catalogue import NOT_CHECKED, results_folder, run_task
-    given = dict(o.partition('=')[::2] for o in option or []) | ({} if first is None else dict(first=first))
-    if not (model and data): fail(f'say which model and which data: selfalign benchmark {name} --model open_clip:data/micro/clip --data FOLDER')
-    table = run_task(name, model, data, images, out, least, train, **given); wide = side_by_side(table)
-    audits = [c for c in wide if c not in ('row', 'metric', 'value', 'low', 'high', 'n', 'chance', 'unit', 'corrected p') and not c.startswith(('gain', 'without leaks:'))]
-    show_table(['row', 'metric', 'value', '95 % interval', 'n', 'chance', *('smallest' if a == 'smallest difference' else a for a in audits), 'corrected p'], [_cells(r, audits) for r in wide.to_dict('records')], f'{name}, {model}')
-    if 'smallest difference' in audits: print('smallest: by so much must two models differ that disagree on a tenth of the items, to be told apart four times out of five')
-    _print_leakage(table[table.row == 'leakage'], train) if train else print(f'Leakage: {NOT_CHECKED}')
-    if train and 'without leaks' not in audits: print('without leaks: no item is left')
-    print(f'Written to {_shown(Path(out or results_folder(name, model)))}')
+
+    given = dict(o.partition("=")[::2] for o in option or []) | ({} if first is None else dict(first=first))
+    if not (model and data):
+        fail(
+            f"say which model and which data: selfalign benchmark {name} --model open_clip:data/micro/clip --data FOLDER"
+        )
+    table = run_task(name, model, data, images, out, least, train, **given)
+    wide = side_by_side(table)
+    audits = [
+        c
+        for c in wide
+        if c not in ("row", "metric", "value", "low", "high", "n", "chance", "unit", "corrected p")
+        and not c.startswith(("gain", "without leaks:"))
+    ]
+    show_table(
+        [
+            "row",
+            "metric",
+            "value",
+            "95 % interval",
+            "n",
+            "chance",
+            *("smallest" if a == "smallest difference" else a for a in audits),
+            "corrected p",
+        ],
+        [_cells(r, audits) for r in wide.to_dict("records")],
+        f"{name}, {model}",
+    )
+    if "smallest difference" in audits:
+        print(
+            "smallest: by so much must two models differ that disagree on a tenth of the items, to be told apart four times out of five"
+        )
+    _print_leakage(table[table.row == "leakage"], train) if train else print(f"Leakage: {NOT_CHECKED}")
+    if train and "without leaks" not in audits:
+        print("without leaks: no item is left")
+    print(f"Written to {_shown(Path(out or results_folder(name, model)))}")
 
 # %% ../../nbs/8_report/83_cli.ipynb #d0cc5629
 @command()
 def pretrain(
-    models:Annotated[list[str], Argument()]=None, # generator, clip, judge, ...; none: all
-    out:Path=None, # folder for the models; default data/micro
-    fresh:Annotated[bool, Option('--fresh')]=False, # start over instead of going on from the last checkpoint
-    budget:float=1.0, # share of the full training
+    models: Annotated[list[str], Argument()] = None,  # generator, clip, judge, ...; none: all
+    out: Path = None,  # folder for the models; default data/micro
+    fresh: Annotated[bool, Option("--fresh")] = False,  # start over instead of going on from the last checkpoint
+    budget: float = 1.0,  # share of the full training
 ):
     "Train the micro models; resumes after an interruption."
     from selfalign.models.pretrain import pretrain
+
     pretrain(models or [], out, resume=not fresh, budget=budget)
 
 # %% ../../nbs/8_report/83_cli.ipynb #3a6952a6
 @command()
 def make_shapes(
-    models:Annotated[list[str], Argument()]=None, # stable-diffusion-2-base, ViT-B-32, ...; none: all
-    out:Path=None, # folder for the models; default data/random
-    seed:int=0, # of the weights
-    fresh:Annotated[bool, Option('--fresh')]=False, # write them again
+    models: Annotated[list[str], Argument()] = None,  # stable-diffusion-2-base, ViT-B-32, ...; none: all
+    out: Path = None,  # folder for the models; default data/random
+    seed: int = 0,  # of the weights
+    fresh: Annotated[bool, Option("--fresh")] = False,  # write them again
 ):
     "Write models of the papers' true shapes with RANDOM weights, for the preset paper-shapes."
     from selfalign.models.full_size import SHAPES, is_random, random_weights
     from selfalign.study.settings import nearest
+
     for name in models or SHAPES:
-        if name not in SHAPES: fail(f'unknown model {name!r}; {nearest(name, SHAPES)}')
+        if name not in SHAPES:
+            fail(f"unknown model {name!r}; {nearest(name, SHAPES)}")
     for name in models or SHAPES:
-        folder = (out or find_root()/'data/random')/name
-        if is_random(folder) and not fresh: print(f'{_shown(folder)}: there already'); continue
+        folder = (out or find_root() / "data/random") / name
+        if is_random(folder) and not fresh:
+            print(f"{_shown(folder)}: there already")
+            continue
         random_weights(SHAPES[name], folder, seed)
-        print(f'{_shown(folder)}: {SHAPES[name]}, RANDOM WEIGHTS, {sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())/2**30:.1f} GiB')
+        print(
+            f"{_shown(folder)}: {SHAPES[name]}, RANDOM WEIGHTS, {sum(f.stat().st_size for f in folder.rglob('*') if f.is_file()) / 2**30:.1f} GiB"
+        )
 
 # %% ../../nbs/8_report/83_cli.ipynb #8b1f40ba
 @command()
 def lab(
-    options:Annotated[list[str], Argument()]=None, # for JupyterLab itself, after --
+    options: Annotated[list[str], Argument()] = None,  # for JupyterLab itself, after --
 ):
     "Open the notebooks in JupyterLab."
     import subprocess
-    start = [sys.executable, '-m', 'jupyterlab', '--ServerApp.root_dir', str(find_root()), str(find_root()/'nbs/index.ipynb')]
+
+    start = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--ServerApp.root_dir",
+        str(find_root()),
+        str(find_root() / "nbs/index.ipynb"),
+    ]
     raise Exit(subprocess.call(start + (options or [])))
 
 # %% ../../nbs/8_report/83_cli.ipynb #5e534932
 def main():
     "What `selfalign` in a terminal calls."
-    for stream in (sys.stdout, sys.stderr): stream.reconfigure(encoding='utf-8', errors='replace')
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="replace")
     app()

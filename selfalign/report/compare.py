@@ -13,77 +13,92 @@ from ..study.settings import SettingsError, find_root, nearest
 
 # %% ../../nbs/8_report/82_compare.ipynb #878dbff7
 def run_names(
-    root:Path|None=None, # repository; None: the one this package lives in
-)->list[str]: # names, the one written last at the end
+    root: Path | None = None,  # repository; None: the one this package lives in
+) -> list[str]:  # names, the one written last at the end
     "Every run and every report that has results."
     root = Path(root or find_root())
-    found = [p for place in ('reports', 'data/runs') for p in root.glob(f'{place}/[!._]*/results.csv')]
+    found = [p for place in ("reports", "data/runs") for p in root.glob(f"{place}/[!._]*/results.csv")]
     return list(dict.fromkeys(p.parent.name for p in sorted(found, key=lambda p: p.stat().st_mtime)))
 
 # %% ../../nbs/8_report/82_compare.ipynb #0d4915b4
 def find_run(
-    name:str, # name of a run, or a folder with results.csv
-    root:Path|None=None, # repository; None: the one this package lives in
-)->Path: # folder of the run
+    name: str,  # name of a run, or a folder with results.csv
+    root: Path | None = None,  # repository; None: the one this package lives in
+) -> Path:  # folder of the run
     "The folder of a run; the run's own folder before its report."
     base = Path(root or find_root())
-    for folder in (base/'data/runs'/name, base/'reports'/name, Path(name)):
-        if name and (folder/'results.csv').is_file(): return folder
-    raise SettingsError(f'no run {name!r}: {nearest(name, run_names(base))}')
+    for folder in (base / "data/runs" / name, base / "reports" / name, Path(name)):
+        if name and (folder / "results.csv").is_file():
+            return folder
+    raise SettingsError(f"no run {name!r}: {nearest(name, run_names(base))}")
 
 # %% ../../nbs/8_report/82_compare.ipynb #3d839e30
 def difference(
-    a:float,      # first value
-    a_low:float,  # lower end of its interval
-    a_high:float, # upper end
-    b:float,      # second value
-    b_low:float,  # lower end of its interval
-    b_high:float, # upper end
-)->tuple: # difference, low, high
+    a: float,  # first value
+    a_low: float,  # lower end of its interval
+    a_high: float,  # upper end
+    b: float,  # second value
+    b_low: float,  # lower end of its interval
+    b_high: float,  # upper end
+) -> tuple:  # difference, low, high
     "`b - a` with an interval recovered from the two independent intervals."
     d = b - a
-    return d, d - ((b - b_low)**2 + (a_high - a)**2)**.5, d + ((b_high - b)**2 + (a - a_low)**2)**.5
+    return d, d - ((b - b_low) ** 2 + (a_high - a) ** 2) ** 0.5, d + ((b_high - b) ** 2 + (a - a_low) ** 2) ** 0.5
 
 # %% ../../nbs/8_report/82_compare.ipynb #49138a3f
-def _verdict(r)->str:
+def _verdict(r) -> str:
     "One word for a row of the comparison."
     import pandas as pd
-    if pd.isna(r.a) or pd.isna(r.b): return 'only in B' if pd.isna(r.a) else 'only in A'
-    if r.difference == 0: return 'same'
-    if pd.isna(r.low) or pd.isna(r.high): return 'changed'
-    if r.low <= 0 <= r.high: return 'no clear difference'
+
+    if pd.isna(r.a) or pd.isna(r.b):
+        return "only in B" if pd.isna(r.a) else "only in A"
+    if r.difference == 0:
+        return "same"
+    if pd.isna(r.low) or pd.isna(r.high):
+        return "changed"
+    if r.low <= 0 <= r.high:
+        return "no clear difference"
     up = r.difference > 0
-    return {'up': 'better' if up else 'worse', 'down': 'worse' if up else 'better'}.get(r.better, 'higher' if up else 'lower')
+    return {"up": "better" if up else "worse", "down": "worse" if up else "better"}.get(
+        r.better, "higher" if up else "lower"
+    )
 
 # %% ../../nbs/8_report/82_compare.ipynb #63389168
-_number = ['chapter', 'table', 'row', 'metric', 'unit']
+_number = ["chapter", "table", "row", "metric", "unit"]
+
 
 def compare(
-    a:str|Path, # first run
-    b:str|Path, # second run
-    root:Path|None=None, # repository; None: the one this package lives in
-)->'DataFrame': # a row for each number: a, b, difference, low, high, verdict
+    a: str | Path,  # first run
+    b: str | Path,  # second run
+    root: Path | None = None,  # repository; None: the one this package lives in
+) -> "DataFrame":  # a row for each number: a, b, difference, low, high, verdict
     "Two runs side by side: every number of either, the difference `b - a` with its interval, and a verdict."
-    x, y = (read_results(find_run(str(run), root)/'results.csv') for run in (a, b))
-    both = x.assign(place=range(len(x))).merge(y, on=_number, how='outer', suffixes=('_a', '_b')).sort_values('place', kind='stable')
-    both['better'] = both.better_b.fillna(both.better_a)
-    both['difference'], both['low'], both['high'] = difference(both.value_a, both.low_a, both.high_a, both.value_b, both.low_b, both.high_b)
-    both = both.rename(columns=dict(value_a='a', value_b='b'))
-    both['verdict'] = [_verdict(r) for r in both.itertuples()]
-    return both.reset_index()[[*_number, 'a', 'b', 'difference', 'low', 'high', 'n_a', 'n_b', 'better', 'verdict']]
+    x, y = (read_results(find_run(str(run), root) / "results.csv") for run in (a, b))
+    both = (
+        x.assign(place=range(len(x)))
+        .merge(y, on=_number, how="outer", suffixes=("_a", "_b"))
+        .sort_values("place", kind="stable")
+    )
+    both["better"] = both.better_b.fillna(both.better_a)
+    both["difference"], both["low"], both["high"] = difference(
+        both.value_a, both.low_a, both.high_a, both.value_b, both.low_b, both.high_b
+    )
+    both = both.rename(columns=dict(value_a="a", value_b="b"))
+    both["verdict"] = [_verdict(r) for r in both.itertuples()]
+    return both.reset_index()[[*_number, "a", "b", "difference", "low", "high", "n_a", "n_b", "better", "verdict"]]
 
 # %% ../../nbs/8_report/82_compare.ipynb #69517e4f
-def _parameters(folder:Path)->dict:
+def _parameters(folder: Path) -> dict:
     "`stage.parameter` of a run folder and its value."
-    stages = {f.parent.name: json.loads(f.read_text(encoding='utf-8')) for f in sorted(folder.glob('*/stage.json'))}
-    return {f'{s}.{p}': v for s, info in stages.items() for p, v in info.get('parameters', {}).items()}
+    stages = {f.parent.name: json.loads(f.read_text(encoding="utf-8")) for f in sorted(folder.glob("*/stage.json"))}
+    return {f"{s}.{p}": v for s, info in stages.items() for p, v in info.get("parameters", {}).items()}
 
 # %% ../../nbs/8_report/82_compare.ipynb #6d2a3421
 def settings_that_differ(
-    a:str|Path, # first run
-    b:str|Path, # second run
-    root:Path|None=None, # repository; None: the one this package lives in
-)->dict: # `stage.parameter` to the two values; None where a run does not have it
+    a: str | Path,  # first run
+    b: str | Path,  # second run
+    root: Path | None = None,  # repository; None: the one this package lives in
+) -> dict:  # `stage.parameter` to the two values; None where a run does not have it
     "The parameters in which two runs differ."
     x, y = (_parameters(find_run(str(r), root)) for r in (a, b))
-    return {k: (x.get(k), y.get(k)) for k in sorted({*x, *y}) if x.get(k) != y.get(k) and not k.endswith('.run')}
+    return {k: (x.get(k), y.get(k)) for k in sorted({*x, *y}) if x.get(k) != y.get(k) and not k.endswith(".run")}

@@ -16,123 +16,172 @@ from ..study.settings import find_root, resolve
 @dataclass
 class Check:
     "One line of the doctor's report."
-    name:str      # what was looked at
-    status:str    # OK, NOTE or MISSING
-    found:str     # what is there
-    remedy:str='' # what to do about it
+
+    name: str  # what was looked at
+    status: str  # OK, NOTE or MISSING
+    found: str  # what is there
+    remedy: str = ""  # what to do about it
 
 # %% ../../nbs/8_report/85_doctor.ipynb #6fbbd07d
-def _gpu()->Check:
+def _gpu() -> Check:
     "The accelerator, if torch and torchvision load at all."
-    try: import torch, torchvision # noqa: F401
-    except Exception as e: return Check('torch', 'MISSING', str(e).splitlines()[0], 'install torch and torchvision together: pip install -c constraints.txt -e .')
+    try:
+        import torch, torchvision  # noqa: F401
+    except Exception as e:
+        return Check(
+            "torch",
+            "MISSING",
+            str(e).splitlines()[0],
+            "install torch and torchvision together: pip install -c constraints.txt -e .",
+        )
     if torch.cuda.is_available():
         p = torch.cuda.get_device_properties(0)
-        return Check('GPU', 'OK', f'{p.name}, {p.total_memory/2**30:.0f} GiB')
-    if torch.backends.mps.is_available(): return Check('GPU', 'OK', 'Apple silicon')
-    return Check('GPU', 'NOTE', 'none', 'micro presets run on the CPU; the full scale wants a GPU')
+        return Check("GPU", "OK", f"{p.name}, {p.total_memory / 2**30:.0f} GiB")
+    if torch.backends.mps.is_available():
+        return Check("GPU", "OK", "Apple silicon")
+    return Check("GPU", "NOTE", "none", "micro presets run on the CPU; the full scale wants a GPU")
 
 # %% ../../nbs/8_report/85_doctor.ipynb #7dd5065b
-def _enough(name:str, have:float, want:float, else_:str)->Check:
+def _enough(name: str, have: float, want: float, else_: str) -> Check:
     "Gibibytes against what is needed."
-    return Check(name, 'OK' if have >= want else 'NOTE', f'{have:.0f} GiB', '' if have >= want else f'less than {want} GiB: {else_}')
+    return Check(
+        name,
+        "OK" if have >= want else "NOTE",
+        f"{have:.0f} GiB",
+        "" if have >= want else f"less than {want} GiB: {else_}",
+    )
+
 
 def machine(
-    root:Path|None=None, # repository; None: the one this package lives in
-)->list[Check]: # one check a line
+    root: Path | None = None,  # repository; None: the one this package lives in
+) -> list[Check]:  # one check a line
     "Python, processor, memory, disk, GPU."
     from selfalign.study.files import hardware
-    here, disk = hardware(), shutil.disk_usage(root or find_root()).free/2**30
-    return [Check('Python', 'OK', f'{platform.python_version()} on {platform.system()} {platform.machine()}'),
-            Check('processor', 'OK', f"{here['cpu']}, {here['cores']} cores"),
-            _enough('memory', here['memory_gb'], 4, 'the stack may not fit'),
-            _enough('free disk', disk, 2, 'a run with its pictures may not fit'),
-            _gpu()]
+
+    here, disk = hardware(), shutil.disk_usage(root or find_root()).free / 2**30
+    return [
+        Check("Python", "OK", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        Check("processor", "OK", f"{here['cpu']}, {here['cores']} cores"),
+        _enough("memory", here["memory_gb"], 4, "the stack may not fit"),
+        _enough("free disk", disk, 2, "a run with its pictures may not fit"),
+        _gpu(),
+    ]
 
 # %% ../../nbs/8_report/85_doctor.ipynb #4f221d7c
-def _one_name(package:str)->str:
+def _one_name(package: str) -> str:
     "The spelling by which packages are compared."
-    return re.sub('[-_.]+', '-', package).lower()
+    return re.sub("[-_.]+", "-", package).lower()
 
-def _tested(file:Path)->dict:
+
+def _tested(file: Path) -> dict:
     "The versions in a constraints file."
-    lines = file.read_text(encoding='utf-8').splitlines() if file.is_file() else []
-    return {_one_name(name): version for name, _, version in (l.partition('==') for l in lines) if version}
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return {_one_name(name): version for name, _, version in (l.partition("==") for l in lines) if version}
 
 # %% ../../nbs/8_report/85_doctor.ipynb #7e96d092
 def packages(
-    root:Path|None=None, # repository; None: the one this package lives in
-)->list[Check]: # one check for what is as tested, and one for each package that is not
+    root: Path | None = None,  # repository; None: the one this package lives in
+) -> list[Check]:  # one check for what is as tested, and one for each package that is not
     "The package's own dependencies against the tested versions."
     from importlib.metadata import PackageNotFoundError, requires, version
-    tested, checks, same = _tested(Path(root or find_root())/'constraints.txt'), [], 0
-    for name in [re.split('[^A-Za-z0-9_.-]', r)[0] for r in requires('selfalign') if 'extra ==' not in r]:
-        want = tested.get(_one_name(name), 'another version')
-        try: have = version(name).split('+')[0]
-        except PackageNotFoundError: checks.append(Check(name, 'MISSING', 'not installed', 'pip install -c constraints.txt -e .')); continue
-        if have == want: same += 1
-        else: checks.append(Check(name, 'NOTE', have, f'tested with {want}'))
-    return [Check('packages', 'OK', f'{same} as tested'), *checks]
+
+    tested, checks, same = _tested(Path(root or find_root()) / "constraints.txt"), [], 0
+    for name in [re.split("[^A-Za-z0-9_.-]", r)[0] for r in requires("selfalign") if "extra ==" not in r]:
+        want = tested.get(_one_name(name), "another version")
+        try:
+            have = version(name).split("+")[0]
+        except PackageNotFoundError:
+            checks.append(Check(name, "MISSING", "not installed", "pip install -c constraints.txt -e ."))
+            continue
+        if have == want:
+            same += 1
+        else:
+            checks.append(Check(name, "NOTE", have, f"tested with {want}"))
+    return [Check("packages", "OK", f"{same} as tested"), *checks]
 
 # %% ../../nbs/8_report/85_doctor.ipynb #a9c37a50
-def _there(path:Path)->str:
+def _there(path: Path) -> str:
     "How much a folder, a file or a pattern of files holds."
-    if any(c in path.name for c in '*{['): path = path.parent
-    files = [path] if path.is_file() else [f for f in path.rglob('*') if f.is_file()]
-    return (f'{len(files)} files, ' if path.is_dir() else '') + f'{sum(f.stat().st_size for f in files)/2**20:.1f} MiB'
+    if any(c in path.name for c in "*{["):
+        path = path.parent
+    files = [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
+    return (
+        f"{len(files)} files, " if path.is_dir() else ""
+    ) + f"{sum(f.stat().st_size for f in files) / 2**20:.1f} MiB"
 
 # %% ../../nbs/8_report/85_doctor.ipynb #5462bcd6
 def need(
-    name:str, # `stage.parameter`
-    value:object, # its value
-    root:Path|None=None, # repository; None: the one this package lives in
-)->Check|None: # None: the value names nothing outside
+    name: str,  # `stage.parameter`
+    value: object,  # its value
+    root: Path | None = None,  # repository; None: the one this package lives in
+) -> Check | None:  # None: the value names nothing outside
     "What one parameter value asks of the machine."
-    if not (want := outside(name, value, root)): return None
-    if want.prefix == 'microworld': return Check(name, 'OK', f'{value}: drawn by the package itself')
-    if not want.path: return Check(name, 'OK', f'{value}: in the hub cache') if cached(repository(want)) else Check(name, 'NOTE', value, 'a hub id, fetched at first use: needs a network')
+    if not (want := outside(name, value, root)):
+        return None
+    if want.prefix == "microworld":
+        return Check(name, "OK", f"{value}: drawn by the package itself")
+    if not want.path:
+        return (
+            Check(name, "OK", f"{value}: in the hub cache")
+            if cached(repository(want))
+            else Check(name, "NOTE", value, "a hub id, fetched at first use: needs a network")
+        )
     wrong = in_place(want)
-    return Check(name, 'MISSING', value, wrong[1]) if wrong else Check(name, 'OK', f'{value}: {_there(want.path)}')
+    return Check(name, "MISSING", value, wrong[1]) if wrong else Check(name, "OK", f"{value}: {_there(want.path)}")
 
 # %% ../../nbs/8_report/85_doctor.ipynb #0c38a21a
 def needs(
-    preset:str, # name of a preset
-    root:Path|None=None, # repository; None: the one this package lives in
-    overrides=(), # texts such as `sample.size=500`, as after -p
-)->list[Check]: # one check for each value that names a model or data
+    preset: str,  # name of a preset
+    root: Path | None = None,  # repository; None: the one this package lives in
+    overrides=(),  # texts such as `sample.size=500`, as after -p
+) -> list[Check]:  # one check for each value that names a model or data
     "What a preset reads from outside, once each."
     return [need(w.parameter, w.value, root) for w in wanted(resolve(preset, overrides), root)]
 
 # %% ../../nbs/8_report/85_doctor.ipynb #2f6c9359
 def micro_models(
-    root:Path|None=None, # repository; None: the one this package lives in
-)->list[Check]: # one check a model
+    root: Path | None = None,  # repository; None: the one this package lives in
+) -> list[Check]:  # one check a model
     "The folders under data/micro, each with its size and the beginning of its hash."
     from selfalign.study.files import tree_hash
-    place, checks = Path(root or find_root())/'data/micro', []
-    for folder in sorted(p for p in place.glob('*') if p.is_dir()):
-        size = sum(f.stat().st_size for f in folder.rglob('*') if f.is_file())/2**20
-        weights = any(folder.rglob('*.safetensors'))
-        checks.append(Check(f'data/micro/{folder.name}', 'OK' if weights else 'MISSING', f'{size:.1f} MiB, hash {tree_hash(folder)[:12]}',
-                            '' if weights else f'no weights: selfalign pretrain {folder.name}'))
-    return checks or [Check('data/micro', 'MISSING', 'no models', 'selfalign pretrain')]
+
+    place, checks = Path(root or find_root()) / "data/micro", []
+    for folder in sorted(p for p in place.glob("*") if p.is_dir()):
+        size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 2**20
+        weights = any(folder.rglob("*.safetensors"))
+        checks.append(
+            Check(
+                f"data/micro/{folder.name}",
+                "OK" if weights else "MISSING",
+                f"{size:.1f} MiB, hash {tree_hash(folder)[:12]}",
+                "" if weights else f"no weights: selfalign pretrain {folder.name}",
+            )
+        )
+    return checks or [Check("data/micro", "MISSING", "no models", "selfalign pretrain")]
 
 # %% ../../nbs/8_report/85_doctor.ipynb #23e86678
 def examine(
-    preset:str='micro', # name of a preset
-    root:Path|None=None, # repository; None: the one this package lives in
-    overrides=(), # texts such as `sample.size=500`, as after -p
-)->dict[str, list[Check]]: # heading to its checks
+    preset: str = "micro",  # name of a preset
+    root: Path | None = None,  # repository; None: the one this package lives in
+    overrides=(),  # texts such as `sample.size=500`, as after -p
+) -> dict[str, list[Check]]:  # heading to its checks
     "All checks, by heading."
-    return {'Machine': machine(root), 'Packages': packages(root), 'Micro models': micro_models(root), f'Preset {preset}': needs(preset, root, overrides)}
+    return {
+        "Machine": machine(root),
+        "Packages": packages(root),
+        "Micro models": micro_models(root),
+        f"Preset {preset}": needs(preset, root, overrides),
+    }
 
 # %% ../../nbs/8_report/85_doctor.ipynb #3c705aaf
 def outlook(
-    preset:str, # name of a preset
-    overrides=(), # texts such as `sample.size=500`, as after -p
-): # an `Estimate`, or a text that says why there is none
+    preset: str,  # name of a preset
+    overrides=(),  # texts such as `sample.size=500`, as after -p
+):  # an `Estimate`, or a text that says why there is none
     "Time, memory, downloads and disk of a preset."
     settings = resolve(preset, overrides)
-    try: from selfalign.report.estimate import estimate
-    except Exception as e: return f'What it would take was not counted: {str(e).splitlines()[0]}'
+    try:
+        from selfalign.report.estimate import estimate
+    except Exception as e:
+        return f"What it would take was not counted: {str(e).splitlines()[0]}"
     return estimate(settings)

@@ -21,266 +21,440 @@ from ..study.settings import StudyError, at_root, find_root, resolve, stages
 # %% ../../nbs/8_report/8a_estimate.ipynb #7a17ea4d
 class Pace(NamedTuple):
     "How fast a kind of work goes."
-    start: float      # seconds until the first unit
-    share: float      # of the matrix-product rate that is reached
-    beside: float     # seconds a unit that are no products
-    unit: str         # what is counted
 
-PACES = dict(sample=Pace(3.5, 1, .0043, 'pairs'), benchmark=Pace(4, 1, .0033, 'questions'), select=Pace(4, 1, .0018, 'pictures'),
-             models=Pace(80, .75, .004, 'pictures'), generate=Pace(9, .75, .004, 'pictures'), score=Pace(9, .5, .0095, 'pictures'),
-             finetune=Pace(9, .33, .5, 'trainings'), evaluate=Pace(9, .5, .0004, 'pictures embedded'))
+    start: float  # seconds until the first unit
+    share: float  # of the matrix-product rate that is reached
+    beside: float  # seconds a unit that are no products
+    unit: str  # what is counted
+
+
+PACES = dict(
+    sample=Pace(3.5, 1, 0.0043, "pairs"),
+    benchmark=Pace(4, 1, 0.0033, "questions"),
+    select=Pace(4, 1, 0.0018, "pictures"),
+    models=Pace(80, 0.75, 0.004, "pictures"),
+    generate=Pace(9, 0.75, 0.004, "pictures"),
+    score=Pace(9, 0.5, 0.0095, "pictures"),
+    finetune=Pace(9, 0.33, 0.5, "trainings"),
+    evaluate=Pace(9, 0.5, 0.0004, "pictures embedded"),
+)
 
 # %% ../../nbs/8_report/8a_estimate.ipynb #b325b2b1
-REFERENCE_RATE = 165e9   # operations a second of the machine where `PACES` were measured
+REFERENCE_RATE = 165e9  # operations a second of the machine where `PACES` were measured
+
+
 class Work(NamedTuple):
     "A part of what a stage does."
-    what: str               # in words
-    kind: str               # a row of `PACES`
-    units: float            # as that row counts them
-    operations: float = 0   # in matrix products and convolutions
-    memory: float = 0       # bytes, beside the process itself
-    disk: float = 0         # bytes of pictures written
+
+    what: str  # in words
+    kind: str  # a row of `PACES`
+    units: float  # as that row counts them
+    operations: float = 0  # in matrix products and convolutions
+    memory: float = 0  # bytes, beside the process itself
+    disk: float = 0  # bytes of pictures written
 
 # %% ../../nbs/8_report/8a_estimate.ipynb #aafb8abd
-def work_seconds(parts,        # list of `Work` of one stage
-                 rate:float,   # operations a second
-                 )->float:
+def work_seconds(
+    parts,  # list of `Work` of one stage
+    rate: float,  # operations a second
+) -> float:
     "How long a stage takes."
     start = max(PACES[p.kind].start for p in parts)
-    return start + sum(p.operations/(rate*PACES[p.kind].share) + p.units*PACES[p.kind].beside for p in parts)
+    return start + sum(p.operations / (rate * PACES[p.kind].share) + p.units * PACES[p.kind].beside for p in parts)
 
 # %% ../../nbs/8_report/8a_estimate.ipynb #69e6756f
-PNG = 1.1   # bytes a pixel, all three colours
-def _pairs(see): return see('sample')['size']*see('sample')['subsets']
+PNG = 1.1  # bytes a pixel, all three colours
+
+
+def _pairs(see):
+    return see("sample")["size"] * see("sample")["subsets"]
+
 
 def _sample(v, see):
-    return [Work(f'{_pairs(see):,} pairs', 'sample', _pairs(see))]
+    return [Work(f"{_pairs(see):,} pairs", "sample", _pairs(see))]
+
 
 def _benchmark(v, see):
-    n = QUESTIONS*v['items']
-    return [Work(f'{n:,} questions', 'benchmark', n)]
+    n = QUESTIONS * v["items"]
+    return [Work(f"{n:,} questions", "benchmark", n)]
+
 
 def _select(v, see):
-    n = _pairs(see)*see('generate')['k']
-    return [Work(f'{n:,} pictures', 'select', n)]
+    n = _pairs(see) * see("generate")["k"]
+    return [Work(f"{n:,} pictures", "select", n)]
 
 # %% ../../nbs/8_report/8a_estimate.ipynb #61b56702
-def _painted(v, n, steps, guidance, strength=0., kind='generate'):
+def _painted(v, n, steps, guidance, strength=0.0, kind="generate"):
     "So many pictures of one setting."
-    size, side = v.get('size', 0), ops.picture_side(v['model'], v.get('size', 0))
-    return Work(f'{n:,} pictures of {side}×{side} in {steps} steps', kind, n, n*ops.picture_painted(v['model'], steps, guidance, size, strength),
-                ops.painting_memory(v['model'], v['batch'], guidance, size, v.get('precision', 'float32')), PNG*n*side**2)
+    size, side = v.get("size", 0), ops.picture_side(v["model"], v.get("size", 0))
+    return Work(
+        f"{n:,} pictures of {side}×{side} in {steps} steps",
+        kind,
+        n,
+        n * ops.picture_painted(v["model"], steps, guidance, size, strength),
+        ops.painting_memory(v["model"], v["batch"], guidance, size, v.get("precision", "float32")),
+        PNG * n * side**2,
+    )
+
 
 def _generate(v, see):
-    s = see('sample'); n = s['size']*(min(v['subsets'], s['subsets']) or s['subsets'])
-    return [_painted(v, n*v['k'], v['steps'], v['guidance'], v['strength'])]
+    s = see("sample")
+    n = s["size"] * (min(v["subsets"], s["subsets"]) or s["subsets"])
+    return [_painted(v, n * v["k"], v["steps"], v["guidance"], v["strength"])]
+
 
 def _models(v, see):
-    return [_painted(v | dict(model=v['generator'], batch=32), v['singles'] + v['doubles'], v['steps'], v['guidance'], kind='models')]
+    return [
+        _painted(
+            v | dict(model=v["generator"], batch=32),
+            v["singles"] + v["doubles"],
+            v["steps"],
+            v["guidance"],
+            kind="models",
+        )
+    ]
 
 # %% ../../nbs/8_report/8a_estimate.ipynb #eb8115e9
 def _sweep(v, see):
-    n = v['captions']*v['k']
-    dials = [(v['steps'], g, 0.) for g in v['guidances']] + [(s, v['guidance'], 0.) for s in v['step_counts']] + [(v['steps'], v['guidance'], s) for s in v['strengths']]
+    n = v["captions"] * v["k"]
+    dials = (
+        [(v["steps"], g, 0.0) for g in v["guidances"]]
+        + [(s, v["guidance"], 0.0) for s in v["step_counts"]]
+        + [(v["steps"], v["guidance"], s) for s in v["strengths"]]
+    )
     parts = [_painted(v, n, *dial) for dial in dials]
-    parts[0] = parts[0]._replace(what=f'{n*len(dials):,} pictures in {len(dials)} settings')
+    parts[0] = parts[0]._replace(what=f"{n * len(dials):,} pictures in {len(dials)} settings")
     return [p._replace(disk=0) for p in parts]
 
+
 def _score(v, see):
-    n, k = _pairs(see), see('generate')['k']; scorers = [r for r in (v['scorer'], v['judge']) if r]
-    each = sum((1 + k)*ops.picture_embedded(r) + ops.text_embedded(r) for r in scorers)
-    return [Work(f'{n*(1 + k):,} pictures and {n:,} texts by {len(scorers)} scorers', 'score', n*(1 + k), n*each, max(ops.embedding_memory(r, v['batch']) for r in scorers))]
+    n, k = _pairs(see), see("generate")["k"]
+    scorers = [r for r in (v["scorer"], v["judge"]) if r]
+    each = sum((1 + k) * ops.picture_embedded(r) + ops.text_embedded(r) for r in scorers)
+    return [
+        Work(
+            f"{n * (1 + k):,} pictures and {n:,} texts by {len(scorers)} scorers",
+            "score",
+            n * (1 + k),
+            n * each,
+            max(ops.embedding_memory(r, v["batch"]) for r in scorers),
+        )
+    ]
 
 # %% ../../nbs/8_report/8a_estimate.ipynb #208fdee6
-def count_trainings(v:dict  # parameters of the stage finetune
-                    )->int:
+def count_trainings(
+    v: dict,  # parameters of the stage finetune
+) -> int:
     "How many models are trained."
-    tries = sum(RATE_OF.get(arm) not in v['arms'] for arm in v['arms'])
-    return len(trainings(v['arms'], v['main_seeds'], v['seeds'])) + (len(v['rates']) - 1)*tries
+    tries = sum(RATE_OF.get(arm) not in v["arms"] for arm in v["arms"])
+    return len(trainings(v["arms"], v["main_seeds"], v["seeds"])) + (len(v["rates"]) - 1) * tries
+
 
 def _examinations(n, batch, steps):
     "How often `Validation` looks during a training."
-    epoch = max(1, n//batch)
-    return len(range(0, steps, epoch*max(1, round(steps/epoch/4)))) + 1
+    epoch = max(1, n // batch)
+    return len(range(0, steps, epoch * max(1, round(steps / epoch / 4)))) + 1
 
 # %% ../../nbs/8_report/8a_estimate.ipynb #8c74b76f
-def _learned(v, n, batch, examined=0, what='trainings'):
+def _learned(v, n, batch, examined=0, what="trainings"):
     "So many trainings with LoRA, each with as many pairs examined on the way."
-    lora = dict(rank=v['rank']) | {k: tuple(v[k]) for k in ('towers', 'targets') if k in v}; model = v['model']; batch = max(1, batch)
-    once = v['steps']*batch*ops.pair_learned(model, batch=min(batch, 16), **lora) + examined*(ops.picture_embedded(model) + ops.text_embedded(model))
-    return Work(f'{n:,} {what} of {v["steps"]:,} steps with {batch:,} pairs', 'finetune', n, n*once, ops.learning_memory(model, batch, precision=v.get('precision', 'no'), **lora))
+    lora = dict(rank=v["rank"]) | {k: tuple(v[k]) for k in ("towers", "targets") if k in v}
+    model = v["model"]
+    batch = max(1, batch)
+    once = v["steps"] * batch * ops.pair_learned(model, batch=min(batch, 16), **lora) + examined * (
+        ops.picture_embedded(model) + ops.text_embedded(model)
+    )
+    return Work(
+        f"{n:,} {what} of {v['steps']:,} steps with {batch:,} pairs",
+        "finetune",
+        n,
+        n * once,
+        ops.learning_memory(model, batch, precision=v.get("precision", "no"), **lora),
+    )
+
 
 def _finetune(v, see):
-    s = see('sample'); kept_back = round(_pairs(see)*s['validation']); n = round(s['size']*(1 - s['validation'])); batch = min(v['batch'], n)
-    return [_learned(v, count_trainings(v), batch, kept_back*_examinations(n, batch, v['steps']))]
+    s = see("sample")
+    kept_back = round(_pairs(see) * s["validation"])
+    n = round(s["size"] * (1 - s["validation"]))
+    batch = min(v["batch"], n)
+    return [_learned(v, count_trainings(v), batch, kept_back * _examinations(n, batch, v["steps"]))]
 
 # %% ../../nbs/8_report/8a_estimate.ipynb #78eaf431
-QUESTIONS = 13*2                       # categories and variants of the micro benchmark, each with `items` questions
-DISTINCT = dict(picture=.28, text=.2)  # a question, in the micro benchmark
-OBJECT = dict(picture=.15, text=.02)   # likewise, the balanced questions about objects alone, a question of the whole
+QUESTIONS = 13 * 2  # categories and variants of the micro benchmark, each with `items` questions
+DISTINCT = dict(picture=0.28, text=0.2)  # a question, in the micro benchmark
+OBJECT = dict(picture=0.15, text=0.02)  # likewise, the balanced questions about objects alone, a question of the whole
+
+
 def _asked(v, see, share=DISTINCT):
     "Distinct pictures and texts of a benchmark."
-    if not v.get('checklist'):
-        n = QUESTIONS*see('benchmark')['items']
-        return n*share['picture'], n*share['text']
+    if not v.get("checklist"):
+        n = QUESTIONS * see("benchmark")["items"]
+        return n * share["picture"], n * share["text"]
     from selfalign.self_align.evaluate import read_questions
-    if not at_root(v['checklist']).is_dir(): raise StudyError(f'{v["checklist"]} is not there')
-    items = read_questions(v['checklist'], v['images'], v['first']).items
+
+    if not at_root(v["checklist"]).is_dir():
+        raise StudyError(f"{v['checklist']} is not there")
+    items = read_questions(v["checklist"], v["images"], v["first"]).items
     return items.image.nunique(), len({*items.positive, *items.negative})
 
 # %% ../../nbs/8_report/8a_estimate.ipynb #a780f586
 def _answered(v, see, n, share=DISTINCT):
     "So many models asked."
-    pictures, texts = _asked(v, see, share); pictures, texts = round(pictures) + v['pairs'], round(texts) + v['pairs']
-    each = pictures*ops.picture_embedded(v['model']) + texts*ops.text_embedded(v['model'])
-    return Work(f'{n:,} models see {pictures:,} pictures and read {texts:,} texts', 'evaluate', n*pictures, n*each, ops.embedding_memory(v['model'], 64))
+    pictures, texts = _asked(v, see, share)
+    pictures, texts = round(pictures) + v["pairs"], round(texts) + v["pairs"]
+    each = pictures * ops.picture_embedded(v["model"]) + texts * ops.text_embedded(v["model"])
+    return Work(
+        f"{n:,} models see {pictures:,} pictures and read {texts:,} texts",
+        "evaluate",
+        n * pictures,
+        n * each,
+        ops.embedding_memory(v["model"], 64),
+    )
+
 
 def _evaluate(v, see):
-    f = see('finetune')
-    return [_answered(v, see, 1 + len(trainings(f['arms'], f['main_seeds'], f['seeds'])))]
+    f = see("finetune")
+    return [_answered(v, see, 1 + len(trainings(f["arms"], f["main_seeds"], f["seeds"])))]
+
 
 def _wise_ft(v, see):
-    f = see('finetune'); n = sum(arm in v['arms'] for arm, _ in trainings(f['arms'], f['main_seeds'], f['seeds']))
-    return [_answered(v, see, 1 + n*len(v['mixes']), OBJECT)]
+    f = see("finetune")
+    n = sum(arm in v["arms"] for arm, _ in trainings(f["arms"], f["main_seeds"], f["seeds"]))
+    return [_answered(v, see, 1 + n * len(v["mixes"]), OBJECT)]
 
 # %% ../../nbs/8_report/8a_estimate.ipynb #4786184c
 def _dose(v, see):
-    n = (4*len(v['shares']) + 2*len(v['sizes']))*v['seeds']
-    return [_learned(v, n, v['batch']), _answered(v, see, 1 + n, OBJECT)]
+    n = (4 * len(v["shares"]) + 2 * len(v["sizes"])) * v["seeds"]
+    return [_learned(v, n, v["batch"]), _answered(v, see, 1 + n, OBJECT)]
+
 
 def _loop(v, see):
-    n = 2*v['seeds']*(v['rounds'] + 1)
-    return [_learned(v, n, v['batch']), _answered(v, see, 1 + n, OBJECT)]
+    n = 2 * v["seeds"] * (v["rounds"] + 1)
+    return [_learned(v, n, v["batch"]), _answered(v, see, 1 + n, OBJECT)]
 
-RULES = {'sample': _sample, 'benchmark': _benchmark, 'select': _select, 'models': _models, 'generate': _generate, 'sweep': _sweep, 'score': _score,
-         'finetune': _finetune, 'evaluate': _evaluate, 'wise-ft': _wise_ft, 'dose': _dose, 'loop': _loop}
+
+RULES = {
+    "sample": _sample,
+    "benchmark": _benchmark,
+    "select": _select,
+    "models": _models,
+    "generate": _generate,
+    "sweep": _sweep,
+    "score": _score,
+    "finetune": _finetune,
+    "evaluate": _evaluate,
+    "wise-ft": _wise_ft,
+    "dose": _dose,
+    "loop": _loop,
+}
 
 # %% ../../nbs/8_report/8a_estimate.ipynb #8ff3ea23
 @dataclass
 class Line:
     "What one stage takes."
-    stage: str                # its name
-    parts: tuple = ()         # of `Work`
-    seconds: float = 0.       # on a machine of the given rate
-    problem: str = ''         # why it was not counted
+
+    stage: str  # its name
+    parts: tuple = ()  # of `Work`
+    seconds: float = 0.0  # on a machine of the given rate
+    problem: str = ""  # why it was not counted
 
     @property
-    def what(self): return '; '.join(p.what for p in self.parts if p.what) if self.parts else f'not counted: {self.problem}'
+    def what(self):
+        return "; ".join(p.what for p in self.parts if p.what) if self.parts else f"not counted: {self.problem}"
+
     @property
-    def operations(self): return sum(p.operations for p in self.parts)
+    def operations(self):
+        return sum(p.operations for p in self.parts)
+
     @property
-    def memory(self): return max((p.memory for p in self.parts), default=0)
+    def memory(self):
+        return max((p.memory for p in self.parts), default=0)
+
     @property
-    def disk(self): return sum(p.disk for p in self.parts)
+    def disk(self):
+        return sum(p.disk for p in self.parts)
 
 # %% ../../nbs/8_report/8a_estimate.ipynb #2a487c2d
 def _looking(settings, name):
     "A function that finds the parameters of the stage of a kind that a stage reads from."
     known = stages()
+
     def see(base):
         for other in (name, *known[name].reads(settings.stages)):
-            if known[other].base == base and other in settings.values: return settings.values[other]
+            if known[other].base == base and other in settings.values:
+                return settings.values[other]
         found = [n for n in known[name].reads(settings.stages) if n in settings.values]
-        for other in found:   # what its input reads
-            try: return _looking(settings, other)(base)
-            except StudyError: pass
-        raise StudyError(f'it needs the stage {base}, which is not part of the run')
+        for other in found:  # what its input reads
+            try:
+                return _looking(settings, other)(base)
+            except StudyError:
+                pass
+        raise StudyError(f"it needs the stage {base}, which is not part of the run")
+
     return see
+
 
 def _drawn(settings):
     "The same settings, with the name of each model of random weights that is not written yet."
+
     def known(v):
-        place = v.partition(':')[2] if isinstance(v, str) else ''
-        return SHAPES.get(place.rsplit('/', 1)[-1], v) if place.startswith('data/random/') and not at_root(place).is_dir() else v
-    return replace(settings, values={stage: {k: known(v) for k, v in values.items()} for stage, values in settings.values.items()})
+        place = v.partition(":")[2] if isinstance(v, str) else ""
+        return (
+            SHAPES.get(place.rsplit("/", 1)[-1], v)
+            if place.startswith("data/random/") and not at_root(place).is_dir()
+            else v
+        )
+
+    return replace(
+        settings, values={stage: {k: known(v) for k, v in values.items()} for stage, values in settings.values.items()}
+    )
+
 
 def _line(settings, name, rate):
     base = stages()[name].base
-    if base not in RULES: return Line(name, problem='no rule for this stage')
-    try: parts = tuple(RULES[base](settings.values[name], _looking(settings, name)))
-    except Exception as e: return Line(name, problem=(str(e).strip() or type(e).__name__).splitlines()[0])   # a library may fail in any way over a shape
+    if base not in RULES:
+        return Line(name, problem="no rule for this stage")
+    try:
+        parts = tuple(RULES[base](settings.values[name], _looking(settings, name)))
+    except Exception as e:
+        return Line(
+            name, problem=(str(e).strip() or type(e).__name__).splitlines()[0]
+        )  # a library may fail in any way over a shape
     return Line(name, parts, work_seconds(parts, rate))
 
 # %% ../../nbs/8_report/8a_estimate.ipynb #193d60b2
-def plan(settings,           # from `resolve`
-         rate:float=0.,      # operations a second; 0: measured here
-         )->list:            # of `Line`
+def plan(
+    settings,  # from `resolve`
+    rate: float = 0.0,  # operations a second; 0: measured here
+) -> list:  # of `Line`
     "What each stage of a preset takes."
     rate, drawn = rate or ops.measured_rate(), _drawn(settings)
     return [_line(drawn, name, rate) for name in settings.stages]
 
 # %% ../../nbs/8_report/8a_estimate.ipynb #0cc19852
-FILE_BYTES = 4   # a parameter
-def references(settings  # from `resolve`
-               )->list:  # hub ids with their library, each once
+FILE_BYTES = 4  # a parameter
+
+
+def references(
+    settings,  # from `resolve`
+) -> list:  # hub ids with their library, each once
     "The models that a preset takes from the hub."
     return [w.value for w in wanted(settings) if w.prefix in LIBRARIES and not w.path]
 
-def download(reference:str  # with a hub id
-             )->tuple:      # (bytes still to fetch, a `Check`)
+
+def download(
+    reference: str,  # with a hub id
+) -> tuple:  # (bytes still to fetch, a `Check`)
     "What a model from the hub asks of the network."
-    try: size = FILE_BYTES*ops.parameters(reference)
-    except Exception as e: return 0, Check(reference, 'NOTE', f'not counted: {(str(e).strip() or type(e).__name__).splitlines()[0]}', 'fetched at first use: needs a network')
-    name = repository(outside('', reference)) or reference
-    if cached(name): return 0, Check(reference, 'OK', f'{size/1e9:.1f} GB, in the hub cache')
-    return size, Check(reference, 'NOTE', f'{size/1e9:.1f} GB to download', f'fetched at first use from {name}: needs a network')
+    try:
+        size = FILE_BYTES * ops.parameters(reference)
+    except Exception as e:
+        return 0, Check(
+            reference,
+            "NOTE",
+            f"not counted: {(str(e).strip() or type(e).__name__).splitlines()[0]}",
+            "fetched at first use: needs a network",
+        )
+    name = repository(outside("", reference)) or reference
+    if cached(name):
+        return 0, Check(reference, "OK", f"{size / 1e9:.1f} GB, in the hub cache")
+    return size, Check(
+        reference, "NOTE", f"{size / 1e9:.1f} GB to download", f"fetched at first use from {name}: needs a network"
+    )
 
 # %% ../../nbs/8_report/8a_estimate.ipynb #9edd17fb
-PROCESS = 2**30   # Python with its libraries
-def _memory()->tuple:
+PROCESS = 2**30  # Python with its libraries
+
+
+def _memory() -> tuple:
     "Bytes of memory where models run, and what it is called."
     import psutil, torch
-    if torch.cuda.is_available(): return torch.cuda.get_device_properties(0).total_memory, 'GPU memory'
-    return psutil.virtual_memory().total, 'memory'
 
-def room(lines,   # of `Line`
-         fetched, # bytes still to download
-         )->list: # of `Check`
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory, "GPU memory"
+    return psutil.virtual_memory().total, "memory"
+
+
+def room(
+    lines,  # of `Line`
+    fetched,  # bytes still to download
+) -> list:  # of `Check`
     "Memory and disk against what the machine has."
-    have, name = _memory(); most = max(lines, key=lambda l: l.memory, default=Line('')); want = PROCESS*(name == 'memory') + most.memory
+    have, name = _memory()
+    most = max(lines, key=lambda l: l.memory, default=Line(""))
+    want = PROCESS * (name == "memory") + most.memory
     written, free = sum(l.disk for l in lines) + fetched, shutil.disk_usage(find_root()).free
-    return [Check(name, 'OK' if want < .9*have else 'NOTE', f'about {want/2**30:.1f} GiB in {most.stage or "any stage"}, {have/2**30:.0f} GiB here', '' if want < .9*have else f'it will hardly fit: lower {most.stage}.batch, or take a machine with more'),
-            Check('disk', 'OK' if written < .8*free else 'NOTE', f'about {written/2**30:.1f} GiB for pictures and downloads, {free/2**30:.0f} GiB free', '' if written < .8*free else 'it will hardly fit: make room, or lower sample.size')]
+    return [
+        Check(
+            name,
+            "OK" if want < 0.9 * have else "NOTE",
+            f"about {want / 2**30:.1f} GiB in {most.stage or 'any stage'}, {have / 2**30:.0f} GiB here",
+            "" if want < 0.9 * have else f"it will hardly fit: lower {most.stage}.batch, or take a machine with more",
+        ),
+        Check(
+            "disk",
+            "OK" if written < 0.8 * free else "NOTE",
+            f"about {written / 2**30:.1f} GiB for pictures and downloads, {free / 2**30:.0f} GiB free",
+            "" if written < 0.8 * free else "it will hardly fit: make room, or lower sample.size",
+        ),
+    ]
 
 # %% ../../nbs/8_report/8a_estimate.ipynb #35c13f22
-def spell(seconds:float  # how long
-          )->str:
+def spell(
+    seconds: float,  # how long
+) -> str:
     "A duration with as many digits as an estimate deserves."
-    if seconds < 60: return f'{max(1, round(seconds))} s'
-    minutes = round(seconds/60)
-    if minutes < 60: return f'{minutes} min'
-    hours, rest = divmod(10*round(minutes/10), 60)
-    if hours < 48: return f'{hours} h' + (f' {rest} min' if rest else '')
-    return f'{hours/24:,.0f} days'
+    if seconds < 60:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, rest = divmod(10 * round(minutes / 10), 60)
+    if hours < 48:
+        return f"{hours} h" + (f" {rest} min" if rest else "")
+    return f"{hours / 24:,.0f} days"
 
-def spell_operations(n:float  # operations
-                     )->str:
+
+def spell_operations(
+    n: float,  # operations
+) -> str:
     "A number of operations with its prefix."
-    for size, prefix in ((1e18, 'E'), (1e15, 'P'), (1e12, 'T')):
-        if n >= size: return f'{n/size:,.1f} {prefix}FLOP'
-    return f'{n/1e9:,.1f} GFLOP' if n else '–'
+    for size, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T")):
+        if n >= size:
+            return f"{n / size:,.1f} {prefix}FLOP"
+    return f"{n / 1e9:,.1f} GFLOP" if n else "–"
 
 # %% ../../nbs/8_report/8a_estimate.ipynb #ddc6a6cd
-GPU_RATE = 100e12   # operations a second of a GPU to compare with
-def total(lines,       # of `Line`
-          rate:float,  # with which they were counted
-          )->str:
+GPU_RATE = 100e12  # operations a second of a GPU to compare with
+
+
+def total(
+    lines,  # of `Line`
+    rate: float,  # with which they were counted
+) -> str:
     "The sum in one sentence."
     counted, missing = [l for l in lines if l.parts], [l.stage for l in lines if not l.parts]
-    text = f'about {spell(sum(l.seconds for l in counted))} here, at {rate/1e9:,.0f} GFLOP/s'
-    if rate < GPU_RATE/2: text += f'; on a GPU of {GPU_RATE/1e12:.0f} TFLOP/s about {spell(sum(work_seconds(l.parts, GPU_RATE) for l in counted))}, if it reaches the same shares of its rate'
-    return text + (f'. Without {", ".join(missing)}, not counted' if missing else '')
+    text = f"about {spell(sum(l.seconds for l in counted))} here, at {rate / 1e9:,.0f} GFLOP/s"
+    if rate < GPU_RATE / 2:
+        text += f"; on a GPU of {GPU_RATE / 1e12:.0f} TFLOP/s about {spell(sum(work_seconds(l.parts, GPU_RATE) for l in counted))}, if it reaches the same shares of its rate"
+    return text + (f". Without {', '.join(missing)}, not counted" if missing else "")
 
 # %% ../../nbs/8_report/8a_estimate.ipynb #53ac2d00
 class Estimate(NamedTuple):
     "What a preset takes on this machine."
-    lines: list    # of `Line`
-    checks: list   # of `Check`: downloads, memory, disk
-    total: str     # one sentence
 
-def estimate(settings,       # from `resolve`
-             rate:float=0.,  # operations a second; 0: measured here
-             )->Estimate:
+    lines: list  # of `Line`
+    checks: list  # of `Check`: downloads, memory, disk
+    total: str  # one sentence
+
+
+def estimate(
+    settings,  # from `resolve`
+    rate: float = 0.0,  # operations a second; 0: measured here
+) -> Estimate:
     "Time, memory, downloads and disk of a preset."
-    rate = rate or ops.measured_rate(); lines = plan(settings, rate); fetched = [download(r) for r in references(settings)]
+    rate = rate or ops.measured_rate()
+    lines = plan(settings, rate)
+    fetched = [download(r) for r in references(settings)]
     return Estimate(lines, [c for _, c in fetched] + room(lines, sum(n for n, _ in fetched)), total(lines, rate))

@@ -13,152 +13,193 @@ from .offline import plain
 
 # %% ../../nbs/8_report/81_gallery.ipynb #d4154b3c
 def drawn(
-    pairs,         # table with `key` and, if there are any, `subset`
+    pairs,  # table with `key` and, if there are any, `subset`
     n: int = 120,  # rows wanted, over all subsets
-):                 # those rows, in the order of their hashes
+):  # those rows, in the order of their hashes
     "Rows drawn by the hash of their key, as many of each subset"
-    if not len(pairs): return pairs
-    pairs = pairs.assign(_order=[hashlib.sha256(str(o).encode()).hexdigest() for o in pairs['key']]).sort_values('_order')
-    if 'subset' in pairs and (groups := pairs['subset'].nunique()):
-        pairs = pairs[pairs.groupby('subset', sort=False).cumcount() < math.ceil(n/groups)]
-    return pairs.head(n).drop(columns='_order')
+    if not len(pairs):
+        return pairs
+    pairs = pairs.assign(_order=[hashlib.sha256(str(o).encode()).hexdigest() for o in pairs["key"]]).sort_values(
+        "_order"
+    )
+    if "subset" in pairs and (groups := pairs["subset"].nunique()):
+        pairs = pairs[pairs.groupby("subset", sort=False).cumcount() < math.ceil(n / groups)]
+    return pairs.head(n).drop(columns="_order")
 
 # %% ../../nbs/8_report/81_gallery.ipynb #9f83f500
 def sprite(
-    pictures: list,      # PIL pictures
-    tile: int = 64,      # edge of a tile; smaller pictures are not enlarged
-    columns: int = 16,   # tiles in a row
-    quality: int = 90,   # of the WebP
-    border: int = 2,     # pixels around each tile that repeat its edge
-) -> bytes:              # the sheet
+    pictures: list,  # PIL pictures
+    tile: int = 64,  # edge of a tile; smaller pictures are not enlarged
+    columns: int = 16,  # tiles in a row
+    quality: int = 90,  # of the WebP
+    border: int = 2,  # pixels around each tile that repeat its edge
+) -> bytes:  # the sheet
     "Pictures as the tiles of one WebP"
     from PIL import Image
-    cell = tile + 2*border
-    sheet = Image.new('RGB', (columns*cell, max(1, math.ceil(len(pictures)/columns))*cell), 'white')
+
+    cell = tile + 2 * border
+    sheet = Image.new("RGB", (columns * cell, max(1, math.ceil(len(pictures) / columns)) * cell), "white")
     for i, img in enumerate(pictures):
-        square = Image.new('RGB', (tile, tile), 'white')
-        img = img.convert('RGB')
-        if max(img.size) > tile: img.thumbnail((tile, tile))
-        square.paste(img, ((tile-img.width)//2, (tile-img.height)//2))
+        square = Image.new("RGB", (tile, tile), "white")
+        img = img.convert("RGB")
+        if max(img.size) > tile:
+            img.thumbnail((tile, tile))
+        square.paste(img, ((tile - img.width) // 2, (tile - img.height) // 2))
         grown = square.transform((cell, cell), Image.Transform.EXTENT, (0, 0, tile, tile))
         grown.paste(square, (border, border))
-        sheet.paste(grown, (i%columns*cell, i//columns*cell))
-    sheet.save(out := io.BytesIO(), 'webp', quality=quality, method=4)
+        sheet.paste(grown, (i % columns * cell, i // columns * cell))
+    sheet.save(out := io.BytesIO(), "webp", quality=quality, method=4)
     return out.getvalue()
 
 # %% ../../nbs/8_report/81_gallery.ipynb #d5a02eb3
 def open_picture(
-    folder,      # the stage's folder
+    folder,  # the stage's folder
     image: str,  # a path below it, or `place#member`
-):               # a PIL picture, or None
+):  # a PIL picture, or None
     "The picture of a pair, or None if it is not there or damaged"
     from selfalign.data.readers import read_picture
-    try: return read_picture(str(image), folder)
-    except Exception: return None
+
+    try:
+        return read_picture(str(image), folder)
+    except Exception:
+        return None
 
 # %% ../../nbs/8_report/81_gallery.ipynb #0e99b98d
 def may_show(
-    pairs,              # a pairs table
-    source: str = '',   # what the sample stage read
-):                      # one boolean a row
+    pairs,  # a pairs table
+    source: str = "",  # what the sample stage read
+):  # one boolean a row
     "Which pictures of a table may be passed on?"
     import pandas as pd
-    if 'redistribute' in pairs: return pairs['redistribute'].fillna(False).astype(bool)
-    if str(source).startswith('microworld:'): return pd.Series(True, pairs.index)
-    none = pd.Series(float('nan'), pairs.index)
-    strength = pd.to_numeric(pairs.get('strength', none), errors='coerce').fillna(1)
-    return (pairs.get('image_source', none) == 'generated') & (strength >= 1)
+
+    if "redistribute" in pairs:
+        return pairs["redistribute"].fillna(False).astype(bool)
+    if str(source).startswith("microworld:"):
+        return pd.Series(True, pairs.index)
+    none = pd.Series(float("nan"), pairs.index)
+    strength = pd.to_numeric(pairs.get("strength", none), errors="coerce").fillna(1)
+    return (pairs.get("image_source", none) == "generated") & (strength >= 1)
 
 # %% ../../nbs/8_report/81_gallery.ipynb #fff04fad
 @dataclass
 class Gallery:
     "Everything the page needs to show the gallery"
-    cards: list = field(default_factory=list)      # dicts: key, caption, subset, noise, original, generated, keys, scores
-    scorers: list = field(default_factory=list)    # their names, short ones where these tell them apart
-    subsets: list = field(default_factory=list)    # values to filter by
-    pictures: list = field(default_factory=list)   # PIL pictures; cards hold indices into it
-    missing: list = field(default_factory=list)    # sentences that say what is not there
-    total: int = 0                                 # originals in the run
+
+    cards: list = field(default_factory=list)  # dicts: key, caption, subset, noise, original, generated, keys, scores
+    scorers: list = field(default_factory=list)  # their names, short ones where these tell them apart
+    subsets: list = field(default_factory=list)  # values to filter by
+    pictures: list = field(default_factory=list)  # PIL pictures; cards hold indices into it
+    missing: list = field(default_factory=list)  # sentences that say what is not there
+    total: int = 0  # originals in the run
 
 # %% ../../nbs/8_report/81_gallery.ipynb #0c1c2f36
 def short_names(
-    names  # references to models
-) -> dict: # reference -> name to show
+    names,  # references to models
+) -> dict:  # reference -> name to show
     "The last part of each reference, where that tells them apart"
-    ends = [str(o).rstrip('/').replace(':', '/').rpartition('/')[2] for o in names]
+    ends = [str(o).rstrip("/").replace(":", "/").rpartition("/")[2] for o in names]
     return {o: e if ends.count(e) == 1 else str(o) for o, e in zip(names, ends)}
 
 # %% ../../nbs/8_report/81_gallery.ipynb #ad3f81d7
 def _table(run, stage, name, gallery):
     "A stage's table, or an empty one and a line among what is missing"
     import pandas as pd
-    file = Path(run)/stage/'tables'/f'{name}.parquet'
-    try: return pd.read_parquet(file)
-    except FileNotFoundError: why = 'is not there'
-    except Exception as e: why = f'cannot be read ({type(e).__name__})'
-    gallery.missing.append(f'Gallery: {stage}/tables/{name}.parquet {why}.')
+
+    file = Path(run) / stage / "tables" / f"{name}.parquet"
+    try:
+        return pd.read_parquet(file)
+    except FileNotFoundError:
+        why = "is not there"
+    except Exception as e:
+        why = f"cannot be read ({type(e).__name__})"
+    gallery.missing.append(f"Gallery: {stage}/tables/{name}.parquet {why}.")
     return pd.DataFrame()
+
 
 def _text(row, name):
     "A cell of a table as plain text; whole numbers without a point"
-    value = getattr(row, name, '')
+    value = getattr(row, name, "")
     return plain(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 # %% ../../nbs/8_report/81_gallery.ipynb #789be814
 def _lookup(scores, source):
     "(key, scorer) -> score of the originals or of the generated pictures"
-    if 'image_source' in scores: scores = scores[scores['image_source'] == source]
-    return {} if not len(scores) else dict(zip(zip(scores['key'], scores['scorer']), scores['score']))
+    if "image_source" in scores:
+        scores = scores[scores["image_source"] == source]
+    return {} if not len(scores) else dict(zip(zip(scores["key"], scores["scorer"]), scores["score"]))
+
 
 def _mean(values):
     values = [float(o) for o in values if o is not None and o == o]
-    return sum(values)/len(values) if values else None
+    return sum(values) / len(values) if values else None
 
 # %% ../../nbs/8_report/81_gallery.ipynb #c41626d4
 def _card(row, children, old, new, names):
     "One card without its pictures"
-    def score(lookup, key, s): return _mean([lookup.get((key, s))])
+
+    def score(lookup, key, s):
+        return _mean([lookup.get((key, s))])
+
     scores = []
     for i, (ref, name) in enumerate(names.items()):
         o = score(old, row.key, ref)
         g = _mean([score(new, c.key, ref) for c in children])
-        scores.append(dict(id=f's{i}', scorer=name, original=o, generated=g, difference=g-o if None not in (o, g) else None))
-    return dict(key=plain(row.key), caption=_text(row, 'caption'), subset=_text(row, 'subset'), noise=_text(row, 'noise'), scores=scores)
+        scores.append(
+            dict(id=f"s{i}", scorer=name, original=o, generated=g, difference=g - o if None not in (o, g) else None)
+        )
+    return dict(
+        key=plain(row.key),
+        caption=_text(row, "caption"),
+        subset=_text(row, "subset"),
+        noise=_text(row, "noise"),
+        scores=scores,
+    )
 
 # %% ../../nbs/8_report/81_gallery.ipynb #8989c08b
 def _families(pairs, made, n, children):
     "The originals drawn, and for each of them its generated rows"
-    if 'parent' not in made: return drawn(pairs, n), {}
-    has = pairs['key'].isin(made['parent'])
+    if "parent" not in made:
+        return drawn(pairs, n), {}
+    has = pairs["key"].isin(made["parent"])
     pairs = drawn(pairs[has] if has.any() else pairs, n)
-    made = made[made['parent'].isin(pairs['key'])].sort_values('k' if 'k' in made else 'key', kind='stable')
-    return pairs, {k: o.head(children) for k, o in made.groupby('parent')}
+    made = made[made["parent"].isin(pairs["key"])].sort_values("k" if "k" in made else "key", kind="stable")
+    return pairs, {k: o.head(children) for k, o in made.groupby("parent")}
 
 # %% ../../nbs/8_report/81_gallery.ipynb #80c1f814
 def gallery(
-    run_folder,         # data/runs/<run>
-    n: int = 120,       # pairs shown
-    source: str = '',   # what the sample stage read
+    run_folder,  # data/runs/<run>
+    n: int = 120,  # pairs shown
+    source: str = "",  # what the sample stage read
     children: int = 3,  # generated pictures shown beside an original, at most
-) -> Gallery:           # cards and pictures
+) -> Gallery:  # cards and pictures
     "Draw pairs of a run and gather their pictures, captions and scores"
     run, g = Path(run_folder), Gallery()
-    pairs, made, scores = [_table(run, *o, g) for o in (('sample', 'pairs'), ('generate', 'pairs'), ('score', 'scores'))]
-    if 'key' not in pairs: return g
+    pairs, made, scores = [
+        _table(run, *o, g) for o in (("sample", "pairs"), ("generate", "pairs"), ("score", "scores"))
+    ]
+    if "key" not in pairs:
+        return g
     g.total = len(pairs)
-    names = short_names(sorted(scores['scorer'].unique())) if 'scorer' in scores else {}
-    old, new = _lookup(scores, 'original'), _lookup(scores, 'generated')
+    names = short_names(sorted(scores["scorer"].unique())) if "scorer" in scores else {}
+    old, new = _lookup(scores, "original"), _lookup(scores, "generated")
     pairs, families = _families(pairs, made, n, children)
+
     def show(stage, table, row):
         ok = may_show(table.loc[[row.Index]], source).iloc[0]
-        img = open_picture(run/stage, getattr(row, 'image', '')) if ok else None
-        if img is None: return 'unreadable' if ok else 'withheld'
+        img = open_picture(run / stage, getattr(row, "image", "")) if ok else None
+        if img is None:
+            return "unreadable" if ok else "withheld"
         g.pictures.append(img)
         return len(g.pictures) - 1
+
     for row in pairs.itertuples():
         family = families.get(row.key, made.head(0))
         card = _card(row, list(family.itertuples()), old, new, names)
-        card |= dict(original=show('sample', pairs, row), generated=[show('generate', family, o) for o in family.itertuples()], keys=[row.key, *family.get('key', [])])
+        card |= dict(
+            original=show("sample", pairs, row),
+            generated=[show("generate", family, o) for o in family.itertuples()],
+            keys=[row.key, *family.get("key", [])],
+        )
         g.cards.append(card)
-    g.scorers, g.subsets = list(names.values()), sorted({o['subset'] for o in g.cards} - {''})
+    g.scorers, g.subsets = list(names.values()), sorted({o["subset"] for o in g.cards} - {""})
     return g

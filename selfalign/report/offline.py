@@ -10,80 +10,103 @@ import base64, html, io, json, re
 from pathlib import Path
 
 # %% ../../nbs/8_report/84_offline.ipynb #12bbb2a4
-_hidden = re.compile(r'\x1b\[[0-?]*[ -/]*[@-~]|\x1b\].*?(?:\x07|\x1b\\)|'
-                     r'[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]', re.S)
+_hidden = re.compile(
+    r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\].*?(?:\x07|\x1b\\)|"
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]",
+    re.S,
+)
+
 
 def plain(
-    text,             # anything; a missing value becomes an empty string
-    limit: int = 300  # characters kept; the rest is counted, not shown
-) -> str:             # one line without control characters
+    text,  # anything; a missing value becomes an empty string
+    limit: int = 300,  # characters kept; the rest is counted, not shown
+) -> str:  # one line without control characters
     "Text from outside, fit to be shown (escaping is left to the template)"
-    if text is None or text != text: return ''
-    s = ' '.join(_hidden.sub('', str(text)).split())
-    return s if len(s) <= limit else f'{s[:limit].rstrip()} … (+{len(s)-limit:,} characters)'
+    if text is None or text != text:
+        return ""
+    s = " ".join(_hidden.sub("", str(text)).split())
+    return s if len(s) <= limit else f"{s[:limit].rstrip()} … (+{len(s) - limit:,} characters)"
 
 # %% ../../nbs/8_report/84_offline.ipynb #2c7e7009
-_draws = set('svg g defs path use rect circle ellipse line polyline polygon text tspan clipPath mask linearGradient '
-             'radialGradient stop image title desc symbol marker pattern'.split())
-_picture = re.compile(r'data:image/(png|jpeg|webp);base64,[A-Za-z0-9+/=\s]*$')
+_draws = set(
+    "svg g defs path use rect circle ellipse line polyline polygon text tspan clipPath mask linearGradient "
+    "radialGradient stop image title desc symbol marker pattern".split()
+)
+_picture = re.compile(r"data:image/(png|jpeg|webp);base64,[A-Za-z0-9+/=\s]*$")
 _elsewhere = re.compile(r'url\(\s*["\']?(?!#)|expression|@import', re.I)
 
 # %% ../../nbs/8_report/84_offline.ipynb #477bf458
 def _attributes(el, prefix):
     kept = {}
     for name, value in el.attrib.items():
-        name = name.rpartition('}')[2]
-        if name.lower().startswith('on') or _elsewhere.search(value): continue
-        if name == 'href' and not (value.startswith('#') or _picture.match(value)): continue
-        if name == 'id': value = prefix + value
-        if name == 'd': value = re.sub(r'(\.\d\d)\d+', r'\1', value)
-        kept[name] = re.sub(r'^#(?=\S)' if name == 'href' else r'(?<=url\()#', f'#{prefix}', value)
+        name = name.rpartition("}")[2]
+        if name.lower().startswith("on") or _elsewhere.search(value):
+            continue
+        if name == "href" and not (value.startswith("#") or _picture.match(value)):
+            continue
+        if name == "id":
+            value = prefix + value
+        if name == "d":
+            value = re.sub(r"(\.\d\d)\d+", r"\1", value)
+        kept[name] = re.sub(r"^#(?=\S)" if name == "href" else r"(?<=url\()#", f"#{prefix}", value)
     return kept
 
 # %% ../../nbs/8_report/84_offline.ipynb #6a7cf26e
 def _rebuild(el, prefix):
     from xml.etree.ElementTree import Element
-    new = Element(el.tag.rpartition('}')[2], _attributes(el, prefix))
+
+    new = Element(el.tag.rpartition("}")[2], _attributes(el, prefix))
     new.text, new.tail = el.text, el.tail
-    new.extend(_rebuild(o, prefix) for o in el if isinstance(o.tag, str) and o.tag.rpartition('}')[2] in _draws)
+    new.extend(_rebuild(o, prefix) for o in el if isinstance(o.tag, str) and o.tag.rpartition("}")[2] in _draws)
     return new
 
 # %% ../../nbs/8_report/84_offline.ipynb #28145671
 def clean_svg(
-    svg: str,                # text of an SVG file
-    prefix: str = '',        # put before every id, to keep figures of one page apart
-    alone: bool = False,     # a file of its own instead of a piece of a page?
-) -> str:                    # SVG that only draws
+    svg: str,  # text of an SVG file
+    prefix: str = "",  # put before every id, to keep figures of one page apart
+    alone: bool = False,  # a file of its own instead of a piece of a page?
+) -> str:  # SVG that only draws
     "Rebuild an SVG from the elements and attributes that draw"
     from defusedxml.ElementTree import fromstring
     from xml.etree.ElementTree import tostring
+
     root = _rebuild(fromstring(svg.encode()), prefix)
-    if root.tag != 'svg': raise ValueError(f'not an SVG: its outermost element is <{root.tag}>')
-    root.attrib |= {'stroke-linejoin': 'round', 'stroke-linecap': 'butt'}
-    if alone: root.set('xmlns', 'http://www.w3.org/2000/svg')
-    else: root.attrib = {k: v for k, v in root.attrib.items() if k not in ('width', 'height')}
-    return tostring(root, encoding='unicode')
+    if root.tag != "svg":
+        raise ValueError(f"not an SVG: its outermost element is <{root.tag}>")
+    root.attrib |= {"stroke-linejoin": "round", "stroke-linecap": "butt"}
+    if alone:
+        root.set("xmlns", "http://www.w3.org/2000/svg")
+    else:
+        root.attrib = {k: v for k, v in root.attrib.items() if k not in ("width", "height")}
+    return tostring(root, encoding="unicode")
 
 # %% ../../nbs/8_report/84_offline.ipynb #a245d0f6
 def holds_picture(
-    svg: str  # text of an SVG file
-) -> bool:    # True if it embeds a raster picture
+    svg: str,  # text of an SVG file
+) -> bool:  # True if it embeds a raster picture
     "Does a figure hold a picture, or only lines and letters?"
-    return '<image' in svg
+    return "<image" in svg
 
 # %% ../../nbs/8_report/84_offline.ipynb #5a1e093e
-_forms = 'text/html', 'image/png', 'image/jpeg', 'text/markdown', 'text/plain'
+_forms = "text/html", "image/png", "image/jpeg", "text/markdown", "text/plain"
+
 
 def _quiet(out, pictures, limit=20_000):
     "One output of a cell with one form of its data, or None if nothing remains to be seen"
-    if out.output_type == 'stream': out.text = re.sub(r'[^\n]*\r(?!\n)', '', out.text)[-limit:]
-    if out.output_type not in ('execute_result', 'display_data'): return out
+    if out.output_type == "stream":
+        out.text = re.sub(r"[^\n]*\r(?!\n)", "", out.text)[-limit:]
+    if out.output_type not in ("execute_result", "display_data"):
+        return out
     form = next((o for o in _forms if o in out.data), None)
-    if form is None: return None
-    data, out.metadata = ''.join(out.data[form]), {}
-    if form.startswith('image') and not pictures: form, data = 'text/plain', '(picture left out: it may not be passed on)'
-    if form.startswith('image'): form, data = 'image/png', _smaller(data)
-    elif len(data) > 5*limit: form, data = 'text/plain', ''.join(out.data.get('text/plain', ''))[:limit] + '\n… (shortened)'
+    if form is None:
+        return None
+    data, out.metadata = "".join(out.data[form]), {}
+    if form.startswith("image") and not pictures:
+        form, data = "text/plain", "(picture left out: it may not be passed on)"
+    if form.startswith("image"):
+        form, data = "image/png", _smaller(data)
+    elif len(data) > 5 * limit:
+        form, data = "text/plain", "".join(out.data.get("text/plain", ""))[:limit] + "\n… (shortened)"
     out.data = {form: data}
     return out
 
@@ -91,115 +114,170 @@ def _quiet(out, pictures, limit=20_000):
 def _smaller(data, width=1000, enough=40_000):
     "A base64 picture of a notebook as a small base64 PNG"
     from PIL import Image
+
     raw = base64.b64decode(data)
-    try: img = Image.open(io.BytesIO(raw)).convert('RGB')
-    except Exception: return _png(Image.new('RGB', (1, 1), 'white'))
-    if len(raw) <= enough and img.width <= width: return base64.b64encode(raw).decode()
-    if img.width > width: img = img.resize((width, round(img.height*width/img.width)))
+    try:
+        img = Image.open(io.BytesIO(raw)).convert("RGB")
+    except Exception:
+        return _png(Image.new("RGB", (1, 1), "white"))
+    if len(raw) <= enough and img.width <= width:
+        return base64.b64encode(raw).decode()
+    if img.width > width:
+        img = img.resize((width, round(img.height * width / img.width)))
     return _png(img.quantize(128))
 
+
 def _png(img):
-    img.save(o := io.BytesIO(), 'png', optimize=True)
+    img.save(o := io.BytesIO(), "png", optimize=True)
     return base64.b64encode(o.getvalue()).decode()
 
 # %% ../../nbs/8_report/84_offline.ipynb #6da09680
-_tags = set('a abbr b blockquote br caption code col colgroup dd del details div dl dt em figcaption figure h1 h2 h3 h4 h5 h6 hr i '
-            'img kbd li mark ol p pre s small span strong sub summary sup table tbody td tfoot th thead tr tt u ul'.split())
+_tags = set(
+    "a abbr b blockquote br caption code col colgroup dd del details div dl dt em figcaption figure h1 h2 h3 h4 h5 h6 hr i "
+    "img kbd li mark ol p pre s small span strong sub summary sup table tbody td tfoot th thead tr tt u ul".split()
+)
+
 
 def _clean_html(source, pictures=True, stages=()):
     import bleach
     from bs4 import BeautifulSoup
-    soup = BeautifulSoup(str(source), 'html.parser')
-    for o in soup.select('style, script, iframe, object, embed, svg, template, noscript, title, head'): o.decompose()
-    for o in soup.select('a[href]'): _inside(o, stages)
-    for o in soup.select('img'):
-        if not pictures or not _picture.match(o.get('src', '')): o.replace_with('(picture left out)')
+
+    soup = BeautifulSoup(str(source), "html.parser")
+    for o in soup.select("style, script, iframe, object, embed, svg, template, noscript, title, head"):
+        o.decompose()
+    for o in soup.select("a[href]"):
+        _inside(o, stages)
+    for o in soup.select("img"):
+        if not pictures or not _picture.match(o.get("src", "")):
+            o.replace_with("(picture left out)")
+
     def allowed(tag, name, value):
-        if (tag, name) == ('img', 'src'): return pictures and bool(_picture.match(value))
-        if (tag, name) == ('a', 'href'): return value.startswith('#') or bool(re.fullmatch(r'\.\./\w+/notebook\.html', value))
-        return name in ('class', 'alt', 'title', 'colspan', 'rowspan', 'scope', 'width', 'height', 'start')
+        if (tag, name) == ("img", "src"):
+            return pictures and bool(_picture.match(value))
+        if (tag, name) == ("a", "href"):
+            return value.startswith("#") or bool(re.fullmatch(r"\.\./\w+/notebook\.html", value))
+        return name in ("class", "alt", "title", "colspan", "rowspan", "scope", "width", "height", "start")
+
     return bleach.clean(str(soup), tags=_tags, attributes=allowed, strip=True)
 
 # %% ../../nbs/8_report/84_offline.ipynb #de695455
 def _inside(a, stages):
     "Turn a link to the outside into text, one to another stage's notebook into a link to its page"
-    href = a['href']
-    stage = re.search(r'(?:^|/)\d*_?(\w+)\.ipynb$', href.partition('#')[0])
-    if stage and stage[1] in stages: a['href'] = f'../{stage[1]}/notebook.html'
-    elif not href.startswith('#'):
-        if re.match(r'https?:', href) and href not in a.get_text(): a.append(f' ({href})')
-        del a['href']
+    href = a["href"]
+    stage = re.search(r"(?:^|/)\d*_?(\w+)\.ipynb$", href.partition("#")[0])
+    if stage and stage[1] in stages:
+        a["href"] = f"../{stage[1]}/notebook.html"
+    elif not href.startswith("#"):
+        if re.match(r"https?:", href) and href not in a.get_text():
+            a.append(f" ({href})")
+        del a["href"]
 
 # %% ../../nbs/8_report/84_offline.ipynb #303904f4
-_mathml = set('math mrow mi mn mo ms mtext mspace msup msub msubsup mfrac msqrt mroot munder mover munderover mtable mtr mtd '
-              'mstyle mpadded mphantom menclose'.split())
+_mathml = set(
+    "math mrow mi mn mo ms mtext mspace msup msub msubsup mfrac msqrt mroot munder mover munderover mtable mtr mtd "
+    "mstyle mpadded mphantom menclose".split()
+)
+
 
 def formula(
-    tex: str,             # as between two dollar signs
+    tex: str,  # as between two dollar signs
     block: bool = False,  # on a line of its own?
-) -> str:                 # MathML, or the source in <code>
+) -> str:  # MathML, or the source in <code>
     "A formula that needs no library to be seen"
     from latex2mathml.converter import convert
     from defusedxml.ElementTree import fromstring
+
     try:
-        ml = convert(tex, display='block' if block else 'inline').replace(' xmlns="http://www.w3.org/1998/Math/MathML"', '')
+        ml = convert(tex, display="block" if block else "inline").replace(
+            ' xmlns="http://www.w3.org/1998/Math/MathML"', ""
+        )
         for el in fromstring(ml).iter():
-            if el.tag not in _mathml or 'href' in el.attrib or any(o.startswith('on') for o in el.attrib): raise ValueError(tex)
+            if el.tag not in _mathml or "href" in el.attrib or any(o.startswith("on") for o in el.attrib):
+                raise ValueError(tex)
         return ml
-    except Exception: return f'<code>{html.escape(tex)}</code>'
+    except Exception:
+        return f"<code>{html.escape(tex)}</code>"
 
 # %% ../../nbs/8_report/84_offline.ipynb #4f511583
 def page_file(
-    name: str  # of a file in selfalign/report/page
-) -> str:      # its text
+    name: str,  # of a file in selfalign/report/page
+) -> str:  # its text
     "A template, style sheet or script of the report"
     from importlib.resources import files
-    return (files('selfalign.report')/'page'/name).read_text(encoding='utf-8')
+
+    return (files("selfalign.report") / "page" / name).read_text(encoding="utf-8")
 
 # %% ../../nbs/8_report/84_offline.ipynb #7c111b6f
 def _exporter(pictures, stages):
     from nbconvert import HTMLExporter
     from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+
     class Renderer(IPythonRenderer):
-        def inline_math(self, body): return f'<code class="math">{html.escape(body)}</code>'
-        def block_math(self, body): return f'<code class="math block">{html.escape(body)}</code>'
-        def heading(self, text, level, **kw): return f'<h{level}>{text}</h{level}>'
-        def _embed_image_or_attachment(self, src): return src
-    def markdown(source): return MarkdownWithMath(renderer=Renderer(escape=False)).render(source)
-    def clean(source): return _clean_html(source, pictures, stages)
-    return HTMLExporter(raw_template=page_file('notebook.html.j2'), sanitize_html=True,
-                        filters=dict(markdown2html=markdown, clean_html=clean))
+        def inline_math(self, body):
+            return f'<code class="math">{html.escape(body)}</code>'
+
+        def block_math(self, body):
+            return f'<code class="math block">{html.escape(body)}</code>'
+
+        def heading(self, text, level, **kw):
+            return f"<h{level}>{text}</h{level}>"
+
+        def _embed_image_or_attachment(self, src):
+            return src
+
+    def markdown(source):
+        return MarkdownWithMath(renderer=Renderer(escape=False)).render(source)
+
+    def clean(source):
+        return _clean_html(source, pictures, stages)
+
+    return HTMLExporter(
+        raw_template=page_file("notebook.html.j2"),
+        sanitize_html=True,
+        filters=dict(markdown2html=markdown, clean_html=clean),
+    )
 
 # %% ../../nbs/8_report/84_offline.ipynb #54286525
 def notebook_html(
-    path,                    # an executed notebook
-    title: str = '',         # of the page; empty: the name of the file
-    style: str = '',         # CSS put into the page
-    pictures: bool = True,   # may its pictures be passed on?
-    stages: tuple = (),      # other stages that have a page, for the links between them
-) -> str:                    # one HTML page that runs and loads nothing
+    path,  # an executed notebook
+    title: str = "",  # of the page; empty: the name of the file
+    style: str = "",  # CSS put into the page
+    pictures: bool = True,  # may its pictures be passed on?
+    stages: tuple = (),  # other stages that have a page, for the links between them
+) -> str:  # one HTML page that runs and loads nothing
     "The page of an executed notebook"
     import nbformat
+
     nb = nbformat.read(path, as_version=4)
     for i, cell in enumerate(nb.cells):
-        cell['id'] = f'cell-{i}'
-        if cell.cell_type == 'code': cell.source = re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M)
-        if cell.cell_type == 'code': cell.outputs = [o for o in (_quiet(o, pictures) for o in cell.outputs) if o]
+        cell["id"] = f"cell-{i}"
+        if cell.cell_type == "code":
+            cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.M)
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in (_quiet(o, pictures) for o in cell.outputs) if o]
     nb.cells = [c for c in nb.cells if c.source.strip()]
     resources = dict(title=plain(title) or Path(path).stem, style=style)
     page, _ = _exporter(pictures, stages).from_notebook_node(nb, resources=resources)
-    def set_formula(m): return formula(html.unescape(m[2]), bool(m[1]))
-    return _hidden.sub('', re.sub(r'<code class="math( block)?">(.*?)</code>', set_formula, page, flags=re.S))
+
+    def set_formula(m):
+        return formula(html.unescape(m[2]), bool(m[1]))
+
+    return _hidden.sub("", re.sub(r'<code class="math( block)?">(.*?)</code>', set_formula, page, flags=re.S))
 
 # %% ../../nbs/8_report/84_offline.ipynb #73fc0734
 def cell_of(
-    path,       # an executed notebook
+    path,  # an executed notebook
     name: str,  # of a figure
-):              # index of the cell, or None
+):  # index of the cell, or None
     "The cell of a notebook in which a figure was made"
-    try: cells = json.loads(Path(path).read_text(encoding='utf-8'))['cells']
-    except (OSError, ValueError, KeyError): return None
-    code = {i: ''.join(c['source']) for i, c in enumerate(cells) if c['cell_type'] == 'code'}
+    try:
+        cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
+    except (OSError, ValueError, KeyError):
+        return None
+    code = {i: "".join(c["source"]) for i, c in enumerate(cells) if c["cell_type"] == "code"}
     literal, variable = rf'["\']{re.escape(name)}["\']', r'\.figure\(\s*\w+\s*,\s*[^"\'\s]'
     named = [i for i in code if re.search(literal, code[i])]
-    return next((i for i in named if '.figure(' in code[i]), next((i for i in code if re.search(variable, code[i])), named[0] if named else None))
+    return next(
+        (i for i in named if ".figure(" in code[i]),
+        next((i for i in code if re.search(variable, code[i])), named[0] if named else None),
+    )

@@ -21,143 +21,222 @@ class ReportError(StudyError):
 @dataclass
 class Run:
     "A run folder as far as it can be read"
+
     folder: Path
-    info: dict = field(default_factory=dict)     # run.json
-    stages: list = field(default_factory=list)   # each stage's manifest, with its folder
-    results: object = None                       # results.csv, or None
+    info: dict = field(default_factory=dict)  # run.json
+    stages: list = field(default_factory=list)  # each stage's manifest, with its folder
+    results: object = None  # results.csv, or None
     missing: list = field(default_factory=list)  # sentences that say what is not there
 
     def stage(self, name):
         "The manifest of a stage, or None"
-        return next((s for s in self.stages if s['name'] == name), None)
+        return next((s for s in self.stages if s["name"] == name), None)
 
     @property
     def source(self):
         "What the sample stage read"
-        return str(((self.stage('sample') or {}).get('parameters') or {}).get('source', ''))
+        return str(((self.stage("sample") or {}).get("parameters") or {}).get("source", ""))
 
     @property
     def ours(self):
         "May the pictures of this run be passed on?"
-        return not self.stage('sample') or self.source.startswith('microworld:')
+        return not self.stage("sample") or self.source.startswith("microworld:")
 
 # %% ../../nbs/8_report/87_origin.ipynb #46b7d5d3
 def read_part(
-    file: Path,            # a JSON file
-    kind: type,            # dict or list
-    missing: list,         # gets a sentence if it cannot be read
+    file: Path,  # a JSON file
+    kind: type,  # dict or list
+    missing: list,  # gets a sentence if it cannot be read
     needed: bool = False,  # also if it is not there?
-):                         # what it holds, or an empty `kind`
+):  # what it holds, or an empty `kind`
     "What a JSON file of a run holds"
-    name = f'{file.parent.name}/{file.name}'
-    try: data = json.loads(file.read_text(encoding='utf-8'))
+    name = f"{file.parent.name}/{file.name}"
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        if needed: missing.append(f'{name} is not there.')
+        if needed:
+            missing.append(f"{name} is not there.")
         return kind()
     except (OSError, ValueError) as e:
-        missing.append(f'{name} cannot be read ({type(e).__name__}).')
+        missing.append(f"{name} cannot be read ({type(e).__name__}).")
         return kind()
-    if isinstance(data, kind): return data
-    missing.append(f'{name} does not hold a {kind.__name__}.')
+    if isinstance(data, kind):
+        return data
+    missing.append(f"{name} does not hold a {kind.__name__}.")
     return kind()
 
 # %% ../../nbs/8_report/87_origin.ipynb #cec1e793
 def _mixed(run):
     "Sentences about stages that do not belong together"
-    keys, found = {s['name']: s.get('key') for s in run.stages}, []
-    if run.info.get('status') in ('failed', 'running'): found.append('The last run in this folder did not finish; some of this may come from the one before.')
+    keys, found = {s["name"]: s.get("key") for s in run.stages}, []
+    if run.info.get("status") in ("failed", "running"):
+        found.append("The last run in this folder did not finish; some of this may come from the one before.")
     for s in run.stages:
-        inputs = s.get('inputs') if isinstance(s.get('inputs'), dict) else {}
+        inputs = s.get("inputs") if isinstance(s.get("inputs"), dict) else {}
         for name, key in inputs.items():
-            if keys.get(name) and keys[name] != key: found.append(f'The stage {s["name"]} was made from an earlier version of {name}.')
+            if keys.get(name) and keys[name] != key:
+                found.append(f"The stage {s['name']} was made from an earlier version of {name}.")
     return found
 
 # %% ../../nbs/8_report/87_origin.ipynb #be6bf0c3
 def read_run(
-    run_folder  # data/runs/<run>
-) -> Run:       # what could be read of it
+    run_folder,  # data/runs/<run>
+) -> Run:  # what could be read of it
     "Read everything a report needs to know about a run, and note what is missing"
     run = Run(Path(run_folder))
-    if not run.folder.is_dir(): raise ReportError(f'no run folder {run.folder}; make one with: selfalign run')
-    run.info = read_part(run.folder/'run.json', dict, run.missing, needed=True)
-    listed = [o.get('name') for o in run.info.get('stages') or [] if isinstance(o, dict)]
-    for file in sorted(run.folder.glob('*/stage.json')):
-        name, _, partial = file.parent.name.partition('.')
-        if not name or name.startswith('_') or (partial and (run.folder/name/'stage.json').exists()): continue
-        if listed and not partial and name not in listed: continue
+    if not run.folder.is_dir():
+        raise ReportError(f"no run folder {run.folder}; make one with: selfalign run")
+    run.info = read_part(run.folder / "run.json", dict, run.missing, needed=True)
+    listed = [o.get("name") for o in run.info.get("stages") or [] if isinstance(o, dict)]
+    for file in sorted(run.folder.glob("*/stage.json")):
+        name, _, partial = file.parent.name.partition(".")
+        if not name or name.startswith("_") or (partial and (run.folder / name / "stage.json").exists()):
+            continue
+        if listed and not partial and name not in listed:
+            continue
         manifest = read_part(file, dict, run.missing)
-        run.stages.append(manifest | dict(name=name, folder=file.parent, status='not finished' if partial else manifest.get('status', 'unknown')))
-        if partial: run.missing.append(f'The stage {name} is not finished; running the same command again resumes it.')
-    run.stages.sort(key=lambda s: (listed.index(s['name']) if s['name'] in listed else len(listed), str(s.get('start') or '~'), s['name']))
+        run.stages.append(
+            manifest
+            | dict(
+                name=name, folder=file.parent, status="not finished" if partial else manifest.get("status", "unknown")
+            )
+        )
+        if partial:
+            run.missing.append(f"The stage {name} is not finished; running the same command again resumes it.")
+    run.stages.sort(
+        key=lambda s: (
+            listed.index(s["name"]) if s["name"] in listed else len(listed),
+            str(s.get("start") or "~"),
+            s["name"],
+        )
+    )
     run.missing += _mixed(run)
-    try: run.results = read_results(run.folder/'results.csv')
-    except FileNotFoundError: run.missing.append('results.csv is not there, so there are no tables.')
-    except Exception as e: run.missing.append(f'results.csv cannot be read ({type(e).__name__}: {plain(e)}).')
+    try:
+        run.results = read_results(run.folder / "results.csv")
+    except FileNotFoundError:
+        run.missing.append("results.csv is not there, so there are no tables.")
+    except Exception as e:
+        run.missing.append(f"results.csv cannot be read ({type(e).__name__}: {plain(e)}).")
     return run
 
 # %% ../../nbs/8_report/87_origin.ipynb #c96c7993
 def _commits(run):
     "Short commits of all stages, those with uncommitted changes marked"
-    found = [s.get('git') or {} for s in run.stages] or [run.info.get('git') or {}]
-    return joined(f'{plain(o.get("commit"))[:10]}{" with uncommitted changes" if o.get("dirty") else ""}' for o in found if o.get('commit'))
+    found = [s.get("git") or {} for s in run.stages] or [run.info.get("git") or {}]
+    return joined(
+        f"{plain(o.get('commit'))[:10]}{' with uncommitted changes' if o.get('dirty') else ''}"
+        for o in found
+        if o.get("commit")
+    )
+
 
 def _machine(info):
-    gpu = f', {plain(info["gpu"])}' if info.get('gpu') else ', no GPU'
-    return f'{plain(info.get("cpu"))}, {plain(info.get("cores"))} cores, {plain(info.get("memory_gb"))} GB{gpu}' if info else ''
+    gpu = f", {plain(info['gpu'])}" if info.get("gpu") else ", no GPU"
+    return (
+        f"{plain(info.get('cpu'))}, {plain(info.get('cores'))} cores, {plain(info.get('memory_gb'))} GB{gpu}"
+        if info
+        else ""
+    )
 
 # %% ../../nbs/8_report/87_origin.ipynb #2533cfc7
 def facts(
-    run: Run  # a run
-) -> tuple:   # (name, value) pairs for the head, and all versions
+    run: Run,  # a run
+) -> tuple:  # (name, value) pairs for the head, and all versions
     "The facts in the head of the page"
+
     def unique(key):
         found = [s[key] for s in run.stages if s.get(key)]
         return [o for i, o in enumerate(found) if o not in found[:i]]
-    versions = (unique('versions') or [{}])[0]
-    seconds = sum(s['seconds'] for s in run.stages if isinstance(s.get('seconds'), (int, float)))
-    found = [('run', plain(run.info.get('run') or run.folder.name)), ('started', plain(min(map(str, unique('start')), default=''))[:16].replace('T', ' ')),
-             ('wall clock, all stages', amount(seconds, 'seconds')), ('commit', _commits(run) or 'not known'),
-             ('machine', joined(_machine(o) for o in unique('hardware') if isinstance(o, dict))),
-             ('versions', ', '.join(f'{k} {plain(versions[k])}' for k in ('python', 'torch', 'diffusers', 'transformers') if k in versions))]
+
+    versions = (unique("versions") or [{}])[0]
+    seconds = sum(s["seconds"] for s in run.stages if isinstance(s.get("seconds"), (int, float)))
+    found = [
+        ("run", plain(run.info.get("run") or run.folder.name)),
+        ("started", plain(min(map(str, unique("start")), default=""))[:16].replace("T", " ")),
+        ("wall clock, all stages", amount(seconds, "seconds")),
+        ("commit", _commits(run) or "not known"),
+        ("machine", joined(_machine(o) for o in unique("hardware") if isinstance(o, dict))),
+        (
+            "versions",
+            ", ".join(
+                f"{k} {plain(versions[k])}" for k in ("python", "torch", "diffusers", "transformers") if k in versions
+            ),
+        ),
+    ]
     return [(k, v) for k, v in found if v], sorted((plain(k), plain(v)) for k, v in versions.items())
 
 # %% ../../nbs/8_report/87_origin.ipynb #bd03754f
 def warnings_of(
-    run: Run,    # a run
+    run: Run,  # a run
     scale: str,  # micro, real or random-weights
-) -> list:       # (what, why) pairs
+) -> list:  # (what, why) pairs
     "Warnings that stand above everything else"
     notes = []
-    if scale == 'random-weights': notes.append(('Random weights.', 'The models of this run have learned nothing. The numbers show that the code runs, and nothing else.'))
-    if run.ours: return notes
-    notes.append(('Photographs that stay at home.', f'The originals of this run ({plain(run.source)}) may be used but not passed on: none of their '
-                  'pictures is in this report, nor any figure or output of a notebook that might hold one.'))
-    if 'data/micro/' in str((run.stage('generate') or {}).get('parameters', '')): notes.append(('A generator that knows only the microworld.',
-        'It has never seen a photograph and knows few words of these captions. This run can show that the path from captions to scores works on real data, and how '
-        'the scorers rank real pairs. It cannot show whether generated pictures help with photographs; low scores of generated pictures are expected.'))
+    if scale == "random-weights":
+        notes.append(
+            (
+                "Random weights.",
+                "The models of this run have learned nothing. The numbers show that the code runs, and nothing else.",
+            )
+        )
+    if run.ours:
+        return notes
+    notes.append(
+        (
+            "Photographs that stay at home.",
+            f"The originals of this run ({plain(run.source)}) may be used but not passed on: none of their "
+            "pictures is in this report, nor any figure or output of a notebook that might hold one.",
+        )
+    )
+    if "data/micro/" in str((run.stage("generate") or {}).get("parameters", "")):
+        notes.append(
+            (
+                "A generator that knows only the microworld.",
+                "It has never seen a photograph and knows few words of these captions. This run can show that the path from captions to scores works on real data, and how "
+                "the scorers rank real pairs. It cannot show whether generated pictures help with photographs; low scores of generated pictures are expected.",
+            )
+        )
     return notes
 
 # %% ../../nbs/8_report/87_origin.ipynb #8d5b3f7f
 def stage_rows(
-    run: Run,     # a run
+    run: Run,  # a run
     pages: dict,  # stage -> page of its executed notebook
-) -> list:        # one dictionary a stage
+) -> list:  # one dictionary a stage
     "The table of stages"
-    longest = max([s['seconds'] for s in run.stages if isinstance(s.get('seconds'), (int, float))], default=0) or 1
-    def number(o): return o if isinstance(o, (int, float)) else None
-    return [dict(name=plain(s['name']), status=plain(s['status']), seconds=number(s.get('seconds')), share=round(100*(number(s.get('seconds')) or 0)/longest, 1),
-                 memory=number(s.get('peak_memory_gb')), commit=plain((s.get('git') or {}).get('commit'))[:10] or '–', page=pages.get(s['name'], ''),
-                 parameters=[(plain(k), plain(v)) for k, v in (s.get('parameters') or {}).items()]) for s in run.stages]
+    longest = max([s["seconds"] for s in run.stages if isinstance(s.get("seconds"), (int, float))], default=0) or 1
+
+    def number(o):
+        return o if isinstance(o, (int, float)) else None
+
+    return [
+        dict(
+            name=plain(s["name"]),
+            status=plain(s["status"]),
+            seconds=number(s.get("seconds")),
+            share=round(100 * (number(s.get("seconds")) or 0) / longest, 1),
+            memory=number(s.get("peak_memory_gb")),
+            commit=plain((s.get("git") or {}).get("commit"))[:10] or "–",
+            page=pages.get(s["name"], ""),
+            parameters=[(plain(k), plain(v)) for k, v in (s.get("parameters") or {}).items()],
+        )
+        for s in run.stages
+    ]
 
 # %% ../../nbs/8_report/87_origin.ipynb #44d1ea69
-KERNEL_FILE = re.compile(r'(?:\b[A-Z]:)?(?:[\\/][\w.~-]{1,64}+){0,9}[\\/]ipykernel_\d+[\\/]\d+\.py')
+KERNEL_FILE = re.compile(r"(?:\b[A-Z]:)?(?:[\\/][\w.~-]{1,64}+){0,9}[\\/]ipykernel_\d+[\\/]\d+\.py")
+
+
 def no_machine_paths(
-    text: str  # of a page or manifest
-) -> str:      # the same, with the project's folder, the home folder and the kernel's file names left out
+    text: str,  # of a page or manifest
+) -> str:  # the same, with the project's folder, the home folder and the kernel's file names left out
     "Text that does not name the folders of this machine"
     places = [Path.home()]
-    try: places.insert(0, find_root().resolve())
-    except StudyError: pass
+    try:
+        places.insert(0, find_root().resolve())
+    except StudyError:
+        pass
     for place in places:
-        if len(place.parts) > 2: text = text.replace(f'{place}/', '').replace(str(place), '.')
-    return KERNEL_FILE.sub('this cell', text) if 'ipykernel_' in text else text
+        if len(place.parts) > 2:
+            text = text.replace(f"{place}/", "").replace(str(place), ".")
+    return KERNEL_FILE.sub("this cell", text) if "ipykernel_" in text else text

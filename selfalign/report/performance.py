@@ -22,236 +22,351 @@ from ..models.operations import operations
 from ..study.settings import StudyError
 
 # %% ../../nbs/8_report/8b_performance.ipynb #498db478
-def matrix_rate(rows:int,           # positions: pictures x 50
-                width:int=768,      # of the tower
-                seconds:float=1.,   # how long to measure, about
-                )->float:           # operations a second; a multiplication and an addition are two
+def matrix_rate(
+    rows: int,  # positions: pictures x 50
+    width: int = 768,  # of the tower
+    seconds: float = 1.0,  # how long to measure, about
+) -> float:  # operations a second; a multiplication and an addition are two
     "How fast this machine multiplies the matrices of a transformer's block."
-    shapes = [(width, 3*width), (width, width), (width, 4*width), (4*width, width)]
+    shapes = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]
     work = [(torch.randn(rows, i), torch.randn(o, i), torch.randn(o)) for i, o in shapes]
-    for x, w, b in work: torch.nn.functional.linear(x, w, b)
+    for x, w, b in work:
+        torch.nn.functional.linear(x, w, b)
     rounds, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds or not rounds:
-        for x, w, b in work: torch.nn.functional.linear(x, w, b)
+        for x, w, b in work:
+            torch.nn.functional.linear(x, w, b)
         rounds += 1
-    return rounds*sum(2*rows*i*o for i, o in shapes)/(time.perf_counter() - start)
+    return rounds * sum(2 * rows * i * o for i, o in shapes) / (time.perf_counter() - start)
 
 # %% ../../nbs/8_report/8b_performance.ipynb #a1f7e9ac
 @contextmanager
-def tower_shapes(model:torch.nn.Module  # a CLIP of open_clip
-                 ):  # gives a Counter: (picture, 0) or (text, length) to how many
+def tower_shapes(
+    model: torch.nn.Module,  # a CLIP of open_clip
+):  # gives a Counter: (picture, 0) or (text, length) to how many
     "Note what goes through the two towers."
     seen = Counter()
-    def text(module, inputs): seen['text', inputs[0].shape[1]] += len(inputs[0])
-    def picture(module, inputs): seen['picture', 0] += len(inputs[0])
+
+    def text(module, inputs):
+        seen["text", inputs[0].shape[1]] += len(inputs[0])
+
+    def picture(module, inputs):
+        seen["picture", 0] += len(inputs[0])
+
     hooks = [model.token_embedding.register_forward_pre_hook(text), model.visual.register_forward_pre_hook(picture)]
-    try: yield seen
+    try:
+        yield seen
     finally:
-        for hook in hooks: hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 # %% ../../nbs/8_report/8b_performance.ipynb #218e42a2
 @torch.inference_mode()
-def shape_operations(encoder,     # an `OpenClipEncoder`
-                     kind:str,    # picture or text
-                     length:int,  # tokens of the text
-                     )->int:
+def shape_operations(
+    encoder,  # an `OpenClipEncoder`
+    kind: str,  # picture or text
+    length: int,  # tokens of the text
+) -> int:
     "What one picture, or one text of this length, costs."
     from selfalign.models.load import _causal_text
-    if kind == 'picture': return operations(lambda: encoder.model.encode_image(torch.zeros(1, 3, encoder.size, encoder.size)))
+
+    if kind == "picture":
+        return operations(lambda: encoder.model.encode_image(torch.zeros(1, 3, encoder.size, encoder.size)))
     tokens, end = torch.ones(1, length, dtype=torch.long), torch.tensor([length - 1])
     return operations(lambda: _causal_text(encoder.model, tokens, end))
 
-def counted(encoder,       # an `OpenClipEncoder`
-            seen:Counter,  # from `tower_shapes`
-            )->int:        # operations
+
+def counted(
+    encoder,  # an `OpenClipEncoder`
+    seen: Counter,  # from `tower_shapes`
+) -> int:  # operations
     "What all that went through the towers costs."
-    return sum(n*shape_operations(encoder, *shape) for shape, n in seen.items())
+    return sum(n * shape_operations(encoder, *shape) for shape, n in seen.items())
 
 # %% ../../nbs/8_report/8b_performance.ipynb #dc48958c
 class Stopwatch:
     "Seconds by part, while it is open."
-    def __init__(self,
-                 parts:dict={},  # (object, name of its function) to the part it belongs to
-                 ): self.parts, self.seconds, self._inner = parts, Counter(), []
 
-    def timed(self,
-              part:str,  # what its time counts as
-              work,      # a function
-              ):         # the same function, watched
+    def __init__(
+        self,
+        parts: dict = {},  # (object, name of its function) to the part it belongs to
+    ):
+        self.parts, self.seconds, self._inner = parts, Counter(), []
+
+    def timed(
+        self,
+        part: str,  # what its time counts as
+        work,  # a function
+    ):  # the same function, watched
         "Watch a function."
+
         def watched(*args, **kwargs):
-            self._inner.append(0.); start = time.perf_counter()
-            try: return work(*args, **kwargs)
+            self._inner.append(0.0)
+            start = time.perf_counter()
+            try:
+                return work(*args, **kwargs)
             finally:
-                spent = time.perf_counter() - start; self.seconds[part] += spent - self._inner.pop()
-                if self._inner: self._inner[-1] += spent
+                spent = time.perf_counter() - start
+                self.seconds[part] += spent - self._inner.pop()
+                if self._inner:
+                    self._inner[-1] += spent
+
         return watched
 
     def __enter__(self):
         self._patches = ExitStack()
-        for (owner, name), part in self.parts.items(): self._patches.enter_context(patch.object(owner, name, self.timed(part, getattr(owner, name))))
+        for (owner, name), part in self.parts.items():
+            self._patches.enter_context(patch.object(owner, name, self.timed(part, getattr(owner, name))))
         self.start = time.perf_counter()
         return self
 
     def __exit__(self, *error):
-        self.total = time.perf_counter() - self.start; self._patches.close()
-        self.seconds['rest'] = self.total - sum(self.seconds.values())
+        self.total = time.perf_counter() - self.start
+        self._patches.close()
+        self.seconds["rest"] = self.total - sum(self.seconds.values())
 
 # %% ../../nbs/8_report/8b_performance.ipynb #58e7e0b7
-RENAMED = {'visual.class_embedding': 'vision_model.embeddings.class_embedding', 'visual.positional_embedding': 'vision_model.embeddings.position_embedding.weight',
-           'visual.conv1.': 'vision_model.embeddings.patch_embedding.', 'visual.ln_pre.': 'vision_model.pre_layrnorm.', 'visual.ln_post.': 'vision_model.post_layernorm.',
-           'visual.proj': 'visual_projection.weight', 'visual.transformer.resblocks.': 'vision_model.encoder.layers.', 'token_embedding.': 'text_model.embeddings.token_embedding.',
-           'positional_embedding': 'text_model.embeddings.position_embedding.weight', 'ln_final.': 'text_model.final_layer_norm.', 'text_projection': 'text_projection.weight',
-           'transformer.resblocks.': 'text_model.encoder.layers.'}
-INNER = {'.ln_1.': '.layer_norm1.', '.ln_2.': '.layer_norm2.', '.mlp.c_fc.': '.mlp.fc1.', '.mlp.c_proj.': '.mlp.fc2.', '.attn.': '.self_attn.'}
+RENAMED = {
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.conv1.": "vision_model.embeddings.patch_embedding.",
+    "visual.ln_pre.": "vision_model.pre_layrnorm.",
+    "visual.ln_post.": "vision_model.post_layernorm.",
+    "visual.proj": "visual_projection.weight",
+    "visual.transformer.resblocks.": "vision_model.encoder.layers.",
+    "token_embedding.": "text_model.embeddings.token_embedding.",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final.": "text_model.final_layer_norm.",
+    "text_projection": "text_projection.weight",
+    "transformer.resblocks.": "text_model.encoder.layers.",
+}
+INNER = {
+    ".ln_1.": ".layer_norm1.",
+    ".ln_2.": ".layer_norm2.",
+    ".mlp.c_fc.": ".mlp.fc1.",
+    ".mlp.c_proj.": ".mlp.fc2.",
+    ".attn.": ".self_attn.",
+}
 
 # %% ../../nbs/8_report/8b_performance.ipynb #75da14bc
-def as_transformers(weights:dict  # of an open_clip CLIP: name to tensor
-                    )->dict:      # of transformers' `CLIPModel`
+def as_transformers(
+    weights: dict,  # of an open_clip CLIP: name to tensor
+) -> dict:  # of transformers' `CLIPModel`
     "The same weights under their other names."
     found = {}
     for name, w in weights.items():
-        start = next((s for s in RENAMED if name.startswith(s)), ''); name = RENAMED.get(start, '') + name[len(start):]
-        for old, new in INNER.items(): name = name.replace(old, new)
-        if '.in_proj_' in name: found |= {name.replace('.in_proj_', f'.{k}_proj.'): part for k, part in zip('qkv', w.chunk(3))}
-        else: found[name] = w.T if start in ('visual.proj', 'text_projection') else w
+        start = next((s for s in RENAMED if name.startswith(s)), "")
+        name = RENAMED.get(start, "") + name[len(start) :]
+        for old, new in INNER.items():
+            name = name.replace(old, new)
+        if ".in_proj_" in name:
+            found |= {name.replace(".in_proj_", f".{k}_proj."): part for k, part in zip("qkv", w.chunk(3))}
+        else:
+            found[name] = w.T if start in ("visual.proj", "text_projection") else w
     return {k: v.contiguous() for k, v in found.items()}
 
 # %% ../../nbs/8_report/8b_performance.ipynb #1193c7f1
-TINY = dict(embed_dim=32, quick_gelu=True, vision_cfg=dict(image_size=64, layers=2, width=64, head_width=32, patch_size=16),
-            text_cfg=dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=2))
+TINY = dict(
+    embed_dim=32,
+    quick_gelu=True,
+    vision_cfg=dict(image_size=64, layers=2, width=64, head_width=32, patch_size=16),
+    text_cfg=dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=2),
+)
 
-def architecture(name:str  # known to open_clip, e.g. ViT-B-32-quickgelu; empty: a tiny one
-                 )->dict:  # its configuration
+
+def architecture(
+    name: str,  # known to open_clip, e.g. ViT-B-32-quickgelu; empty: a tiny one
+) -> dict:  # its configuration
     "The shape of a model."
     import open_clip
-    if name and name not in open_clip.list_models(): raise StudyError(f'open_clip knows no architecture {name!r}; `open_clip.list_models()` lists them')
+
+    if name and name not in open_clip.list_models():
+        raise StudyError(f"open_clip knows no architecture {name!r}; `open_clip.list_models()` lists them")
     return open_clip.get_model_config(name) if name else json.loads(json.dumps(TINY))
 
 # %% ../../nbs/8_report/8b_performance.ipynb #e51a7a0a
-def random_clip(folder:Path,   # made if it is not there
-                config:dict,   # from `architecture`
-                seed:int=0,    # of the weights
-                )->Path:       # an open_clip folder
+def random_clip(
+    folder: Path,  # made if it is not there
+    config: dict,  # from `architecture`
+    seed: int = 0,  # of the weights
+) -> Path:  # an open_clip folder
     "Draw a CLIP and write it in open_clip's format."
     import open_clip
-    torch.manual_seed(seed); model = open_clip.CLIP(**config); size = config['vision_cfg']['image_size']
+
+    torch.manual_seed(seed)
+    model = open_clip.CLIP(**config)
+    size = config["vision_cfg"]["image_size"]
     with torch.no_grad():
-        x, y = model.encode_image(torch.zeros(1, 3, size, size)), model.encode_text(open_clip.get_tokenizer('ViT-B-32')(['a red cat', 'two boats on a lake']))
-        if (x @ y.T).sum() < 0: model.visual.proj.neg_()
+        x, y = (
+            model.encode_image(torch.zeros(1, 3, size, size)),
+            model.encode_text(open_clip.get_tokenizer("ViT-B-32")(["a red cat", "two boats on a lake"])),
+        )
+        if (x @ y.T).sum() < 0:
+            model.visual.proj.neg_()
     return save_open_clip(model, config, folder)
 
 # %% ../../nbs/8_report/8b_performance.ipynb #b308c560
-def in_transformers(source:Path,  # from `random_clip`
-                    folder:Path,  # made if it is not there
-                    )->Path:      # the folder
+def in_transformers(
+    source: Path,  # from `random_clip`
+    folder: Path,  # made if it is not there
+) -> Path:  # the folder
     "The same model in transformers' format."
     from safetensors.torch import load_file
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
-    c = json.loads((source/'open_clip_config.json').read_text(encoding='utf-8'))['model_cfg']; v, t, size = c['vision_cfg'], c['text_cfg'], c['vision_cfg']['image_size']
-    shape = lambda s, heads: dict(hidden_size=s['width'], intermediate_size=4*s['width'], num_hidden_layers=s['layers'], num_attention_heads=heads, hidden_act='quick_gelu' if c.get('quick_gelu') else 'gelu')
-    model = CLIPModel(CLIPConfig(vision_config=shape(v, v['width']//v.get('head_width', 64)) | dict(image_size=size, patch_size=v['patch_size']), text_config=shape(t, t['heads']), projection_dim=c['embed_dim']))
-    model.load_state_dict(as_transformers(load_file(source/'open_clip_model.safetensors')))
+
+    c = json.loads((source / "open_clip_config.json").read_text(encoding="utf-8"))["model_cfg"]
+    v, t, size = c["vision_cfg"], c["text_cfg"], c["vision_cfg"]["image_size"]
+    shape = lambda s, heads: dict(
+        hidden_size=s["width"],
+        intermediate_size=4 * s["width"],
+        num_hidden_layers=s["layers"],
+        num_attention_heads=heads,
+        hidden_act="quick_gelu" if c.get("quick_gelu") else "gelu",
+    )
+    model = CLIPModel(
+        CLIPConfig(
+            vision_config=shape(v, v["width"] // v.get("head_width", 64))
+            | dict(image_size=size, patch_size=v["patch_size"]),
+            text_config=shape(t, t["heads"]),
+            projection_dim=c["embed_dim"],
+        )
+    )
+    model.load_state_dict(as_transformers(load_file(source / "open_clip_model.safetensors")))
     model.save_pretrained(folder)
-    CLIPProcessor(CLIPImageProcessor(size=dict(shortest_edge=size), crop_size=dict(height=size, width=size)), clip_tokenizer()).save_pretrained(folder)
+    CLIPProcessor(
+        CLIPImageProcessor(size=dict(shortest_edge=size), crop_size=dict(height=size, width=size)), clip_tokenizer()
+    ).save_pretrained(folder)
     return folder
 
 # %% ../../nbs/8_report/8b_performance.ipynb #7eea3a73
 class StandIns:
     "Pictures of any size, no two alike."
-    def __init__(self,
-                 scenes:int=24,  # how many scenes are drawn
-                 side:int=256,   # of a scene in pixels
-                 ):
+
+    def __init__(
+        self,
+        scenes: int = 24,  # how many scenes are drawn
+        side: int = 256,  # of a scene in pixels
+    ):
         from selfalign.data.scenes import make_scene, render
-        self.scenes = [np.asarray(render(make_scene('study', i), side)) for i in range(scenes)]
+
+        self.scenes = [np.asarray(render(make_scene("study", i), side)) for i in range(scenes)]
         self.grain = np.random.default_rng(0).normal(0, 5, (1100, 1100, 1)).astype(np.float32)
 
-    def save(self,
-             path:Path,   # of the JPEG; folders are made
-             i:int,       # number of the picture
-             width:int,   # in pixels
-             height:int,  # in pixels
-             ):
+    def save(
+        self,
+        path: Path,  # of the JPEG; folders are made
+        i: int,  # number of the picture
+        width: int,  # in pixels
+        height: int,  # in pixels
+    ):
         "Write picture number i."
-        scene = Image.fromarray(np.roll(self.scenes[i % len(self.scenes)], (i*7 % 256, i*13 % 256), (0, 1))).resize((width, height), Image.Resampling.BILINEAR)
-        x, y = i*31 % (1101 - width), i*17 % (1101 - height)
+        scene = Image.fromarray(np.roll(self.scenes[i % len(self.scenes)], (i * 7 % 256, i * 13 % 256), (0, 1))).resize(
+            (width, height), Image.Resampling.BILINEAR
+        )
+        x, y = i * 31 % (1101 - width), i * 17 % (1101 - height)
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((np.asarray(scene) + self.grain[y:y + height, x:x + width]).clip(0, 255).astype(np.uint8)).save(path, quality=85)
+        Image.fromarray(
+            (np.asarray(scene) + self.grain[y : y + height, x : x + width]).clip(0, 255).astype(np.uint8)
+        ).save(path, quality=85)
 
 # %% ../../nbs/8_report/8b_performance.ipynb #63e5908a
-def reloaded(folder:Path  # in transformers' format
-             ):           # function that gives (model, processor)
+def reloaded(
+    folder: Path,  # in transformers' format
+):  # function that gives (model, processor)
     "What loads the model anew whenever it is asked."
     from transformers import CLIPModel, CLIPProcessor, utils
+
     utils.logging.disable_progress_bar()
+
     class Vectors(CLIPModel):
-        def get_image_features(self, *args): return super().get_image_features(*args).pooler_output
-        def get_text_features(self, *args): return super().get_text_features(*args).pooler_output
+        def get_image_features(self, *args):
+            return super().get_image_features(*args).pooler_output
+
+        def get_text_features(self, *args):
+            return super().get_text_features(*args).pooler_output
+
     return lambda: (Vectors.from_pretrained(folder).eval(), CLIPProcessor.from_pretrained(folder))
 
 # %% ../../nbs/8_report/8b_performance.ipynb #aee7474e
 @torch.no_grad()
-def original_scores(images:list,     # (3, H, W) uint8 tensors
-                    texts:list,      # as many
-                    load,            # from `reloaded`
-                    batch:int=32,    # pairs a call
-                    )->np.ndarray:   # the mean of each batch, which is all that it gives
+def original_scores(
+    images: list,  # (3, H, W) uint8 tensors
+    texts: list,  # as many
+    load,  # from `reloaded`
+    batch: int = 32,  # pairs a call
+) -> np.ndarray:  # the mean of each batch, which is all that it gives
     "Scores as the original computed them."
     from torchmetrics.functional.multimodal import clip_score
-    return np.array([float(clip_score(images[i:i + batch], texts[i:i + batch], load)) for i in range(0, len(texts), batch)])
+
+    return np.array(
+        [float(clip_score(images[i : i + batch], texts[i : i + batch], load)) for i in range(0, len(texts), batch)]
+    )
 
 # %% ../../nbs/8_report/8b_performance.ipynb #68b1b1b6
 @torch.no_grad()
-def original_cosines(model,          # of open_clip
-                     preprocess,     # picture to (3, size, size)
-                     tokenizer,      # of open_clip
-                     items,          # table with image, positive, negative
-                     pictures:dict,  # image to path
-                     )->np.ndarray:  # (items, 2)
+def original_cosines(
+    model,  # of open_clip
+    preprocess,  # picture to (3, size, size)
+    tokenizer,  # of open_clip
+    items,  # table with image, positive, negative
+    pictures: dict,  # image to path
+) -> np.ndarray:  # (items, 2)
     "Cosines as the benchmark's loop computes them."
+
     def cosine(path, text):
-        x = model.encode_image(preprocess(Image.open(path).convert('RGB'))[None], normalize=True)
-        return float((x*model.encode_text(tokenizer([text]), normalize=True)).sum())
+        x = model.encode_image(preprocess(Image.open(path).convert("RGB"))[None], normalize=True)
+        return float((x * model.encode_text(tokenizer([text]), normalize=True)).sum())
+
     return np.array([[cosine(pictures[r.image], t) for t in (r.positive, r.negative)] for r in items.itertuples()])
 
 # %% ../../nbs/8_report/8b_performance.ipynb #23bcc3b7
-def plain_loss(model,                # of open_clip, adapted or not
-               tokenizer,            # of open_clip
-               pixels:torch.Tensor,  # (B, 3, size, size), normalised
-               texts:list,           # B captions
-               scale:float,          # inverse temperature
-               )->torch.Tensor:      # scalar
+def plain_loss(
+    model,  # of open_clip, adapted or not
+    tokenizer,  # of open_clip
+    pixels: torch.Tensor,  # (B, 3, size, size), normalised
+    texts: list,  # B captions
+    scale: float,  # inverse temperature
+) -> torch.Tensor:  # scalar
     "The contrast of a batch, written plainly."
     from open_clip.loss import ClipLoss
-    return ClipLoss()(model.encode_image(pixels, normalize=True), model.encode_text(tokenizer(texts), normalize=True), scale)
+
+    return ClipLoss()(
+        model.encode_image(pixels, normalize=True), model.encode_text(tokenizer(texts), normalize=True), scale
+    )
 
 # %% ../../nbs/8_report/8b_performance.ipynb #502e3366
-def plain_step(weights:list,  # what is trained
-               loss,          # function without arguments
-               ):
+def plain_step(
+    weights: list,  # what is trained
+    loss,  # function without arguments
+):
     "One step, written plainly."
-    optimiser = torch.optim.AdamW(weights, lr=1e-5, betas=(.9, .98), weight_decay=.1)
+    optimiser = torch.optim.AdamW(weights, lr=1e-5, betas=(0.9, 0.98), weight_decay=0.1)
     loss().backward()
-    torch.nn.utils.clip_grad_norm_(weights, 1.)
-    optimiser.step(); optimiser.zero_grad()
+    torch.nn.utils.clip_grad_norm_(weights, 1.0)
+    optimiser.step()
+    optimiser.zero_grad()
 
 # %% ../../nbs/8_report/8b_performance.ipynb #c0542a83
-def ratio(ours,    # seconds of each turn, for the same work
-          theirs,  # of the other side
-          )->dict: # value, low, high, n: how many times faster ours is
+def ratio(
+    ours,  # seconds of each turn, for the same work
+    theirs,  # of the other side
+) -> dict:  # value, low, high, n: how many times faster ours is
     "How many times faster, with the range over the turns."
     ours, theirs = np.broadcast_arrays(np.asarray(ours, float), np.asarray(theirs, float))
-    each = theirs/ours
-    return dict(value=float(theirs.sum()/ours.sum()), low=float(each.min()), high=float(each.max()), n=len(each))
+    each = theirs / ours
+    return dict(value=float(theirs.sum() / ours.sum()), low=float(each.min()), high=float(each.max()), n=len(each))
 
 # %% ../../nbs/8_report/8b_performance.ipynb #8af86da8
-def agree(what:str,    # for the message
-          ours,        # numbers
-          theirs,      # as many
-          most:float,  # largest difference that is allowed
-          )->float:    # the largest difference
+def agree(
+    what: str,  # for the message
+    ours,  # numbers
+    theirs,  # as many
+    most: float,  # largest difference that is allowed
+) -> float:  # the largest difference
     "Make sure that both sides found the same."
     off = float(np.abs(np.asarray(ours, float) - np.asarray(theirs, float)).max())
-    if not off <= most: raise StudyError(f'{what}: the two sides differ by {off:.2g}, more than {most:g}; times of different results are not compared. Compare the two libraries\' versions with constraints.txt')
+    if not off <= most:
+        raise StudyError(
+            f"{what}: the two sides differ by {off:.2g}, more than {most:g}; times of different results are not compared. Compare the two libraries' versions with constraints.txt"
+        )
     return off

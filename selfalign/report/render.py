@@ -20,27 +20,29 @@ from ..study.stage import publish
 
 # %% ../../nbs/8_report/80_render.ipynb #66c00a9d
 LIMIT = 6_000_000  # bytes of a report
-SMALL = 60_000     # bytes of a table that comes before the notebooks; those with answers always do
+SMALL = 60_000  # bytes of a table that comes before the notebooks; those with answers always do
+
 
 @dataclass
 class Site:
     "The folder being written, and the room left in it"
-    folder: Path                                 # where it is written
-    missing: list                                # sentences that say what is not there
-    old: Path = Path()                           # the report before
-    room: int = LIMIT - 600_000                  # bytes left, with some kept for the page itself
-    files: list = field(default_factory=list)    # what was written: path and what it is
-    left: list = field(default_factory=list)     # paths for which there was no room
 
-    def add(self, path, data, what=''):
+    folder: Path  # where it is written
+    missing: list  # sentences that say what is not there
+    old: Path = Path()  # the report before
+    room: int = LIMIT - 600_000  # bytes left, with some kept for the page itself
+    files: list = field(default_factory=list)  # what was written: path and what it is
+    left: list = field(default_factory=list)  # paths for which there was no room
+
+    def add(self, path, data, what=""):
         "Write a file if there is room; returns its path in the report, or an empty string"
         data = data.encode() if isinstance(data, str) else data
         if len(data) > self.room:
             self.left.append(path)
-            return ''
+            return ""
         self.room -= len(data)
-        (self.folder/path).parent.mkdir(parents=True, exist_ok=True)
-        (self.folder/path).write_bytes(data)
+        (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (self.folder / path).write_bytes(data)
         self.files.append((path, what))
         return path
 
@@ -48,146 +50,237 @@ class Site:
 def _fingerprint(notebook, *more):
     "Hash of a notebook and of all that makes a page of it"
     from importlib.metadata import version
-    parts = [notebook.read_bytes(), page_file('notebook.html.j2').encode(), Path(offline.__file__).read_bytes(), repr((version('nbconvert'), *more)).encode()]
-    return hashlib.sha256(b'\0'.join(hashlib.sha256(o).digest() for o in parts)).hexdigest()
+
+    parts = [
+        notebook.read_bytes(),
+        page_file("notebook.html.j2").encode(),
+        Path(offline.__file__).read_bytes(),
+        repr((version("nbconvert"), *more)).encode(),
+    ]
+    return hashlib.sha256(b"\0".join(hashlib.sha256(o).digest() for o in parts)).hexdigest()
+
 
 def _notebook(notebook, old, *args):
     "The page of a notebook, or the old one if nothing has changed"
-    mark = f'<!-- made from {_fingerprint(notebook, *args)} -->\n'
-    if old.is_file() and (page := old.read_text(encoding='utf-8')).endswith(mark): return page
+    mark = f"<!-- made from {_fingerprint(notebook, *args)} -->\n"
+    if old.is_file() and (page := old.read_text(encoding="utf-8")).endswith(mark):
+        return page
     return no_machine_paths(notebook_html(notebook, *args)) + mark
 
 # %% ../../nbs/8_report/80_render.ipynb #59e453e7
 def _notebooks(run, site):
     "Write the page of every executed notebook, once where several stages share it; returns stage -> its path"
-    folders = {s['name']: s['folder'] for s in run.stages}
-    read = {k: read_part(f/'notebook.ipynb', dict, run.missing, needed=True) for k, f in folders.items()}
+    folders = {s["name"]: s["folder"] for s in run.stages}
+    read = {k: read_part(f / "notebook.ipynb", dict, run.missing, needed=True) for k, f in folders.items()}
     first = {}
-    for s in run.stages: first.setdefault(s.get('notebook') or s['name'], s['name'])
-    again = [s['name'] for s in run.stages if first[s.get('notebook') or s['name']] != s['name']]
-    if again: run.missing.append(f'The executed notebooks of {", ".join(again)} are in the run folder: they are notebooks shown here, with other parameters.')
-    stages, style, made = [k for k, nb in read.items() if nb and k not in again], page_file('style.css'), {}
+    for s in run.stages:
+        first.setdefault(s.get("notebook") or s["name"], s["name"])
+    again = [s["name"] for s in run.stages if first[s.get("notebook") or s["name"]] != s["name"]]
+    if again:
+        run.missing.append(
+            f"The executed notebooks of {', '.join(again)} are in the run folder: they are notebooks shown here, with other parameters."
+        )
+    stages, style, made = [k for k, nb in read.items() if nb and k not in again], page_file("style.css"), {}
     for stage in stages:
-        try: page = _notebook(folders[stage]/'notebook.ipynb', site.old/stage/'notebook.html', stage, style, run.ours, stages)
-        except Exception as e: run.missing.append(f'The notebook of {stage} cannot be shown ({type(e).__name__}).')
-        else: made[stage] = site.add(f'{stage}/notebook.html', page, 'executed notebook')
+        try:
+            page = _notebook(
+                folders[stage] / "notebook.ipynb", site.old / stage / "notebook.html", stage, style, run.ours, stages
+            )
+        except Exception as e:
+            run.missing.append(f"The notebook of {stage} cannot be shown ({type(e).__name__}).")
+        else:
+            made[stage] = site.add(f"{stage}/notebook.html", page, "executed notebook")
     return {k: v for k, v in made.items() if v}
 
 # %% ../../nbs/8_report/80_render.ipynb #06143cd7
 def _beside(folder, name):
     "A file that a stage has listed, if it is there and inside the stage's folder"
-    for base in (folder, folder/'figures'):
-        file = (base/str(name)).resolve()
-        if file.is_file() and file.is_relative_to(folder.resolve()): return file
+    for base in (folder, folder / "figures"):
+        file = (base / str(name)).resolve()
+        if file.is_file() and file.is_relative_to(folder.resolve()):
+            return file
+
 
 def _drawing(file, i):
     "An SVG for the page and as a file of its own, and why there is none"
-    if file is None: return '', '', 'the figure is not there'
-    try: svg = file.read_text(encoding='utf-8')
-    except (OSError, ValueError) as e: return '', '', f'its SVG cannot be read ({type(e).__name__})'
-    try: return clean_svg(svg, f'f{i}-'), clean_svg(svg, alone=True), ''
-    except Exception as e: return '', '', f'its SVG cannot be read ({type(e).__name__})'
+    if file is None:
+        return "", "", "the figure is not there"
+    try:
+        svg = file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as e:
+        return "", "", f"its SVG cannot be read ({type(e).__name__})"
+    try:
+        return clean_svg(svg, f"f{i}-"), clean_svg(svg, alone=True), ""
+    except Exception as e:
+        return "", "", f"its SVG cannot be read ({type(e).__name__})"
 
 # %% ../../nbs/8_report/80_render.ipynb #d3d5b00e
 def _broad(svg):
     "Is a drawing wider than eight inches, or about twice as wide as high?"
     box = re.search(r'viewBox="\S+ \S+ ([\d.]+) ([\d.]+)"', svg)
-    return bool(box) and float(box[1]) > min(576, 1.9*float(box[2]))
+    return bool(box) and float(box[1]) > min(576, 1.9 * float(box[2]))
 
 # %% ../../nbs/8_report/80_render.ipynb #69b84a1b
 def _figure(run, site, s, record, i, pages):
     "One figure: its files copied, its drawing ready for the page"
-    name = plain(record.get('name')) or f'figure {i}'
-    title, caption = plain(record.get('title')) or name, plain(record.get('caption'), 2000)
-    files = {f.suffix.lower(): f for f in (_beside(s['folder'], o) for o in record.get('files') or []) if f}
-    inner, alone, why = _drawing(files.get('.svg'), i)
+    name = plain(record.get("name")) or f"figure {i}"
+    title, caption = plain(record.get("title")) or name, plain(record.get("caption"), 2000)
+    files = {f.suffix.lower(): f for f in (_beside(s["folder"], o) for o in record.get("files") or []) if f}
+    inner, alone, why = _drawing(files.get(".svg"), i)
     if not run.ours and (not inner or holds_picture(inner)):
-        inner, alone, why = '', '', 'not shown: it may hold pictures that may not be passed on'
-        files.pop('.png', None)
+        inner, alone, why = "", "", "not shown: it may hold pictures that may not be passed on"
+        files.pop(".png", None)
+
     def copy(suffix, data=None):
-        if suffix not in files: return ''
-        return site.add(f'{s["name"]}/figures/{files[suffix].name}', data or files[suffix].read_bytes(), f'figure: {title}')
-    cell = record.get('cell', cell_of(s['folder']/'notebook.ipynb', name))
-    page = pages.get(s['name'], '') and pages[s['name']] + (f'#cell-{cell}' if isinstance(cell, int) else '')
+        if suffix not in files:
+            return ""
+        return site.add(
+            f"{s['name']}/figures/{files[suffix].name}", data or files[suffix].read_bytes(), f"figure: {title}"
+        )
+
+    cell = record.get("cell", cell_of(s["folder"] / "notebook.ipynb", name))
+    page = pages.get(s["name"], "") and pages[s["name"]] + (f"#cell-{cell}" if isinstance(cell, int) else "")
     broad = _broad(inner)
-    if len(inner) > min(110_000, site.room): inner = ''
+    if len(inner) > min(110_000, site.room):
+        inner = ""
     site.room -= len(inner)
-    links = [('how it was made', page)] if page else []
-    later = {'SVG': lambda: copy('.svg', alone) if alone else '', 'PNG': lambda: copy('.png'), 'CSV': lambda: copy('.csv')}   # the same once more, as files
-    return dict(id=f'figure-{i}', title=title, caption=caption, alt=f'Figure: {title}. {caption}', svg=inner, png='', why=why, broad=broad,
-                lines=bool(inner) and not holds_picture(inner), links=links, later=later)
+    links = [("how it was made", page)] if page else []
+    later = {
+        "SVG": lambda: copy(".svg", alone) if alone else "",
+        "PNG": lambda: copy(".png"),
+        "CSV": lambda: copy(".csv"),
+    }  # the same once more, as files
+    return dict(
+        id=f"figure-{i}",
+        title=title,
+        caption=caption,
+        alt=f"Figure: {title}. {caption}",
+        svg=inner,
+        png="",
+        why=why,
+        broad=broad,
+        lines=bool(inner) and not holds_picture(inner),
+        links=links,
+        later=later,
+    )
 
 # %% ../../nbs/8_report/80_render.ipynb #0db88dce
 def _files_of(figures):
     "Copy the files of figures: first of those that the page cannot show without, then data, drawings, pixels"
-    order = ('SVG', 'PNG', 'CSV', 'how it was made')
-    for wanted in (lambda f, kind: not f['svg'], lambda f, kind: kind == 'CSV', lambda f, kind: kind == 'SVG', lambda f, kind: True):
+    order = ("SVG", "PNG", "CSV", "how it was made")
+    for wanted in (
+        lambda f, kind: not f["svg"],
+        lambda f, kind: kind == "CSV",
+        lambda f, kind: kind == "SVG",
+        lambda f, kind: True,
+    ):
         for f in figures:
-            for kind in [k for k in f['later'] if wanted(f, k)]:
-                if not (path := f['later'].pop(kind)()): continue
-                f['links'] = sorted([*f['links'], (kind, path)], key=lambda link: order.index(link[0]))
-                if kind != 'CSV': f['png'] = f['png'] or path
+            for kind in [k for k in f["later"] if wanted(f, k)]:
+                if not (path := f["later"].pop(kind)()):
+                    continue
+                f["links"] = sorted([*f["links"], (kind, path)], key=lambda link: order.index(link[0]))
+                if kind != "CSV":
+                    f["png"] = f["png"] or path
 
 # %% ../../nbs/8_report/80_render.ipynb #278f559e
 def _figures(run, site, pages):
     "All figures of a run, stage by stage"
-    records = [(s, o) for s in run.stages for o in read_part(s['folder']/'figures.json', list, run.missing, needed=s['status'] == 'finished') if isinstance(o, dict)]
+    records = [
+        (s, o)
+        for s in run.stages
+        for o in read_part(s["folder"] / "figures.json", list, run.missing, needed=s["status"] == "finished")
+        if isinstance(o, dict)
+    ]
     return [_figure(run, site, s, o, i, pages) for i, (s, o) in enumerate(records)]
 
 # %% ../../nbs/8_report/80_render.ipynb #25576122
 def _table_of(file):
     "The bytes of a Parquet table; problems, which name files, without the folders of this machine"
-    if file.stem != 'problems': return file.read_bytes()
+    if file.stem != "problems":
+        return file.read_bytes()
     import pandas as pd
+
     table = pd.read_parquet(file)
     return table.map(lambda v: no_machine_paths(v) if isinstance(v, str) else v).to_parquet(index=False)
+
 
 def _tables(run, site, first):
     "Copy the Parquet tables of every stage that come first (answers, and all small ones), or the others; the small ones first"
     import pyarrow.parquet as pq
-    found = sorted((f.stat().st_size, s['name'], f) for s in run.stages for f in (s['folder']/'tables').glob('*.parquet'))
+
+    found = sorted(
+        (f.stat().st_size, s["name"], f) for s in run.stages for f in (s["folder"] / "tables").glob("*.parquet")
+    )
     for size, stage, f in found:
-        if first != (size <= SMALL or f.stem.startswith(('predictions', 'points', 'retention', 'readings'))): continue
-        if not run.ours and f.stem == 'pairs': continue
-        try: table = pq.ParquetFile(f)
-        except Exception: continue
-        if any('BYTE_ARRAY' == c.physical_type and str(c.logical_type.type) == 'NONE' for c in map(table.schema.column, range(len(table.schema)))): continue
-        site.add(f'{stage}/tables/{f.name}', _table_of(f), f'table of {table.metadata.num_rows:,} rows')
+        if first != (size <= SMALL or f.stem.startswith(("predictions", "points", "retention", "readings"))):
+            continue
+        if not run.ours and f.stem == "pairs":
+            continue
+        try:
+            table = pq.ParquetFile(f)
+        except Exception:
+            continue
+        if any(
+            "BYTE_ARRAY" == c.physical_type and str(c.logical_type.type) == "NONE"
+            for c in map(table.schema.column, range(len(table.schema)))
+        ):
+            continue
+        site.add(f"{stage}/tables/{f.name}", _table_of(f), f"table of {table.metadata.num_rows:,} rows")
 
 # %% ../../nbs/8_report/80_render.ipynb #13da58cc
 def _page(run, **pieces):
     "The page, from its template"
     from jinja2 import Environment, FunctionLoader, StrictUndefined
-    env = Environment(loader=FunctionLoader(page_file), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+
+    env = Environment(
+        loader=FunctionLoader(page_file),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
     env.filters |= dict(amount=amount, thousands=thousands)
-    script = '\n' + ';\n'.join(page_file(f'{name}.js') for name in ('gallery', 'threshold'))
+    script = "\n" + ";\n".join(page_file(f"{name}.js") for name in ("gallery", "threshold"))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return env.get_template('index.html.j2').render(style=page_file('style.css'), script=script, script_hash=f'sha256-{digest}', missing=run.missing, **pieces)
+    return env.get_template("index.html.j2").render(
+        style=page_file("style.css"), script=script, script_hash=f"sha256-{digest}", missing=run.missing, **pieces
+    )
 
 # %% ../../nbs/8_report/80_render.ipynb #8178d005
 def _twin(run, site, shown):
     "What the section on thresholds needs, or None"
-    if not shown.cards or not (run.folder/'score/tables/scores.parquet').is_file(): return None
-    try: found = twin(run.folder.resolve(), shown)
-    except Exception as e: run.missing.append(f'Thresholds: {e if isinstance(e, StudyError) else type(e).__name__}.'); return None
-    site.room -= 3*len(found['data']) if found else 0
+    if not shown.cards or not (run.folder / "score/tables/scores.parquet").is_file():
+        return None
+    try:
+        found = twin(run.folder.resolve(), shown)
+    except Exception as e:
+        run.missing.append(f"Thresholds: {e if isinstance(e, StudyError) else type(e).__name__}.")
+        return None
+    site.room -= 3 * len(found["data"]) if found else 0
     return found
 
 # %% ../../nbs/8_report/80_render.ipynb #05376f99
-def _size(n): return f'{n/1e6:.1f} MB' if n >= 1e6 else f'{max(1, n/1e3):.0f} kB'
+def _size(n):
+    return f"{n / 1e6:.1f} MB" if n >= 1e6 else f"{max(1, n / 1e3):.0f} kB"
+
 
 def _write(run, site):
     "Write all pieces of a report into its folder"
+
     def copy(path, file, what):
-        if file.is_file(): site.add(path, no_machine_paths(file.read_text(encoding='utf-8', errors='replace')), what)
-    copy('results.csv', run.folder/'results.csv', 'every number of this page')
-    about = {k: v for k, v in run.info.items() if k not in ('pid', 'start', 'seconds', 'command', 'status')}
-    site.add('run.json', no_machine_paths(json.dumps(about, indent=1, ensure_ascii=False)), 'the run')
-    for s in run.stages: copy(f'{s["name"]}/stage.json', s['folder']/'stage.json', 'parameters, versions, machine')
+        if file.is_file():
+            site.add(path, no_machine_paths(file.read_text(encoding="utf-8", errors="replace")), what)
+
+    copy("results.csv", run.folder / "results.csv", "every number of this page")
+    about = {k: v for k, v in run.info.items() if k not in ("pid", "start", "seconds", "command", "status")}
+    site.add("run.json", no_machine_paths(json.dumps(about, indent=1, ensure_ascii=False)), "the run")
+    for s in run.stages:
+        copy(f"{s['name']}/stage.json", s["folder"] / "stage.json", "parameters, versions, machine")
     _tables(run, site, first=True)
-    shown = gallery(run.folder, source=run.source) if run.stage('sample') else Gallery()
+    shown = gallery(run.folder, source=run.source) if run.stage("sample") else Gallery()
     columns, tile = 16, min(128, max((max(o.size) for o in shown.pictures), default=64))
-    if shown.pictures: site.add('gallery.webp', sprite(shown.pictures, tile, columns, border=2), 'pictures of the gallery')
+    if shown.pictures:
+        site.add("gallery.webp", sprite(shown.pictures, tile, columns, border=2), "pictures of the gallery")
     pages = _notebooks(run, site)
     figures = _figures(run, site, pages)
     thresholds = _twin(run, site, shown)
@@ -195,43 +288,81 @@ def _write(run, site):
     _tables(run, site, first=False)
     run.missing += shown.missing
     for f in figures:
-        if not f['svg'] and not f['png']: f['why'] = f['why'] or 'This picture is in the run folder: the report would have grown too large.'
+        if not f["svg"] and not f["png"]:
+            f["why"] = f["why"] or "This picture is in the run folder: the report would have grown too large."
     if site.left:
-        beside = [p for p in site.left if '/figures/' in p]; named = [p for p in site.left if p not in beside] + ([f'{len(beside)} files of figures that are drawn here'] if beside else [])
-        run.missing.append(f'Left in the run folder, since the report would grow over {LIMIT/1e6:.0f} MB: {", ".join(named)}.')
-    found = problems({s['name']: s['folder'] for s in run.stages}, run.missing)
+        beside = [p for p in site.left if "/figures/" in p]
+        named = [p for p in site.left if p not in beside] + (
+            [f"{len(beside)} files of figures that are drawn here"] if beside else []
+        )
+        run.missing.append(
+            f"Left in the run folder, since the report would grow over {LIMIT / 1e6:.0f} MB: {', '.join(named)}."
+        )
+    found = problems({s["name"]: s["folder"] for s in run.stages}, run.missing)
     tables = result_tables(run.results) if run.results is not None else []
     first = run.stages[0] if run.stages else {}
-    scale, preset = (plain(run.info.get(o) or first.get(o) or 'unknown') for o in ('scale', 'preset'))
+    scale, preset = (plain(run.info.get(o) or first.get(o) or "unknown") for o in ("scale", "preset"))
     head, versions = facts(run)
-    files = [dict(href=p, name=p, what=plain(w), size=_size((site.folder/p).stat().st_size)) for p, w in sorted(site.files)]
-    page = _page(run, title=plain(run.info.get('title')) or f'Run {plain(run.folder.name)}', name=plain(run.folder.name), preset=preset, scale=scale,
-                 facts=head, versions=versions, notes=warnings_of(run, scale), chapters=tables, figures=figures, gallery=shown, twin=thresholds, columns=columns, edge=tile, border=2,
-                 rows=-(-len(shown.pictures)//columns) or 1, problems=found, stages=stage_rows(run, pages), files=files, numbers=any(f['name'] == 'results.csv' for f in files))
-    (site.folder/'index.html').write_text(no_machine_paths(page), encoding='utf-8')
+    files = [
+        dict(href=p, name=p, what=plain(w), size=_size((site.folder / p).stat().st_size)) for p, w in sorted(site.files)
+    ]
+    page = _page(
+        run,
+        title=plain(run.info.get("title")) or f"Run {plain(run.folder.name)}",
+        name=plain(run.folder.name),
+        preset=preset,
+        scale=scale,
+        facts=head,
+        versions=versions,
+        notes=warnings_of(run, scale),
+        chapters=tables,
+        figures=figures,
+        gallery=shown,
+        twin=thresholds,
+        columns=columns,
+        edge=tile,
+        border=2,
+        rows=-(-len(shown.pictures) // columns) or 1,
+        problems=found,
+        stages=stage_rows(run, pages),
+        files=files,
+        numbers=any(f["name"] == "results.csv" for f in files),
+    )
+    (site.folder / "index.html").write_text(no_machine_paths(page), encoding="utf-8")
 
 # %% ../../nbs/8_report/80_render.ipynb #871eef53
 def _replaceable(out):
     "May this folder be replaced by a report?"
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())): return True
-    try: return '<meta name="generator" content="selfalign report">' in (out/'index.html').read_text(encoding='utf-8')[:2000]
-    except (OSError, ValueError): return False
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return True
+    try:
+        return (
+            '<meta name="generator" content="selfalign report">'
+            in (out / "index.html").read_text(encoding="utf-8")[:2000]
+        )
+    except (OSError, ValueError):
+        return False
 
 # %% ../../nbs/8_report/80_render.ipynb #017327ad
 def render(
-    run_folder,            # data/runs/<run>
-    out: Path|None = None, # folder of the report; None: reports/<run>
-) -> Path:                 # its index.html
+    run_folder,  # data/runs/<run>
+    out: Path | None = None,  # folder of the report; None: reports/<run>
+) -> Path:  # its index.html
     "Write the report of a run"
     run = read_run(run_folder)
-    out = Path(out) if out else find_root()/'reports'/run.folder.resolve().name
-    if not _replaceable(out): raise ReportError(f'{out} is there and is not a report; move it away or give another folder')
-    partial = out.with_name(f'.{out.name}.partial')
+    out = Path(out) if out else find_root() / "reports" / run.folder.resolve().name
+    if not _replaceable(out):
+        raise ReportError(f"{out} is there and is not a report; move it away or give another folder")
+    partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         _write(run, Site(partial, run.missing, out))
         publish(partial, out)
-    except OSError as e: raise ReportError(f'the report could not be written to {out} ({e.strerror}); mend this and run: selfalign report {run.folder.name}') from e
-    finally: shutil.rmtree(partial, ignore_errors=True)
-    return out/'index.html'
+    except OSError as e:
+        raise ReportError(
+            f"the report could not be written to {out} ({e.strerror}); mend this and run: selfalign report {run.folder.name}"
+        ) from e
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out / "index.html"

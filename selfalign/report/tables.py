@@ -12,132 +12,197 @@ from ..study.stage import VERDICTS
 
 # %% ../../nbs/8_report/86_tables.ipynb #2001defd
 def thousands(
-    value  # a number
+    value,  # a number
 ) -> str:  # with its digits in groups of three
     "A whole number, easy to read"
-    return f'{value:,.0f}'.replace(',', '\u202f')
+    return f"{value:,.0f}".replace(",", "\u202f")
+
 
 def amount(
-    value,                 # a number, or nothing
-    unit: str = '',        # fraction, count, seconds, gb, ratio or score
+    value,  # a number, or nothing
+    unit: str = "",  # fraction, count, seconds, gb, ratio or score
     signed: bool = False,  # a plus sign before positive numbers?
-    bare: bool = False,    # without the unit?
-) -> str:                  # text for the page
+    bare: bool = False,  # without the unit?
+) -> str:  # text for the page
     "A number in its unit"
-    if value is None or value != value: return '–'
-    if unit == 'seconds' and abs(value) >= 120 and not bare: text = f'{value//60:.0f} min {value%60:.0f} s'
-    elif unit == 'count' and value == round(value): text = thousands(value)
-    elif unit == 'ratio' and 0 < abs(value) < .01: text = f'{value:.2g}'
+    if value is None or value != value:
+        return "–"
+    if unit == "seconds" and abs(value) >= 120 and not bare:
+        text = f"{value // 60:.0f} min {value % 60:.0f} s"
+    elif unit == "count" and value == round(value):
+        text = thousands(value)
+    elif unit == "ratio" and 0 < abs(value) < 0.01:
+        text = f"{value:.2g}"
     else:
-        digits, scale, sign = dict(fraction=(1, 100, ' %'), seconds=(1, 1, ' s'), gb=(2, 1, ' GB'), ratio=(3, 1, '')).get(unit, (2, 1, ''))
-        text = f'{value*scale:.{digits}f}' + ('' if bare else sign)
-    return ('+' if signed and value > 0 else '') + text.replace('-', '−')
+        digits, scale, sign = dict(
+            fraction=(1, 100, " %"), seconds=(1, 1, " s"), gb=(2, 1, " GB"), ratio=(3, 1, "")
+        ).get(unit, (2, 1, ""))
+        text = f"{value * scale:.{digits}f}" + ("" if bare else sign)
+    return ("+" if signed and value > 0 else "") + text.replace("-", "−")
 
 # %% ../../nbs/8_report/86_tables.ipynb #0a948626
 def read_results(
-    file  # results.csv
-):        # a table with numbers where numbers belong
+    file,  # results.csv
+):  # a table with numbers where numbers belong
     "The tidy results of a run"
     import pandas as pd
+
     df = pd.read_csv(file, dtype=str, keep_default_na=False)
-    for c in ('value', 'low', 'high', 'n', 'chance'): df[c] = pd.to_numeric(df[c], errors='coerce')
-    return df.drop_duplicates(['chapter', 'table', 'row', 'metric'], keep='last')
+    for c in ("value", "low", "high", "n", "chance"):
+        df[c] = pd.to_numeric(df[c], errors="coerce")
+    return df.drop_duplicates(["chapter", "table", "row", "metric"], keep="last")
 
 # %% ../../nbs/8_report/86_tables.ipynb #f54e58c8
 def _axis(column):
     "The two ends of a column's axis, or None"
-    lows, highs = column[['low', 'value']].min(axis=1), column[['high', 'value']].max(axis=1)
-    if (column['metric'] == 'verdict').any(): return None
-    if (column['unit'] == 'fraction').all() and lows.min() >= 0 and highs.max() <= 1: return 0., 1.
+    lows, highs = column[["low", "value"]].min(axis=1), column[["high", "value"]].max(axis=1)
+    if (column["metric"] == "verdict").any():
+        return None
+    if (column["unit"] == "fraction").all() and lows.min() >= 0 and highs.max() <= 1:
+        return 0.0, 1.0
     return (lows.min(), highs.max()) if len(column) > 1 and highs.max() > lows.min() else None
+
 
 def _spark(o, axis):
     "Positions of a small interval drawing, in per cent of its width"
-    if axis is None or o.low != o.low or o.high != o.high: return None
-    def at(v): return round(min(100, max(0, 100*(v - axis[0])/(axis[1] - axis[0]))), 1)
+    if axis is None or o.low != o.low or o.high != o.high:
+        return None
+
+    def at(v):
+        return round(min(100, max(0, 100 * (v - axis[0]) / (axis[1] - axis[0]))), 1)
+
     tick = o.chance if o.chance == o.chance else 0 if axis[0] < 0 < axis[1] else None
     return dict(low=at(o.low), high=at(o.high), dot=at(o.value), tick=None if tick is None else at(tick))
 
 # %% ../../nbs/8_report/86_tables.ipynb #7879851c
 def _chance_place(df):
     "Where chance goes in a table: foot, column, cell, or nowhere"
-    known = df.dropna(subset='chance')
-    if not len(known): return ''
-    if known.groupby('metric')['chance'].nunique().max() == 1: return 'foot'
-    return 'column' if known.groupby('row')['chance'].nunique().max() == 1 else 'cell'
+    known = df.dropna(subset="chance")
+    if not len(known):
+        return ""
+    if known.groupby("metric")["chance"].nunique().max() == 1:
+        return "foot"
+    return "column" if known.groupby("row")["chance"].nunique().max() == 1 else "cell"
+
 
 def _chance(df):
     "The first chance of these rows, as text"
-    known = df.dropna(subset='chance')
-    return amount(known['chance'].iloc[0], known['unit'].iloc[0]) if len(known) else ''
+    known = df.dropna(subset="chance")
+    return amount(known["chance"].iloc[0], known["unit"].iloc[0]) if len(known) else ""
 
 # %% ../../nbs/8_report/86_tables.ipynb #e87e9a89
 def _metric(name, column):
     "Head and foot of a column"
-    better = [o for o in column['better'] if o]
-    return dict(name=plain(name), better=better[0] if better else '', axis=_axis(column), chance=_chance(column))
+    better = [o for o in column["better"] if o]
+    return dict(name=plain(name), better=better[0] if better else "", axis=_axis(column), chance=_chance(column))
+
 
 def _cell(o, axis, with_chance):
     "One number with what is needed to judge it"
     both = o.low == o.low and o.high == o.high
-    words = VERDICTS.get(o.value) if o.metric == 'verdict' else None
-    return dict(value=words or amount(o.value, o.unit), range=f'[{amount(o.low, o.unit, bare=True)}, {amount(o.high, o.unit, bare=True)}]' if both else '',
-                chance=amount(o.chance, o.unit) if with_chance and o.chance == o.chance else '', spark=_spark(o, axis))
+    words = VERDICTS.get(o.value) if o.metric == "verdict" else None
+    return dict(
+        value=words or amount(o.value, o.unit),
+        range=f"[{amount(o.low, o.unit, bare=True)}, {amount(o.high, o.unit, bare=True)}]" if both else "",
+        chance=amount(o.chance, o.unit) if with_chance and o.chance == o.chance else "",
+        spark=_spark(o, axis),
+    )
 
 # %% ../../nbs/8_report/86_tables.ipynb #dd53ac0a
 def joined(
-    values  # texts, some of them empty or repeated
-) -> str:   # each once, in order
+    values,  # texts, some of them empty or repeated
+) -> str:  # each once, in order
     "Different texts in one line"
-    return ' / '.join(dict.fromkeys(o for o in values if o))
+    return " / ".join(dict.fromkeys(o for o in values if o))
+
 
 def _row(name, group, metrics, place):
     "One row of a table; n stands once if all its numbers share it, else with each"
-    sizes = {o.metric: amount(o.n, 'count') for o in group.itertuples() if o.n == o.n}
+    sizes = {o.metric: amount(o.n, "count") for o in group.itertuples() if o.n == o.n}
     shared = len(set(sizes.values())) == 1
-    cells = {o.metric: _cell(o, metrics[o.metric]['axis'], place == 'cell') | dict(n='' if shared else sizes.get(o.metric, '')) for o in group.itertuples()}
-    return dict(name=plain(name), cells=[cells.get(m) for m in metrics], n=next(iter(sizes.values())) if shared else '',
-                seeds=joined(group['seeds'].map(plain)), chance=_chance(group))
+    cells = {
+        o.metric: _cell(o, metrics[o.metric]["axis"], place == "cell")
+        | dict(n="" if shared else sizes.get(o.metric, ""))
+        for o in group.itertuples()
+    }
+    return dict(
+        name=plain(name),
+        cells=[cells.get(m) for m in metrics],
+        n=next(iter(sizes.values())) if shared else "",
+        seeds=joined(group["seeds"].map(plain)),
+        chance=_chance(group),
+    )
 
 # %% ../../nbs/8_report/86_tables.ipynb #5a74a8dd
 def _table(name, df, i):
     "One table: its metrics across, its rows down"
-    metrics, place = {m: _metric(m, df[df['metric'] == m]) for m in df['metric'].unique()}, _chance_place(df)
-    rows = [_row(k, group, metrics, place) for k, group in df.groupby('row', sort=False)]
-    return dict(title=_title(name), id=f'table-{i}', metrics=list(metrics.values()), rows=rows, chance=place,
-                has_n=any(r['n'] for r in rows), has_seeds=any(r['seeds'] for r in rows))
+    metrics, place = {m: _metric(m, df[df["metric"] == m]) for m in df["metric"].unique()}, _chance_place(df)
+    rows = [_row(k, group, metrics, place) for k, group in df.groupby("row", sort=False)]
+    return dict(
+        title=_title(name),
+        id=f"table-{i}",
+        metrics=list(metrics.values()),
+        rows=rows,
+        chance=place,
+        has_n=any(r["n"] for r in rows),
+        has_seeds=any(r["seeds"] for r in rows),
+    )
 
 # %% ../../nbs/8_report/86_tables.ipynb #8171950b
-_titles = dict(table1='Table 1', models='The micro models', self_align='Self-Align', sail='SAIL', gmail='GMAIL', vlm='Vision-language models', clip='CLIP')
+_titles = dict(
+    table1="Table 1",
+    models="The micro models",
+    self_align="Self-Align",
+    sail="SAIL",
+    gmail="GMAIL",
+    vlm="Vision-language models",
+    clip="CLIP",
+)
+
 
 def _title(name):
     name = plain(name)
-    return _titles.get(name) or name[:1].upper() + name[1:].replace('_', ' ')
+    return _titles.get(name) or name[:1].upper() + name[1:].replace("_", " ")
+
 
 def result_tables(
-    results   # as `read_results` gives them
-) -> list:    # chapters with their tables, ready for the template
+    results,  # as `read_results` gives them
+) -> list:  # chapters with their tables, ready for the template
     "Tables for people: row x metric for each chapter and table"
     chapters, i = [], 0
-    for chapter, df in results.groupby('chapter', sort=False):
-        tables = [_table(t, o, i := i + 1) for t, o in df.groupby('table', sort=False)]
-        chapters.append(dict(title=_title(chapter), id=f'chapter-{len(chapters)}', tables=tables))
+    for chapter, df in results.groupby("chapter", sort=False):
+        tables = [_table(t, o, i := i + 1) for t, o in df.groupby("table", sort=False)]
+        chapters.append(dict(title=_title(chapter), id=f"chapter-{len(chapters)}", tables=tables))
     return chapters
 
 # %% ../../nbs/8_report/86_tables.ipynb #9ac0eef2
 def problems(
-    folders: dict,    # stage -> its folder
-    missing: list,    # gets a sentence for each table that cannot be read
-    first: int = 100, # rows shown one by one
-) -> dict:            # counts, the first rows, their total
+    folders: dict,  # stage -> its folder
+    missing: list,  # gets a sentence for each table that cannot be read
+    first: int = 100,  # rows shown one by one
+) -> dict:  # counts, the first rows, their total
     "What went wrong with the input, counted by stage and kind"
     import pandas as pd
+
     tables = []
     for stage, folder in folders.items():
-        try: tables.append(pd.read_parquet(folder/'tables'/'problems.parquet').assign(stage=stage))
-        except FileNotFoundError: pass
-        except Exception as e: missing.append(f'The table of problems of {stage} cannot be read ({type(e).__name__}).')
+        try:
+            tables.append(pd.read_parquet(folder / "tables" / "problems.parquet").assign(stage=stage))
+        except FileNotFoundError:
+            pass
+        except Exception as e:
+            missing.append(f"The table of problems of {stage} cannot be read ({type(e).__name__}).")
     df = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
-    df = df.reindex(columns=['stage', 'file', 'row', 'what', 'remedy']).map(plain)
-    counts = df.groupby(['stage', 'what', 'remedy'], sort=False).size().reset_index(name='count').sort_values('count', ascending=False, kind='stable')
-    return dict(counts=counts.head(first).to_dict('records'), rows=df.head(first).to_dict('records'), total=len(df), known=bool(tables))
+    df = df.reindex(columns=["stage", "file", "row", "what", "remedy"]).map(plain)
+    counts = (
+        df.groupby(["stage", "what", "remedy"], sort=False)
+        .size()
+        .reset_index(name="count")
+        .sort_values("count", ascending=False, kind="stable")
+    )
+    return dict(
+        counts=counts.head(first).to_dict("records"),
+        rows=df.head(first).to_dict("records"),
+        total=len(df),
+        known=bool(tables),
+    )

@@ -9,77 +9,142 @@ __all__ = ['STEPS', 'SHARES', 'RATES', 'states', 'shown_pairs', 'twin']
 import json
 import numpy as np
 from .gallery import short_names
-from ..self_align.explorer import MARGIN, WIDTH, around, axis_of, drawing, filtered, hills, place, scored_pairs, threshold_at
+from selfalign.self_align.explorer import (
+    MARGIN,
+    WIDTH,
+    around,
+    axis_of,
+    drawing,
+    filtered,
+    hills,
+    place,
+    scored_pairs,
+    threshold_at,
+)
 from ..study.settings import StudyError
 
 # %% ../../nbs/8_report/88_threshold.ipynb #7903948b
 STEPS = 80  # places of the slider
-SHARES = 'precision low high below recall random random_low random_high'.split()
-RATES = (.9, .7, .5, .3, .1)  # shown without JavaScript
+SHARES = "precision low high below recall random random_low random_high".split()
+RATES = (0.9, 0.7, 0.5, 0.3, 0.1)  # shown without JavaScript
 
-def _whole(x): return -1 if x != x else round(1000*x)
+
+def _whole(x):
+    return -1 if x != x else round(1000 * x)
+
 
 def states(
     table,  # rows of one scorer, from `scored_pairs`
-    grid,   # thresholds
-):          # for each threshold and kind: pairs kept, then the shares of `SHARES` in per mille
+    grid,  # thresholds
+):  # for each threshold and kind: pairs kept, then the shares of `SHARES` in per mille
     "What each place of the slider keeps"
     found = [filtered(table, t, repeats=200) for t in grid]
-    return [[[r['kept'], *(_whole(r[s]) for s in SHARES)] for r in f.to_dict('records')] for f in found]
+    return [[[r["kept"], *(_whole(r[s]) for s in SHARES)] for r in f.to_dict("records")] for f in found]
 
 # %% ../../nbs/8_report/88_threshold.ipynb #7b64dbdf
 def shown_pairs(
-    shown,   # the gallery
-    table,   # from `scored_pairs`
-    scorers, # references
-    grids,   # reference to thresholds
-):           # card, tile or -1, kind, true or -1, then score and last place for each scorer
+    shown,  # the gallery
+    table,  # from `scored_pairs`
+    scorers,  # references
+    grids,  # reference to thresholds
+):  # card, tile or -1, kind, true or -1, then score and last place for each scorer
     "The gallery's pairs that have all scores"
-    kinds = list(dict.fromkeys(table['kind'])); found = []
-    by = {(r.key, r.kind, r.scorer): (r.score, r.true) for r in table.drop_duplicates(['key', 'kind', 'scorer']).itertuples()}
+    kinds = list(dict.fromkeys(table["kind"]))
+    found = []
+    by = {
+        (r.key, r.kind, r.scorer): (r.score, r.true)
+        for r in table.drop_duplicates(["key", "kind", "scorer"]).itertuples()
+    }
     for c, card in enumerate(shown.cards):
-        tiles = [card['original'], *card['generated']]
-        for j, (key, tile) in enumerate(zip(card['keys'], tiles)):
-            got = [by.get((key, ('generated' if j else 'original'), s)) for s in scorers]
-            if None in got: continue
-            places = [(round(s, 2), int(np.searchsorted(grids[r], s, 'right')) - 1) for (s, _), r in zip(got, scorers)]
+        tiles = [card["original"], *card["generated"]]
+        for j, (key, tile) in enumerate(zip(card["keys"], tiles)):
+            got = [by.get((key, ("generated" if j else "original"), s)) for s in scorers]
+            if None in got:
+                continue
+            places = [(round(s, 2), int(np.searchsorted(grids[r], s, "right")) - 1) for (s, _), r in zip(got, scorers)]
             true = got[0][1]
-            found.append([c, tile if isinstance(tile, int) else -1, kinds.index('generated' if j else 'original'), -1 if true != true else int(true), *sum(places, ())])
+            found.append(
+                [
+                    c,
+                    tile if isinstance(tile, int) else -1,
+                    kinds.index("generated" if j else "original"),
+                    -1 if true != true else int(true),
+                    *sum(places, ()),
+                ]
+            )
     return found
 
 # %% ../../nbs/8_report/88_threshold.ipynb #755d3297
 def _rows(table, grid, states, kinds):
     "The table that is read without JavaScript"
     for rate in RATES:
-        t = int(np.abs(grid - threshold_at(table['score'], rate)).argmin())
-        for k, name in enumerate(kinds): yield dict(threshold=float(grid[t]), kind=name, pairs=int((table['kind'] == name).sum()), state=dict(zip(['kept', *SHARES], states[t][k])))
+        t = int(np.abs(grid - threshold_at(table["score"], rate)).argmin())
+        for k, name in enumerate(kinds):
+            yield dict(
+                threshold=float(grid[t]),
+                kind=name,
+                pairs=int((table["kind"] == name).sum()),
+                state=dict(zip(["kept", *SHARES], states[t][k])),
+            )
+
 
 def _sides(pairs, s, t, n=4):
     "Card, tile and the rest of the pairs just above and below a place of the slider"
-    rows = sorted(pairs, key=lambda p: p[4 + 2*s])
-    return [p for p in rows if p[5 + 2*s] >= t][:n], [p for p in reversed(rows) if p[5 + 2*s] < t][:n]
+    rows = sorted(pairs, key=lambda p: p[4 + 2 * s])
+    return [p for p in rows if p[5 + 2 * s] >= t][:n], [p for p in reversed(rows) if p[5 + 2 * s] < t][:n]
 
 # %% ../../nbs/8_report/88_threshold.ipynb #94b97bcb
 def _panel(table, name, kinds):
     "One scorer: drawings, thresholds, and what each of them keeps"
-    axis = axis_of(table['score']); grid = np.linspace(*axis, STEPS + 1); middle = int(np.abs(grid - np.median(table['score'])).argmin())
-    choices = [('all', table)] + ([(k, table[table['kind'] == k]) for k in kinds] if len(kinds) > 1 else [])
-    drawings = [(str(i), drawing(hills(t), axis, grid[middle], f'score by {name}')) for i, (_, t) in enumerate(choices)]
-    return dict(name=name, grid=grid, middle=middle, drawings=drawings, states=states(table, grid), ends=[float(place(a, *axis)) for a in axis])
+    axis = axis_of(table["score"])
+    grid = np.linspace(*axis, STEPS + 1)
+    middle = int(np.abs(grid - np.median(table["score"])).argmin())
+    choices = [("all", table)] + ([(k, table[table["kind"] == k]) for k in kinds] if len(kinds) > 1 else [])
+    drawings = [(str(i), drawing(hills(t), axis, grid[middle], f"score by {name}")) for i, (_, t) in enumerate(choices)]
+    return dict(
+        name=name,
+        grid=grid,
+        middle=middle,
+        drawings=drawings,
+        states=states(table, grid),
+        ends=[float(place(a, *axis)) for a in axis],
+    )
 
 # %% ../../nbs/8_report/88_threshold.ipynb #dead2f44
 def twin(
     run_folder,  # data/runs/<run>
-    shown,       # its gallery
-):               # what the template needs, or None where there are no scores
+    shown,  # its gallery
+):  # what the template needs, or None where there are no scores
     "The explorer of a run, ready for the page"
-    table = scored_pairs(run_folder); table = table[table['score'].notna()]
-    if not len(table): return None
-    names, kinds = short_names(sorted(table['scorer'].unique())), list(dict.fromkeys(table['kind']))
-    parts = {r: table[table['scorer'] == r] for r in names}; panels = [_panel(parts[r], n, kinds) for r, n in names.items()]
-    pairs = shown_pairs(shown, table, list(names), {r: p['grid'] for r, p in zip(names, panels)})
-    known = bool(table['true'].notna().any())
-    of_scorers = [dict(low=p['grid'][0], high=p['grid'][-1], ends=p['ends'], counts=[int((t['kind'] == k).sum()) for k in kinds], states=p['states']) for p, t in zip(panels, parts.values())]
+    table = scored_pairs(run_folder)
+    table = table[table["score"].notna()]
+    if not len(table):
+        return None
+    names, kinds = short_names(sorted(table["scorer"].unique())), list(dict.fromkeys(table["kind"]))
+    parts = {r: table[table["scorer"] == r] for r in names}
+    panels = [_panel(parts[r], n, kinds) for r, n in names.items()]
+    pairs = shown_pairs(shown, table, list(names), {r: p["grid"] for r, p in zip(names, panels)})
+    known = bool(table["true"].notna().any())
+    of_scorers = [
+        dict(
+            low=p["grid"][0],
+            high=p["grid"][-1],
+            ends=p["ends"],
+            counts=[int((t["kind"] == k).sum()) for k in kinds],
+            states=p["states"],
+        )
+        for p, t in zip(panels, parts.values())
+    ]
     data = dict(kinds=kinds, known=known, pairs=pairs, scorers=of_scorers)
-    for s, (p, r) in enumerate(zip(panels, names)): p.update(rows=list(_rows(parts[r], p['grid'], p['states'], kinds)), sides=_sides(pairs, s, p['middle']))
-    return dict(panels=panels, kinds=kinds, steps=STEPS, known=known, total=len(table.drop_duplicates(['key', 'kind'])), pairs=len(pairs), inset=100*MARGIN/WIDTH, data=json.dumps(data, separators=(',', ':')))
+    for s, (p, r) in enumerate(zip(panels, names)):
+        p.update(rows=list(_rows(parts[r], p["grid"], p["states"], kinds)), sides=_sides(pairs, s, p["middle"]))
+    return dict(
+        panels=panels,
+        kinds=kinds,
+        steps=STEPS,
+        known=known,
+        total=len(table.drop_duplicates(["key", "kind"])),
+        pairs=len(pairs),
+        inset=100 * MARGIN / WIDTH,
+        data=json.dumps(data, separators=(",", ":")),
+    )

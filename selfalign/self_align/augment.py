@@ -19,123 +19,218 @@ from ..models.load import check_folder, device, parse_reference
 from ..study.settings import StudyError, nearest
 
 # %% ../../nbs/4_self_align/47_augment.ipynb #267cf5c6
-def _groups(kinds): return {k: tuple(_words.get(t, (t,)) for t in TERMS[k]) for k in kinds}
-_relations = _groups(('relation',))['relation']   # where the two are, and what one does with the other: a carried thing is also above
-MICROWORLD = _groups(('colour', 'size', 'pattern', 'action', 'position')) | dict(relation=_relations[:4], deed=_relations[4:])
+def _groups(kinds):
+    return {k: tuple(_words.get(t, (t,)) for t in TERMS[k]) for k in kinds}
+
+
+_relations = _groups(("relation",))[
+    "relation"
+]  # where the two are, and what one does with the other: a carried thing is also above
+MICROWORLD = _groups(("colour", "size", "pattern", "action", "position")) | dict(
+    relation=_relations[:4], deed=_relations[4:]
+)
 
 # %% ../../nbs/4_self_align/47_augment.ipynb #36ca0edb
 ENGLISH = dict(
-    colour=(('red', 'crimson', 'scarlet'), ('orange',), ('yellow', 'golden'), ('green',), ('blue', 'navy'), ('purple', 'violet'), ('pink',), ('brown',), ('white',), ('black',), ('gray', 'grey')),
-    size=(('small', 'little', 'tiny'), ('large', 'big', 'huge')),
-    material=(('wooden',), ('metal', 'metallic'), ('plastic',), ('glass',), ('stone',), ('leather',), ('paper',), ('brick',)),
-    action=(('sitting', 'seated'), ('standing',), ('walking',), ('running',), ('jumping',), ('lying',), ('sleeping',), ('eating',), ('flying',), ('swimming',)),
-    state=(('open',), ('closed', 'shut'), ('wet',), ('dry',), ('empty',), ('full',), ('old',), ('new',), ('young',), ('clean',), ('dirty',), ('broken',)),
-    relation=(('to the left of',), ('to the right of',), ('above',), ('below', 'under', 'beneath'), ('in front of',), ('behind',), ('inside',)))
+    colour=(
+        ("red", "crimson", "scarlet"),
+        ("orange",),
+        ("yellow", "golden"),
+        ("green",),
+        ("blue", "navy"),
+        ("purple", "violet"),
+        ("pink",),
+        ("brown",),
+        ("white",),
+        ("black",),
+        ("gray", "grey"),
+    ),
+    size=(("small", "little", "tiny"), ("large", "big", "huge")),
+    material=(
+        ("wooden",),
+        ("metal", "metallic"),
+        ("plastic",),
+        ("glass",),
+        ("stone",),
+        ("leather",),
+        ("paper",),
+        ("brick",),
+    ),
+    action=(
+        ("sitting", "seated"),
+        ("standing",),
+        ("walking",),
+        ("running",),
+        ("jumping",),
+        ("lying",),
+        ("sleeping",),
+        ("eating",),
+        ("flying",),
+        ("swimming",),
+    ),
+    state=(
+        ("open",),
+        ("closed", "shut"),
+        ("wet",),
+        ("dry",),
+        ("empty",),
+        ("full",),
+        ("old",),
+        ("new",),
+        ("young",),
+        ("clean",),
+        ("dirty",),
+        ("broken",),
+    ),
+    relation=(
+        ("to the left of",),
+        ("to the right of",),
+        ("above",),
+        ("below", "under", "beneath"),
+        ("in front of",),
+        ("behind",),
+        ("inside",),
+    ),
+)
 WORD_LISTS = dict(microworld=MICROWORLD, english=ENGLISH)
 
 # %% ../../nbs/4_self_align/47_augment.ipynb #a1af7cd8
-def find_words(text:str,      # a caption
-               lists:dict,    # kind to groups of words, e.g. `MICROWORLD`
-               )->list:       # (kind, number of the group, word, start, end)
+def find_words(
+    text: str,  # a caption
+    lists: dict,  # kind to groups of words, e.g. `MICROWORLD`
+) -> list:  # (kind, number of the group, word, start, end)
     "The words of a caption that stand in the lists."
     where = {w: (k, i) for k, groups in lists.items() for i, group in enumerate(groups) for w in group}
     return [(*meaning, text[start:end], start, end) for meaning, start, end in find_meanings(text, where)]
 
 # %% ../../nbs/4_self_align/47_augment.ipynb #1edc336a
-def exchange(text:str,   # a caption
-             start:int,  # where a word begins
-             end:int,    # and ends
-             new:str,    # what takes its place
-             )->str:     # with the right article before it
+def exchange(
+    text: str,  # a caption
+    start: int,  # where a word begins
+    end: int,  # and ends
+    new: str,  # what takes its place
+) -> str:  # with the right article before it
     "Put a word in another's place."
     before = text[:start]
-    if m := re.search(r'\b(an?)(\s+)$', before, re.IGNORECASE):
-        article = 'an' if new[0].lower() in 'aeiou' else 'a'
-        before = before[:m.start()] + (article.capitalize() if m.group(1)[0].isupper() else article) + m.group(2)
+    if m := re.search(r"\b(an?)(\s+)$", before, re.IGNORECASE):
+        article = "an" if new[0].lower() in "aeiou" else "a"
+        before = before[: m.start()] + (article.capitalize() if m.group(1)[0].isupper() else article) + m.group(2)
     return before + (new.capitalize() if text[start].isupper() else new) + text[end:]
 
 # %% ../../nbs/4_self_align/47_augment.ipynb #24d5fe05
-def _chance(key, seed, what): return random.Random(f'{what}/{seed}/{key}')
+def _chance(key, seed, what):
+    return random.Random(f"{what}/{seed}/{key}")
 
-def hard_negative(text:str,          # a caption
-                  key:str,           # of its pair
-                  seed:int=0,        # another seed, another word
-                  lists:dict=MICROWORLD,  # kind to groups of words
-                  )->tuple|None:     # (text, kind, old word, new word); None if there is no word to exchange
+
+def hard_negative(
+    text: str,  # a caption
+    key: str,  # of its pair
+    seed: int = 0,  # another seed, another word
+    lists: dict = MICROWORLD,  # kind to groups of words
+) -> tuple | None:  # (text, kind, old word, new word); None if there is no word to exchange
     "One word is exchanged for another of its kind that means something else (TSVLC, section 3)."
-    if not (found := find_words(text, lists)): return None
-    rng = _chance(key, seed, 'negative'); kind, own, word, start, end = rng.choice(found)
+    if not (found := find_words(text, lists)):
+        return None
+    rng = _chance(key, seed, "negative")
+    kind, own, word, start, end = rng.choice(found)
     new = rng.choice([g for i, g in enumerate(lists[kind]) if i != own])[0]
     return exchange(text, start, end, new), kind, word, new
 
 # %% ../../nbs/4_self_align/47_augment.ipynb #47a5324a
-OPENINGS = ('', 'a photo of ', 'a picture of ', 'there is ')
+OPENINGS = ("", "a photo of ", "a picture of ", "there is ")
+
 
 def _synonym(text, rng, lists):
     found = [f for f in find_words(text, lists) if len(lists[f[0]][f[1]]) > 1]
-    if not found: return None
+    if not found:
+        return None
     kind, own, word, start, end = rng.choice(found)
     return exchange(text, start, end, rng.choice([w for w in lists[kind][own] if w != word.lower()]))
 
+
 def _opening(text, rng, lists):
     now = max((o for o in OPENINGS if text.startswith(o)), key=len)
-    return rng.choice([o for o in OPENINGS if o != now]) + text[len(now):] if re.match(r'an? ', text[len(now):]) else None
+    return (
+        rng.choice([o for o in OPENINGS if o != now]) + text[len(now) :]
+        if re.match(r"an? ", text[len(now) :])
+        else None
+    )
+
 
 def _front(text, rng, lists):
-    found = [f for f in find_words(text, lists) if f[0] == 'position' and f[4] == len(text)]
-    return f'{found[0][2]}, {text[:found[0][3]].strip()}' if found and not text.startswith(OPENINGS[1:]) else None
+    found = [f for f in find_words(text, lists) if f[0] == "position" and f[4] == len(text)]
+    return f"{found[0][2]}, {text[: found[0][3]].strip()}" if found and not text.startswith(OPENINGS[1:]) else None
 
 # %% ../../nbs/4_self_align/47_augment.ipynb #0740f360
-def positive(text:str,         # a caption
-             key:str,          # of its pair
-             seed:int=0,       # another seed, another way
-             lists:dict=MICROWORLD,  # kind to groups of words
-             )->tuple|None:    # (text, 'synonym', 'opening' or 'front'); None if there is no way
+def positive(
+    text: str,  # a caption
+    key: str,  # of its pair
+    seed: int = 0,  # another seed, another way
+    lists: dict = MICROWORLD,  # kind to groups of words
+) -> tuple | None:  # (text, 'synonym', 'opening' or 'front'); None if there is no way
     "The same in other words."
-    rng = _chance(key, seed, 'positive')
-    ways = {name: new for name, way in dict(synonym=_synonym, opening=_opening, front=_front).items() if (new := way(text, rng, lists))}
-    if not ways: return None
+    rng = _chance(key, seed, "positive")
+    ways = {
+        name: new
+        for name, way in dict(synonym=_synonym, opening=_opening, front=_front).items()
+        if (new := way(text, rng, lists))
+    }
+    if not ways:
+        return None
     name = rng.choice(list(ways))
     return ways[name], name
 
 # %% ../../nbs/4_self_align/47_augment.ipynb #b0b0a190
-def long_caption(caption:str,       # of the pair
-                 others:list,       # captions of the same picture; may be empty
-                 )->tuple|None:     # the sentences, the pair's own first; None if nothing is added
+def long_caption(
+    caption: str,  # of the pair
+    others: list,  # captions of the same picture; may be empty
+) -> tuple | None:  # the sentences, the pair's own first; None if nothing is added
     "The caption, and the longest other one."
     known = [t for t in others if isinstance(t, str) and t and t != caption]
     return (caption, max(known, key=len)) if known else None
 
 # %% ../../nbs/4_self_align/47_augment.ipynb #aba97757
-def as_text(sentences  # captions
-           )->str:     # one after the other
+def as_text(
+    sentences,  # captions
+) -> str:  # one after the other
     "Sentences to a text."
-    return '. '.join(t.strip().rstrip('.') for t in sentences) + '.'
+    return ". ".join(t.strip().rstrip(".") for t in sentences) + "."
 
 # %% ../../nbs/4_self_align/47_augment.ipynb #a336b842
-def start_of(text:str  # a caption
-            )->str:    # the first half of its words, one at least
+def start_of(
+    text: str,  # a caption
+) -> str:  # the first half of its words, one at least
     "What a caption begins with."
     words = text.split()
-    return ' '.join(words[:max(1, (len(words) + 1)//2)])
+    return " ".join(words[: max(1, (len(words) + 1) // 2)])
 
 # %% ../../nbs/4_self_align/47_augment.ipynb #d2e382a5
 class Writer:
     "A causal language model that writes captions."
-    def __init__(self,
-                 reference:str,           # `transformers:folder-or-hub-id`
-                 prompt:str='{start}',    # template
-                 tokens:int=24,           # at most
-                 ):
+
+    def __init__(
+        self,
+        reference: str,  # `transformers:folder-or-hub-id`
+        prompt: str = "{start}",  # template
+        tokens: int = 24,  # at most
+    ):
         from transformers import AutoModelForCausalLM, AutoTokenizer
-        ref = parse_reference(reference); check_folder(ref); where = ref.path or ref.name
-        if ref.library != 'transformers': raise StudyError(f'{reference}: a writer is a model of transformers; write transformers:folder-or-hub-id')
-        if '{start}' not in prompt and '{caption}' not in prompt: raise StudyError(f'the prompt {prompt!r} holds neither {{caption}} nor {{start}}')
+
+        ref = parse_reference(reference)
+        check_folder(ref)
+        where = ref.path or ref.name
+        if ref.library != "transformers":
+            raise StudyError(f"{reference}: a writer is a model of transformers; write transformers:folder-or-hub-id")
+        if "{start}" not in prompt and "{caption}" not in prompt:
+            raise StudyError(f"the prompt {prompt!r} holds neither {{caption}} nor {{start}}")
         self.tokenizer = AutoTokenizer.from_pretrained(where)
-        self.model = AutoModelForCausalLM.from_pretrained(where, use_safetensors=True, dtype=torch.float32).eval().to(device())
+        self.model = (
+            AutoModelForCausalLM.from_pretrained(where, use_safetensors=True, dtype=torch.float32).eval().to(device())
+        )
         self.prompt, self.tokens, self.end = prompt, tokens, self.tokenizer.eos_token_id
-        if self.end is None: raise StudyError(f'{reference}: its tokenizer has no end-of-text token; take another writer')
-        self.room = getattr(self.model.config, 'max_position_embeddings', None) or 10**6
+        if self.end is None:
+            raise StudyError(f"{reference}: its tokenizer has no end-of-text token; take another writer")
+        self.room = getattr(self.model.config, "max_position_embeddings", None) or 10**6
 
     def _ids(self, text):
         ids = self.tokenizer(text).input_ids
@@ -143,28 +238,36 @@ class Writer:
 
 # %% ../../nbs/4_self_align/47_augment.ipynb #69b4b969
 @torch.inference_mode()
-def rewrite(writer:Writer,  # reads and writes
-            texts:list,     # captions
-            batch:int=64,   # captions at a time
-            )->list:        # as many texts
+def rewrite(
+    writer: Writer,  # reads and writes
+    texts: list,  # captions
+    batch: int = 64,  # captions at a time
+) -> list:  # as many texts
     "Captions in a language model's words."
-    out, keep = [], writer.prompt.endswith('{start}')
+    out, keep = [], writer.prompt.endswith("{start}")
     for i in range(0, len(texts), batch):
-        starts = [start_of(t) for t in texts[i:i + batch]]
-        ids = [writer._ids(writer.prompt.replace('{start}', s).replace('{caption}', t)) for s, t in zip(starts, texts[i:i + batch])]
-        most = max(map(len, ids)); pad = [most - len(x) for x in ids]
-        given = torch.tensor([[writer.end]*p + x for p, x in zip(pad, ids)]).to(writer.model.device)
-        mask = torch.tensor([[0]*p + [1]*(most - p) for p in pad]).to(given.device)
+        starts = [start_of(t) for t in texts[i : i + batch]]
+        ids = [
+            writer._ids(writer.prompt.replace("{start}", s).replace("{caption}", t))
+            for s, t in zip(starts, texts[i : i + batch])
+        ]
+        most = max(map(len, ids))
+        pad = [most - len(x) for x in ids]
+        given = torch.tensor([[writer.end] * p + x for p, x in zip(pad, ids)]).to(writer.model.device)
+        mask = torch.tensor([[0] * p + [1] * (most - p) for p in pad]).to(given.device)
         room = max(1, min(writer.tokens, writer.room - most))
-        new = writer.model.generate(given, attention_mask=mask, max_new_tokens=room, do_sample=False, pad_token_id=writer.end)[:, most:]
+        new = writer.model.generate(
+            given, attention_mask=mask, max_new_tokens=room, do_sample=False, pad_token_id=writer.end
+        )[:, most:]
         said = writer.tokenizer.batch_decode(new, skip_special_tokens=True)
-        out += [clean_caption((f'{s} ' if keep else '') + t.strip().split('\n')[0])[0] for s, t in zip(starts, said)]
+        out += [clean_caption((f"{s} " if keep else "") + t.strip().split("\n")[0])[0] for s, t in zip(starts, said)]
     return out
 
 # %% ../../nbs/4_self_align/47_augment.ipynb #f48fd93b
-def holds(sentences,   # one text, or several that must all be true
-          truth:str,   # JSON of the scene; may be empty
-          )->bool|None:  # None: not known
+def holds(
+    sentences,  # one text, or several that must all be true
+    truth: str,  # JSON of the scene; may be empty
+) -> bool | None:  # None: not known
     "Whether texts are true of a scene."
     claims = [read_claims(t) for t in ([sentences] if isinstance(sentences, str) else sentences)] if truth else [None]
     return None if None in claims else all(is_true(c, scene_from_json(truth)) for c in claims)

@@ -12,49 +12,68 @@ from ..data.pairs import seeded_order
 from ..study.settings import StudyError
 
 # %% ../../nbs/4_self_align/4a_dose.ipynb #affb04f1
-def compose(pairs:pd.DataFrame,  # originals with `key` and `aligned`
-            share:float,         # of wrong captions, 0 to 1
-            size:int,            # pairs in the set
-            seed:int=0,          # of the draw
-            )->pd.DataFrame:     # the chosen rows
+def compose(
+    pairs: pd.DataFrame,  # originals with `key` and `aligned`
+    share: float,  # of wrong captions, 0 to 1
+    size: int,  # pairs in the set
+    seed: int = 0,  # of the draw
+) -> pd.DataFrame:  # the chosen rows
     "A training set of known quality."
-    wrong, keys = round(share*size), []
+    wrong, keys = round(share * size), []
     for aligned, n in ((False, wrong), (True, size - wrong)):
-        found = seeded_order(pairs.key[pairs.aligned.astype(bool) == aligned], f'dose/{seed}')
-        if len(found) < n: raise StudyError(f'{n} pairs with {"right" if aligned else "wrong"} captions are needed and {len(found)} are there; lower the size, or change sample.noise')
+        found = seeded_order(pairs.key[pairs.aligned.astype(bool) == aligned], f"dose/{seed}")
+        if len(found) < n:
+            raise StudyError(
+                f"{n} pairs with {'right' if aligned else 'wrong'} captions are needed and {len(found)} are there; lower the size, or change sample.noise"
+            )
         keys += found[:n]
-    return pairs.set_index('key', drop=False).loc[seeded_order(keys, seed)].reset_index(drop=True)
+    return pairs.set_index("key", drop=False).loc[seeded_order(keys, seed)].reset_index(drop=True)
 
 # %% ../../nbs/4_self_align/4a_dose.ipynb #25b8b0b9
-def resampled_means(tables,      # one (seeds × questions) array a level
-                    clusters,    # one label a question; None: each stands for itself
-                    repeats:int=1000,  # how often
-                    seed:int=0,  # of the draws
-                    )->np.ndarray:  # (repeats, levels)
+def resampled_means(
+    tables,  # one (seeds × questions) array a level
+    clusters,  # one label a question; None: each stands for itself
+    repeats: int = 1000,  # how often
+    seed: int = 0,  # of the draws
+) -> np.ndarray:  # (repeats, levels)
     "Means at every level, with seeds and clusters drawn again together."
-    rng, tables = np.random.default_rng(seed), np.asarray(tables, float); _, n_seeds, n = tables.shape
-    code, labels = (np.arange(n), range(n)) if clusters is None else pd.factorize(np.asarray(clusters)); k = len(labels)
-    sums = np.zeros((*tables.shape[:2], k)); np.add.at(sums.transpose(2, 0, 1), code, tables.transpose(2, 0, 1)); size = np.bincount(code, minlength=k)
-    of_seed, of_cluster = rng.multinomial(n_seeds, [1/n_seeds]*n_seeds, repeats), rng.multinomial(k, [1/k]*k, repeats)
-    return np.einsum('rs,lsk,rk->rl', of_seed, sums, of_cluster)/(n_seeds*(of_cluster @ size))[:, None]
+    rng, tables = np.random.default_rng(seed), np.asarray(tables, float)
+    _, n_seeds, n = tables.shape
+    code, labels = (np.arange(n), range(n)) if clusters is None else pd.factorize(np.asarray(clusters))
+    k = len(labels)
+    sums = np.zeros((*tables.shape[:2], k))
+    np.add.at(sums.transpose(2, 0, 1), code, tables.transpose(2, 0, 1))
+    size = np.bincount(code, minlength=k)
+    of_seed, of_cluster = (
+        rng.multinomial(n_seeds, [1 / n_seeds] * n_seeds, repeats),
+        rng.multinomial(k, [1 / k] * k, repeats),
+    )
+    return np.einsum("rs,lsk,rk->rl", of_seed, sums, of_cluster) / (n_seeds * (of_cluster @ size))[:, None]
 
 # %% ../../nbs/4_self_align/4a_dose.ipynb #65d4e826
-def first_above(levels,  # ascending
-                gaps,    # the difference at each of them
-                )->float:  # the level where it first reaches zero; inf: nowhere
+def first_above(
+    levels,  # ascending
+    gaps,  # the difference at each of them
+) -> float:  # the level where it first reaches zero; inf: nowhere
     "Where a difference, straight between its levels, first is zero or more."
-    if gaps[0] >= 0: return float(levels[0])
+    if gaps[0] >= 0:
+        return float(levels[0])
     for (x0, x1), (g0, g1) in zip(zip(levels, levels[1:]), zip(gaps, gaps[1:])):
-        if g1 >= 0: return float(x0 + (x1 - x0)*g0/(g0 - g1))
-    return float('inf')
+        if g1 >= 0:
+            return float(x0 + (x1 - x0) * g0 / (g0 - g1))
+    return float("inf")
 
 # %% ../../nbs/4_self_align/4a_dose.ipynb #47dd1c9a
-def exchange_rate(sizes,      # numbers of pairs
-                  originals,  # what a model scored with so many originals, (..., sizes)
-                  generated,  # and with so many generated pairs
-                  ):          # (originals a generated pair is worth at the largest size, within the span of the sizes; slope of the originals a doubling)
+def exchange_rate(
+    sizes,  # numbers of pairs
+    originals,  # what a model scored with so many originals, (..., sizes)
+    generated,  # and with so many generated pairs
+):  # (originals a generated pair is worth at the largest size, within the span of the sizes; slope of the originals a doubling)
     "How many originals one generated pair is worth."
-    x, largest = np.log2(np.asarray(sizes, float)), np.log2(max(sizes)); centred = x - x.mean()
-    slope = lambda y: (np.asarray(y) @ centred)/(centred @ centred); at = lambda y: np.asarray(y).mean(-1) + slope(y)*(largest - x.mean())
-    with np.errstate(divide='ignore', invalid='ignore'): doublings = (at(generated) - at(originals))/slope(originals)
-    return 2**np.clip(doublings, min(x) - largest, largest - min(x)), slope(originals)
+    x, largest = np.log2(np.asarray(sizes, float)), np.log2(max(sizes))
+    centred = x - x.mean()
+    slope = lambda y: (np.asarray(y) @ centred) / (centred @ centred)
+    at = lambda y: np.asarray(y).mean(-1) + slope(y) * (largest - x.mean())
+    with np.errstate(divide="ignore", invalid="ignore"):
+        doublings = (at(generated) - at(originals)) / slope(originals)
+    return 2 ** np.clip(doublings, min(x) - largest, largest - min(x)), slope(originals)

@@ -29,55 +29,84 @@ from ..study.statistics import Interval, bootstrap, holm, items_and_seeds, paire
 # %% ../../nbs/4_self_align/46_evaluate.ipynb #363bbdab
 class Hypothesis(NamedTuple):
     "A claim that can fail."
-    name: str            # for the table
-    arm: str             # the one that is claimed to be better
-    against: str         # the other
-    metric: str          # on which number
-    variant: str = 'balanced'  # of the benchmark
+
+    name: str  # for the table
+    arm: str  # the one that is claimed to be better
+    against: str  # the other
+    metric: str  # on which number
+    variant: str = "balanced"  # of the benchmark
     harmless: bool = False  # the claim is that nothing is lost
-    paper: float|None = None  # the same difference in the paper's Table 1, where it can be read there
+    paper: float | None = None  # the same difference in the paper's Table 1, where it can be read there
 
 # %% ../../nbs/4_self_align/46_evaluate.ipynb #b287092a
-_paper = dict(zero_shot=.8158, originals=.8093, generated=.9289)   # "Object" of VL-CheckList, Table 1
+_paper = dict(zero_shot=0.8158, originals=0.8093, generated=0.9289)  # "Object" of VL-CheckList, Table 1
 
 # %% ../../nbs/4_self_align/46_evaluate.ipynb #9d46d1d2
 HYPOTHESES = (
-    Hypothesis('generated-vs-originals', 'lora-generated', 'lora-originals', 'object', paper=_paper['generated'] - _paper['originals']),
-    Hypothesis('generated-vs-zero-shot', 'lora-generated', 'zero-shot', 'object', paper=_paper['generated'] - _paper['zero_shot']),
-    Hypothesis('originals-vs-zero-shot', 'lora-originals', 'zero-shot', 'object', paper=_paper['originals'] - _paper['zero_shot']),
-    Hypothesis('filter-vs-random', 'lora-selected', 'lora-random-drop', 'object'),
-    Hypothesis('gain-needs-the-picture', 'lora-generated', 'zero-shot', 'object-seen', 'biased'),
-    Hypothesis('nothing-forgotten', 'lora-generated', 'zero-shot', 'retrieval-r1', harmless=True))
+    Hypothesis(
+        "generated-vs-originals",
+        "lora-generated",
+        "lora-originals",
+        "object",
+        paper=_paper["generated"] - _paper["originals"],
+    ),
+    Hypothesis(
+        "generated-vs-zero-shot",
+        "lora-generated",
+        "zero-shot",
+        "object",
+        paper=_paper["generated"] - _paper["zero_shot"],
+    ),
+    Hypothesis(
+        "originals-vs-zero-shot",
+        "lora-originals",
+        "zero-shot",
+        "object",
+        paper=_paper["originals"] - _paper["zero_shot"],
+    ),
+    Hypothesis("filter-vs-random", "lora-selected", "lora-random-drop", "object"),
+    Hypothesis("gain-needs-the-picture", "lora-generated", "zero-shot", "object-seen", "biased"),
+    Hypothesis("nothing-forgotten", "lora-generated", "zero-shot", "retrieval-r1", harmless=True),
+)
 
 # %% ../../nbs/4_self_align/46_evaluate.ipynb #ecc3bc45
-NUMBERS = {word: number for number, word in VERDICTS.items()}   # how a verdict is written in results.csv
-def verdict_of(difference:Interval,    # of two arms
-               p:float,                # corrected
-               harmless:bool=False,    # the claim is that nothing is lost
-               smallest:float=.02,     # effect of interest
-               )->str:                 # supported, not supported or undecided
+NUMBERS = {word: number for number, word in VERDICTS.items()}  # how a verdict is written in results.csv
+
+
+def verdict_of(
+    difference: Interval,  # of two arms
+    p: float,  # corrected
+    harmless: bool = False,  # the claim is that nothing is lost
+    smallest: float = 0.02,  # effect of interest
+) -> str:  # supported, not supported or undecided
     "The rule, applied."
     low, high, bound = difference.low, difference.high, -smallest if harmless else smallest
-    if harmless: return 'supported' if low > bound else 'not supported' if high < bound else 'undecided'
-    if difference.value >= bound and p < .05: return 'supported'
-    return 'not supported' if high < bound else 'undecided'
+    if harmless:
+        return "supported" if low > bound else "not supported" if high < bound else "undecided"
+    if difference.value >= bound and p < 0.05:
+        return "supported"
+    return "not supported" if high < bound else "undecided"
 
 # %% ../../nbs/4_self_align/46_evaluate.ipynb #49cfd077
-MODES = ('looking', 'blind', 'shuffled')
-def answers(encoder,       # a `DualEncoder`
-            benchmark,     # a `Benchmark`
-            seed:int=0,    # of the exchange of pictures
-            )->tuple:      # (items that could be asked, dict of mode to truth values, problems)
+MODES = ("looking", "blind", "shuffled")
+
+
+def answers(
+    encoder,  # a `DualEncoder`
+    benchmark,  # a `Benchmark`
+    seed: int = 0,  # of the exchange of pictures
+) -> tuple:  # (items that could be asked, dict of mode to truth values, problems)
     "Ask one model everything, three times."
     encoded = encode(benchmark, encoder)
     found = predict(encoded), blind(encoded), shuffled(encoded, seed)
     return encoded.items, {m: t.correct.to_numpy() for m, t in zip(MODES, found)}, encoded.problems
 
 # %% ../../nbs/4_self_align/46_evaluate.ipynb #17ee850f
-def named_right(x,        # (n, d) unit vectors of pictures
-                prompts,  # (k, d) unit vectors of the names
-                truth,    # (n,) which name is right
-                )->np.ndarray:  # (n,) 0 or 1
+def named_right(
+    x,  # (n, d) unit vectors of pictures
+    prompts,  # (k, d) unit vectors of the names
+    truth,  # (n,) which name is right
+) -> np.ndarray:  # (n,) 0 or 1
     "Zero-shot classification."
     ranks, *_ = true_ranks(np.asarray(x), np.asarray(prompts), np.arange(len(prompts)), np.asarray(truth))
     return (ranks == 1).astype(float)
@@ -85,143 +114,206 @@ def named_right(x,        # (n, d) unit vectors of pictures
 # %% ../../nbs/4_self_align/46_evaluate.ipynb #e77c1c08
 class Retention:
     "Pairs that no arm has seen, and what a model finds among them."
-    def __init__(self,
-                 source:str,   # as for `open_pairs`; the microworld's captions come without noise
-                 pairs:int,    # how many
-                 ):
-        found = open_pairs(with_noise(source, 0.))
-        self.kept = [r for r in (found[i] for i in range(min(pairs, len(found)))) if not r['problem']]
-        things = {i: json.loads(r['truth'])['things'] for i, r in enumerate(self.kept) if r['truth']}
-        self.truth = {i: t[0]['object'] for i, t in things.items() if len(t) == 1}
-        self.names = sorted({thing['object'] for t in things.values() for thing in t})
+
+    def __init__(
+        self,
+        source: str,  # as for `open_pairs`; the microworld's captions come without noise
+        pairs: int,  # how many
+    ):
+        found = open_pairs(with_noise(source, 0.0))
+        self.kept = [r for r in (found[i] for i in range(min(pairs, len(found)))) if not r["problem"]]
+        things = {i: json.loads(r["truth"])["things"] for i, r in enumerate(self.kept) if r["truth"]}
+        self.truth = {i: t[0]["object"] for i, t in things.items() if len(t) == 1}
+        self.names = sorted({thing["object"] for t in things.values() for thing in t})
 
     def __call__(self, encoder):
         "Metric to one number a pair: `retrieval-r1`, and `zero-shot-accuracy` where the truth is known."
-        captions = [r['caption'] for r in self.kept]
-        x, y = encoder.encode_image([r['image'] for r in self.kept]).numpy(), encoder.encode_text(captions).numpy()
-        found = {'retrieval-r1': retrieval_hits(x, y, captions)}
-        if not self.truth: return found
-        prompts = encoder.encode_text([f'a photo of {_article(n)}' for n in self.names]).numpy()
-        return found | {'zero-shot-accuracy': named_right(x[list(self.truth)], prompts, [self.names.index(n) for n in self.truth.values()])}
+        captions = [r["caption"] for r in self.kept]
+        x, y = encoder.encode_image([r["image"] for r in self.kept]).numpy(), encoder.encode_text(captions).numpy()
+        found = {"retrieval-r1": retrieval_hits(x, y, captions)}
+        if not self.truth:
+            return found
+        prompts = encoder.encode_text([f"a photo of {_article(n)}" for n in self.names]).numpy()
+        return found | {
+            "zero-shot-accuracy": named_right(
+                x[list(self.truth)], prompts, [self.names.index(n) for n in self.truth.values()]
+            )
+        }
 
-    def __repr__(self): return f'Retention({len(self.kept)} pairs, {len(self.truth)} of them with one thing of {len(self.names)} kinds)'
+    def __repr__(self):
+        return f"Retention({len(self.kept)} pairs, {len(self.truth)} of them with one thing of {len(self.names)} kinds)"
 
 # %% ../../nbs/4_self_align/46_evaluate.ipynb #b64cbe40
-def section_table(items,            # with category, dataset, file, key
-                  columns,          # one array of truth values a seed
-                  section:str,      # Object, Attribute or Relation
-                  )->np.ndarray:    # seeds × questions of the section
+def section_table(
+    items,  # with category, dataset, file, key
+    columns,  # one array of truth values a seed
+    section: str,  # Object, Attribute or Relation
+) -> np.ndarray:  # seeds × questions of the section
     "What each seed scored on each question of a section."
-    part = items.category.str.startswith(f'{section}/').to_numpy()
+    part = items.category.str.startswith(f"{section}/").to_numpy()
     return np.stack([item_values(items[part].assign(correct=np.asarray(c)[part])).to_numpy() for c in columns])
 
 # %% ../../nbs/4_self_align/46_evaluate.ipynb #63fea4bc
-def summarise(table,        # seeds × questions
-              clusters,     # one label a question
-              bounded:bool=True,  # a share, which cannot leave 0 to 1
-              )->Interval:
+def summarise(
+    table,  # seeds × questions
+    clusters,  # one label a question
+    bounded: bool = True,  # a share, which cannot leave 0 to 1
+) -> Interval:
     "Mean with its interval: over questions and seeds, or over questions where there is one row."
     found = items_and_seeds(table, clusters) if len(table) > 1 else bootstrap(table[0], clusters)
-    return found._replace(low=max(found.low, 0.), high=min(found.high, 1.)) if bounded else found
+    return found._replace(low=max(found.low, 0.0), high=min(found.high, 1.0)) if bounded else found
 
 # %% ../../nbs/4_self_align/46_evaluate.ipynb #e3d2804d
 class Scored(NamedTuple):
     "What an arm scored on each question."
-    table: np.ndarray   # seeds × questions
-    clusters: object    # one label a question, or None
-    seeds: tuple = ()   # their numbers; empty: not trained
+
+    table: np.ndarray  # seeds × questions
+    clusters: object  # one label a question, or None
+    seeds: tuple = ()  # their numbers; empty: not trained
 
 # %% ../../nbs/4_self_align/46_evaluate.ipynb #945ecff8
-def contrast(a:Scored,    # one arm
-             b:Scored,    # another, on the same questions
-             )->tuple:    # (interval, p-value, number of seeds)
+def contrast(
+    a: Scored,  # one arm
+    b: Scored,  # another, on the same questions
+) -> tuple:  # (interval, p-value, number of seeds)
     "Difference of two arms, seed by seed."
     common = [n for n in a.seeds if n in b.seeds] if a.seeds and b.seeds else list(a.seeds or b.seeds)
-    if (a.seeds or b.seeds) and not common: raise StudyError(f'two arms without a common seed: {a.seeds} and {b.seeds}')
+    if (a.seeds or b.seeds) and not common:
+        raise StudyError(f"two arms without a common seed: {a.seeds} and {b.seeds}")
     one, other = (x.table[[x.seeds.index(n) for n in common]] if x.seeds else x.table for x in (a, b))
     return *paired_seeds(one, other, a.clusters), len(common)
 
 # %% ../../nbs/4_self_align/46_evaluate.ipynb #e9e54db2
-def compare_arms(tables,           # (arm, metric) to `Scored`
-                 pairs,            # (arm, against, metric); those without an answer are left out
-                 corrected=None,   # which of them are corrected together; default: all
-                 )->pd.DataFrame:  # arm, against, metric, value, low, high, n, seeds, p, p_holm
+def compare_arms(
+    tables,  # (arm, metric) to `Scored`
+    pairs,  # (arm, against, metric); those without an answer are left out
+    corrected=None,  # which of them are corrected together; default: all
+) -> pd.DataFrame:  # arm, against, metric, value, low, high, n, seeds, p, p_holm
     "Differences of arms, with corrected p-values."
     rows = []
     for i, (arm, against, metric) in enumerate(pairs):
-        if not {(arm, metric), (against, metric)} <= set(tables): continue
+        if not {(arm, metric), (against, metric)} <= set(tables):
+            continue
         difference, p, seeds = contrast(tables[arm, metric], tables[against, metric])
-        rows.append(dict(arm=arm, against=against, metric=metric, **difference._asdict() | dict(seeds=seeds), p=p, family=corrected is None or corrected[i]))
-    table = pd.DataFrame(rows, columns=['arm', 'against', 'metric', 'value', 'low', 'high', 'n', 'seeds', 'p', 'family']).assign(p_holm=np.nan)
-    if table.family.any(): table.loc[table.family.astype(bool), 'p_holm'] = holm(table.p[table.family.astype(bool)])
-    return table.drop(columns='family')
+        rows.append(
+            dict(
+                arm=arm,
+                against=against,
+                metric=metric,
+                **difference._asdict() | dict(seeds=seeds),
+                p=p,
+                family=corrected is None or corrected[i],
+            )
+        )
+    table = pd.DataFrame(
+        rows, columns=["arm", "against", "metric", "value", "low", "high", "n", "seeds", "p", "family"]
+    ).assign(p_holm=np.nan)
+    if table.family.any():
+        table.loc[table.family.astype(bool), "p_holm"] = holm(table.p[table.family.astype(bool)])
+    return table.drop(columns="family")
 
 # %% ../../nbs/4_self_align/46_evaluate.ipynb #78472a0f
-UNTRAINED = ('zero-shot', 'word-frequency')
-METRICS = {'object': ('Object', 'looking'), 'object-blind': ('Object', 'blind'), 'object-shuffled': ('Object', 'shuffled'),
-           'attribute': ('Attribute', 'looking'), 'relation': ('Relation', 'looking')}
+UNTRAINED = ("zero-shot", "word-frequency")
+METRICS = {
+    "object": ("Object", "looking"),
+    "object-blind": ("Object", "blind"),
+    "object-shuffled": ("Object", "shuffled"),
+    "attribute": ("Attribute", "looking"),
+    "relation": ("Relation", "looking"),
+}
 
 # %% ../../nbs/4_self_align/46_evaluate.ipynb #e85571d8
-def answer_columns(predictions,  # questions, with a column `arm/seed/mode` for each model
-                   arm:str,      # e.g. `lora-generated`
-                   mode:str,     # one of `MODES`
-                   )->dict:      # seed to truth values
+def answer_columns(
+    predictions,  # questions, with a column `arm/seed/mode` for each model
+    arm: str,  # e.g. `lora-generated`
+    mode: str,  # one of `MODES`
+) -> dict:  # seed to truth values
     "What the seeds of an arm answered."
-    return {int(c.split('/')[1]): predictions[c].to_numpy() for c in predictions if c.startswith(f'{arm}/') and c.endswith(f'/{mode}')}
+    return {
+        int(c.split("/")[1]): predictions[c].to_numpy()
+        for c in predictions
+        if c.startswith(f"{arm}/") and c.endswith(f"/{mode}")
+    }
 
 # %% ../../nbs/4_self_align/46_evaluate.ipynb #7e6865de
-def question_clusters(items,        # with image, category, positive, negative
-                      looking:bool,   # were the pictures shown?
-                      )->np.ndarray:  # a label for each
+def question_clusters(
+    items,  # with image, category, positive, negative
+    looking: bool,  # were the pictures shown?
+) -> np.ndarray:  # a label for each
     "Which questions stand and fall together."
-    return (items.image if looking else items.category + ': ' + text_pairs(items)).to_numpy()
+    return (items.image if looking else items.category + ": " + text_pairs(items)).to_numpy()
 
 # %% ../../nbs/4_self_align/46_evaluate.ipynb #8dd29ea0
-def scored_arms(predictions,     # questions, with a column `arm/seed/mode` for each model
-                variant:str='',  # balanced or biased; empty: all questions
-                )->dict:         # (arm, metric) to `Scored`
+def scored_arms(
+    predictions,  # questions, with a column `arm/seed/mode` for each model
+    variant: str = "",  # balanced or biased; empty: all questions
+) -> dict:  # (arm, metric) to `Scored`
     "Every arm's numbers on one variant of the benchmark; `object-seen` is what the picture adds."
     part, tables = predictions[predictions.dataset == variant] if variant else predictions, {}
-    items = part[[c for c in part if '/' not in c]]
-    for arm in dict.fromkeys(c.split('/')[0] for c in part if '/' in c):
+    items = part[[c for c in part if "/" not in c]]
+    for arm in dict.fromkeys(c.split("/")[0] for c in part if "/" in c):
         for metric, (section, mode) in METRICS.items():
-            inside = items[items.category.str.startswith(f'{section}/')]
-            if not len(inside) or not (found := answer_columns(part, arm, mode)): continue
-            clusters = question_clusters(inside, mode == 'looking' and arm != 'word-frequency')
-            tables[arm, metric] = Scored(section_table(items, list(found.values()), section), clusters, () if arm in UNTRAINED else tuple(found))
-        if (arm, 'object-blind') in tables:
-            seen = tables[arm, 'object']; tables[arm, 'object-seen'] = seen._replace(table=seen.table - tables[arm, 'object-blind'].table)
+            inside = items[items.category.str.startswith(f"{section}/")]
+            if not len(inside) or not (found := answer_columns(part, arm, mode)):
+                continue
+            clusters = question_clusters(inside, mode == "looking" and arm != "word-frequency")
+            tables[arm, metric] = Scored(
+                section_table(items, list(found.values()), section), clusters, () if arm in UNTRAINED else tuple(found)
+            )
+        if (arm, "object-blind") in tables:
+            seen = tables[arm, "object"]
+            tables[arm, "object-seen"] = seen._replace(table=seen.table - tables[arm, "object-blind"].table)
     return tables
 
 # %% ../../nbs/4_self_align/46_evaluate.ipynb #01ff276e
-def scored_retention(retained   # arm, seed, metric, item, correct
-                     )->dict:   # (arm, metric) to `Scored`
+def scored_retention(
+    retained,  # arm, seed, metric, item, correct
+) -> dict:  # (arm, metric) to `Scored`
     "The same for the retention checks."
-    wide = {k: part.pivot(index='seed', columns='item', values='correct') for k, part in retained.groupby(['arm', 'metric'], sort=False)}
+    wide = {
+        k: part.pivot(index="seed", columns="item", values="correct")
+        for k, part in retained.groupby(["arm", "metric"], sort=False)
+    }
     return {k: Scored(w.to_numpy(), None, () if k[0] in UNTRAINED else tuple(w.index)) for k, w in wide.items()}
 
 # %% ../../nbs/4_self_align/46_evaluate.ipynb #8149cf61
-def judged(tables,               # variant to what `scored_arms` and `scored_retention` say of it
-           smallest:float=.02,   # effect of interest
-           )->pd.DataFrame:      # name, arm, against, metric, value, low, high, n, seeds, p, p_holm, verdict
+def judged(
+    tables,  # variant to what `scored_arms` and `scored_retention` say of it
+    smallest: float = 0.02,  # effect of interest
+) -> pd.DataFrame:  # name, arm, against, metric, value, low, high, n, seeds, p, p_holm, verdict
     "A verdict for every hypothesis whose arms and variant are there."
-    pooled = {(arm, f'{metric}@{as_}'): t for v, found in tables.items() for as_ in ((v,) if v else ('balanced', 'biased')) for (arm, metric), t in found.items()}
-    asked = {(h.arm, h.against, f'{h.metric}@{h.variant}'): h for h in HYPOTHESES}
+    pooled = {
+        (arm, f"{metric}@{as_}"): t
+        for v, found in tables.items()
+        for as_ in ((v,) if v else ("balanced", "biased"))
+        for (arm, metric), t in found.items()
+    }
+    asked = {(h.arm, h.against, f"{h.metric}@{h.variant}"): h for h in HYPOTHESES}
     found = compare_arms(pooled, list(asked), [not h.harmless for h in asked.values()])
     claims = [asked[r.arm, r.against, r.metric] for r in found.itertuples()]
-    found.insert(0, 'name', [h.name for h in claims])
-    found['verdict'] = [verdict_of(Interval(r.value, r.low, r.high, r.n), r.p_holm, h.harmless, smallest) for r, h in zip(found.itertuples(), claims)]
+    found.insert(0, "name", [h.name for h in claims])
+    found["verdict"] = [
+        verdict_of(Interval(r.value, r.low, r.high, r.n), r.p_holm, h.harmless, smallest)
+        for r, h in zip(found.itertuples(), claims)
+    ]
     return found
 
 # %% ../../nbs/4_self_align/46_evaluate.ipynb #58efd477
-_sections = dict(obj='Object', att='Attribute', rel='Relation')
-def read_questions(checklist:str,   # folder of VL-CheckList or of SugarCrepe, relative to the project
-                   images:str='',   # folder of its pictures, where they lie elsewhere
-                   first:int=0,     # items of each file; 0: all
-                   )->'Benchmark':  # with the sections Object, Attribute and Relation
+_sections = dict(obj="Object", att="Attribute", rel="Relation")
+
+
+def read_questions(
+    checklist: str,  # folder of VL-CheckList or of SugarCrepe, relative to the project
+    images: str = "",  # folder of its pictures, where they lie elsewhere
+    first: int = 0,  # items of each file; 0: all
+) -> "Benchmark":  # with the sections Object, Attribute and Relation
     "Read a published benchmark by looking at its folder."
-    folder, images = at_root(checklist), at_root(images) if images else ''
-    if not any((p/f'{f}.json').is_file() for p in (folder, folder/'data') for f in COUNTS): return read_checklist(folder, images, first_k=first)
+    folder, images = at_root(checklist), at_root(images) if images else ""
+    if not any((p / f"{f}.json").is_file() for p in (folder, folder / "data") for f in COUNTS):
+        return read_checklist(folder, images, first_k=first)
     found = read_sugarcrepe(folder, images, first)
-    parts = [f.split('_') for f in found.items.file]
-    return replace(found, items=found.items.assign(category=[f'{_sections[what]}/{how}' for how, what in parts], dataset='sugarcrepe'))
+    parts = [f.split("_") for f in found.items.file]
+    return replace(
+        found,
+        items=found.items.assign(category=[f"{_sections[what]}/{how}" for how, what in parts], dataset="sugarcrepe"),
+    )

@@ -24,116 +24,179 @@ from ..study.statistics import Interval, bootstrap, proportion
 # %% ../../nbs/4_self_align/4c_explorer.ipynb #534c80d4
 def _run_folder(run):
     "The folder of a run"
-    for folder in (runs_folder()/run, at_root(run)):
-        if folder.is_dir(): return folder
-    names = [p.name for p in runs_folder().iterdir() if (p/'score/tables/scores.parquet').is_file()] if runs_folder().is_dir() else []
-    raise StudyError(f'there is no run {str(run)!r}; {nearest(str(run), sorted(names))}. Make one with: selfalign run micro')
+    for folder in (runs_folder() / run, at_root(run)):
+        if folder.is_dir():
+            return folder
+    names = (
+        [p.name for p in runs_folder().iterdir() if (p / "score/tables/scores.parquet").is_file()]
+        if runs_folder().is_dir()
+        else []
+    )
+    raise StudyError(
+        f"there is no run {str(run)!r}; {nearest(str(run), sorted(names))}. Make one with: selfalign run micro"
+    )
+
 
 def _table(folder, stage, name):
     "A table of a finished stage"
-    file = folder/stage/'tables'/f'{name}.parquet'
-    again = f'finish the run with: selfalign run {folder.name}'
-    if not file.is_file(): raise StudyError(f'the run {folder.name} has no {name} of the stage {stage} ({stage}/tables/{file.name} is not there); {again}')
-    try: return pd.read_parquet(file)
-    except Exception as e: raise StudyError(f'{stage}/tables/{file.name} of the run {folder.name} is damaged ({type(e).__name__}); delete the folder {stage} and {again}') from e
+    file = folder / stage / "tables" / f"{name}.parquet"
+    again = f"finish the run with: selfalign run {folder.name}"
+    if not file.is_file():
+        raise StudyError(
+            f"the run {folder.name} has no {name} of the stage {stage} ({stage}/tables/{file.name} is not there); {again}"
+        )
+    try:
+        return pd.read_parquet(file)
+    except Exception as e:
+        raise StudyError(
+            f"{stage}/tables/{file.name} of the run {folder.name} is damaged ({type(e).__name__}); delete the folder {stage} and {again}"
+        ) from e
 
 # %% ../../nbs/4_self_align/4c_explorer.ipynb #f7b671a6
 def _truth(folder, pairs, variant):
     "1, 0 or missing: is this pair what its caption says?"
-    aligned = pairs.aligned.astype('Float64').to_numpy(float, na_value=np.nan)
-    if not (folder/f'score{variant}'/'tables/readings.parquet').is_file(): return aligned
-    read = _table(folder, f'score{variant}', 'readings').reindex(columns=['key', 'image_source', 'as_claimed'])
-    read = read[read.image_source == 'generated'].set_index('key').as_claimed.astype('Float64')
+    aligned = pairs.aligned.astype("Float64").to_numpy(float, na_value=np.nan)
+    if not (folder / f"score{variant}" / "tables/readings.parquet").is_file():
+        return aligned
+    read = _table(folder, f"score{variant}", "readings").reindex(columns=["key", "image_source", "as_claimed"])
+    read = read[read.image_source == "generated"].set_index("key").as_claimed.astype("Float64")
     read = pairs.key.map(read[~read.index.duplicated()]).to_numpy(float, na_value=np.nan)
-    return np.where(pairs.kind == 'generated', read, aligned)
+    return np.where(pairs.kind == "generated", read, aligned)
 
 # %% ../../nbs/4_self_align/4c_explorer.ipynb #c00686c2
-def scored_pairs(run:str|Path,      # name of a run, or its folder
-                 variant:str='',    # of the stages, e.g. -noise0
-                 )->pd.DataFrame:   # key, kind, image, folder, caption, scene, true, scorer, score
+def scored_pairs(
+    run: str | Path,  # name of a run, or its folder
+    variant: str = "",  # of the stages, e.g. -noise0
+) -> pd.DataFrame:  # key, kind, image, folder, caption, scene, true, scorer, score
     "Every pair of a run with its score by every scorer; the score of a pair that was not scored is missing."
-    folder = _run_folder(run); scores = _table(folder, f'score{variant}', 'scores')
+    folder = _run_folder(run)
+    scores = _table(folder, f"score{variant}", "scores")
     found = []
-    for stage, kind in (('sample', 'original'), ('generate', 'generated')):
-        pairs = _table(folder, f'{stage}{variant}', 'pairs').reindex(columns=['key', 'image', 'caption', 'scene', 'aligned'])
-        found.append(pairs.assign(kind=kind, folder=str(folder/f'{stage}{variant}'), scene=pairs.scene.astype('string').fillna(pairs.key.astype('string'))))
+    for stage, kind in (("sample", "original"), ("generate", "generated")):
+        pairs = _table(folder, f"{stage}{variant}", "pairs").reindex(
+            columns=["key", "image", "caption", "scene", "aligned"]
+        )
+        found.append(
+            pairs.assign(
+                kind=kind,
+                folder=str(folder / f"{stage}{variant}"),
+                scene=pairs.scene.astype("string").fillna(pairs.key.astype("string")),
+            )
+        )
     pairs = pd.concat(found, ignore_index=True)
-    pairs = pairs.assign(true=_truth(folder, pairs, variant)).drop(columns='aligned')
-    scores = scores.rename(columns=dict(image_source='kind')); scores = scores[scores.columns.intersection(['key', 'kind', 'scorer', 'score'])]
-    return pairs.merge(scores, how='left')
+    pairs = pairs.assign(true=_truth(folder, pairs, variant)).drop(columns="aligned")
+    scores = scores.rename(columns=dict(image_source="kind"))
+    scores = scores[scores.columns.intersection(["key", "kind", "scorer", "score"])]
+    return pairs.merge(scores, how="left")
 
 # %% ../../nbs/4_self_align/4c_explorer.ipynb #1ba005ba
-def threshold_at(scores,         # one a pair
-                 keep:float,     # share to keep, 0 to 1; at least one pair is kept
-                 )->float:       # the lowest score that is kept
+def threshold_at(
+    scores,  # one a pair
+    keep: float,  # share to keep, 0 to 1; at least one pair is kept
+) -> float:  # the lowest score that is kept
     "The threshold of a keep rate."
     scores = np.sort(np.asarray(scores, float))[::-1]
-    return float(scores[min(len(scores), max(1, round(keep*len(scores)))) - 1])
+    return float(scores[min(len(scores), max(1, round(keep * len(scores)))) - 1])
 
-def kept_share(scores,            # one a pair
-               threshold:float,   # the lowest score that is kept
-               )->float:          # 0 to 1
+
+def kept_share(
+    scores,  # one a pair
+    threshold: float,  # the lowest score that is kept
+) -> float:  # 0 to 1
     "The keep rate of a threshold."
     return float((np.asarray(scores, float) >= threshold).mean())
 
 # %% ../../nbs/4_self_align/4c_explorer.ipynb #19aadc17
 def _share(values, scenes, repeats):
     "A share of true pairs with its interval; missing where there is no pair"
-    if not len(values): return Interval(np.nan, np.nan, np.nan, 0)
+    if not len(values):
+        return Interval(np.nan, np.nan, np.nan, 0)
     return proportion(values) if scenes.is_unique else bootstrap(values, scenes, repeats=repeats)
+
 
 def _dice(true, m):
     "Where the true share of a random drop lies that keeps m of these pairs"
     from scipy.stats import hypergeom
-    if not m: return np.nan, np.nan
-    return tuple(np.array(hypergeom(len(true), int(true.sum()), m).interval(.95))/m)
+
+    if not m:
+        return np.nan, np.nan
+    return tuple(np.array(hypergeom(len(true), int(true.sum()), m).interval(0.95)) / m)
 
 # %% ../../nbs/4_self_align/4c_explorer.ipynb #93208e70
-def filtered(table,               # rows of one scorer, from `scored_pairs`
-             threshold:float,     # the lowest score that is kept
-             repeats:int=500,     # of the bootstrap, where scenes come more than once
-             )->pd.DataFrame:     # a row a kind of picture
+def filtered(
+    table,  # rows of one scorer, from `scored_pairs`
+    threshold: float,  # the lowest score that is kept
+    repeats: int = 500,  # of the bootstrap, where scenes come more than once
+) -> pd.DataFrame:  # a row a kind of picture
     "What a threshold keeps: numbers of pairs, true shares above and below, recall, and what dice would give."
     rows = []
-    for kind, part in table[['kind', 'scene', 'score', 'true']].groupby('kind', sort=False):
-        kept = part.score >= threshold; known = part.true.notna(); k, true = kept[known], part.true[known]
+    for kind, part in table[["kind", "scene", "score", "true"]].groupby("kind", sort=False):
+        kept = part.score >= threshold
+        known = part.true.notna()
+        k, true = kept[known], part.true[known]
         above, (low, high) = true[k], _dice(true, int(k.sum()))
         i = _share(above, part.scene[known][k], repeats)
-        rows.append(dict(kind=kind, pairs=len(part), kept=int(kept.sum()), share=kept.mean(), precision=i.value, low=i.low, high=i.high,
-                         below=true[~k].mean(), recall=above.sum()/true.sum() if true.sum() else np.nan, random=true.mean(), random_low=low, random_high=high))
+        rows.append(
+            dict(
+                kind=kind,
+                pairs=len(part),
+                kept=int(kept.sum()),
+                share=kept.mean(),
+                precision=i.value,
+                low=i.low,
+                high=i.high,
+                below=true[~k].mean(),
+                recall=above.sum() / true.sum() if true.sum() else np.nan,
+                random=true.mean(),
+                random_low=low,
+                random_high=high,
+            )
+        )
     return pd.DataFrame(rows)
 
 # %% ../../nbs/4_self_align/4c_explorer.ipynb #14e4abe6
-def around(table,             # rows of one scorer
-           threshold:float,   # the line
-           n:int=4,           # pairs on each side
-           )->tuple:          # (rows above, rows below), the nearest first
+def around(
+    table,  # rows of one scorer
+    threshold: float,  # the line
+    n: int = 4,  # pairs on each side
+) -> tuple:  # (rows above, rows below), the nearest first
     "The pairs nearest to a threshold."
     kept = table.score >= threshold
-    return (table[kept].sort_values('score', kind='stable').head(n),
-            table[~kept].sort_values('score', ascending=False, kind='stable').head(n))
+    return (
+        table[kept].sort_values("score", kind="stable").head(n),
+        table[~kept].sort_values("score", ascending=False, kind="stable").head(n),
+    )
 
 # %% ../../nbs/4_self_align/4c_explorer.ipynb #28e24be1
-def hills(table          # rows of one scorer
-         )->dict:        # name to scores
+def hills(
+    table,  # rows of one scorer
+) -> dict:  # name to scores
     "What a histogram of these rows should compare."
-    if table.kind.nunique() != 1: return {k: t.score for k, t in table.groupby('kind', sort=False)}
-    if table.true.isna().all(): return {table.kind.iloc[0]: table.score}
-    name = {1.: 'what the caption says', 0.: 'something else', np.nan: 'nobody knows'}
-    return {name[v]: t.score for v, t in sorted(table.groupby('true', dropna=False), key=lambda o: str(o[0]), reverse=True)}
+    if table.kind.nunique() != 1:
+        return {k: t.score for k, t in table.groupby("kind", sort=False)}
+    if table.true.isna().all():
+        return {table.kind.iloc[0]: table.score}
+    name = {1.0: "what the caption says", 0.0: "something else", np.nan: "nobody knows"}
+    return {
+        name[v]: t.score for v, t in sorted(table.groupby("true", dropna=False), key=lambda o: str(o[0]), reverse=True)
+    }
 
 # %% ../../nbs/4_self_align/4c_explorer.ipynb #305d3a17
 WIDTH, HEIGHT, MARGIN = 640, 230, 16  # of a drawing; the margin is left and right of the axis
 
-def place(score,          # number, or array of numbers
-          low:float,      # score at the left end of the axis
-          high:float,     # and at the right end
-          ):              # units of the drawing
-    "Where a score lies on the axis."
-    return MARGIN + (WIDTH - 2*MARGIN)*(score - low)/(high - low)
 
-def axis_of(scores        # all that will be drawn
-           )->tuple:      # (low, high)
+def place(
+    score,  # number, or array of numbers
+    low: float,  # score at the left end of the axis
+    high: float,  # and at the right end
+):  # units of the drawing
+    "Where a score lies on the axis."
+    return MARGIN + (WIDTH - 2 * MARGIN) * (score - low) / (high - low)
+
+
+def axis_of(
+    scores,  # all that will be drawn
+) -> tuple:  # (low, high)
     "Whole numbers around all scores."
     low, high = np.floor(np.min(scores)), np.ceil(np.max(scores))
     return float(low), float(high if high > low else low + 1)
@@ -141,111 +204,207 @@ def axis_of(scores        # all that will be drawn
 # %% ../../nbs/4_self_align/4c_explorer.ipynb #1a02fb86
 def _hill(scores, edges, top, colour, dash):
     "One histogram as a path, its area pale"
-    count = np.histogram(scores, edges)[0]; x = place(edges, edges[0], edges[-1]); y = HEIGHT - 40 - (HEIGHT - 75)*count/top
-    path = f'M{x[0]:.1f} {HEIGHT - 40}' + ''.join(f'V{b:.1f}H{a:.1f}' for a, b in zip(x[1:], y)) + f'V{HEIGHT - 40}'
+    count = np.histogram(scores, edges)[0]
+    x = place(edges, edges[0], edges[-1])
+    y = HEIGHT - 40 - (HEIGHT - 75) * count / top
+    path = f"M{x[0]:.1f} {HEIGHT - 40}" + "".join(f"V{b:.1f}H{a:.1f}" for a, b in zip(x[1:], y)) + f"V{HEIGHT - 40}"
     return f'<path d="{path}" fill="{colour}" fill-opacity=".28" stroke="{colour}" stroke-width="1.6" stroke-dasharray="{dash}"/>'
 
-def _text(x, y, text, anchor='middle'): return f'<text x="{x:.1f}" y="{y}" text-anchor="{anchor}" font-size="13" fill="currentColor">{escape(text)}</text>'
+
+def _text(x, y, text, anchor="middle"):
+    return f'<text x="{x:.1f}" y="{y}" text-anchor="{anchor}" font-size="13" fill="currentColor">{escape(text)}</text>'
+
 
 def _legend(groups, dashes):
     "A sample of each line with its name"
     for i, (name, scores) in enumerate(groups.items()):
-        x = MARGIN + i*(WIDTH - 2*MARGIN)//max(2, len(groups))
-        yield f'<path d="M{x} 14h24" stroke="{PALETTE[i]}" stroke-width="3" stroke-dasharray="{dashes[i]}"/>' + _text(x + 30, 18, f'{name} ({len(scores):,})', 'start')
+        x = MARGIN + i * (WIDTH - 2 * MARGIN) // max(2, len(groups))
+        yield f'<path d="M{x} 14h24" stroke="{PALETTE[i]}" stroke-width="3" stroke-dasharray="{dashes[i]}"/>' + _text(
+            x + 30, 18, f"{name} ({len(scores):,})", "start"
+        )
 
 # %% ../../nbs/4_self_align/4c_explorer.ipynb #9ea8e183
-def drawing(groups:dict,          # name to scores
-            axis:tuple,           # (low, high)
-            threshold:float,      # the line
-            label:str='score',    # of the axis
-            bins:int=40,          # of the histogram
-            )->str:               # SVG
+def drawing(
+    groups: dict,  # name to scores
+    axis: tuple,  # (low, high)
+    threshold: float,  # the line
+    label: str = "score",  # of the axis
+    bins: int = 40,  # of the histogram
+) -> str:  # SVG
     "A histogram of counts with a line through it, and the dropped side shaded."
     from matplotlib.ticker import MaxNLocator
-    edges, dashes = np.linspace(*axis, bins + 1), ('', '5 3', '2 2')
+
+    edges, dashes = np.linspace(*axis, bins + 1), ("", "5 3", "2 2")
     top = max(1, *(np.histogram(s, edges)[0].max() for s in groups.values()))
-    floor = HEIGHT - 40; at = place(np.clip(threshold, *axis), *axis)
+    floor = HEIGHT - 40
+    at = place(np.clip(threshold, *axis), *axis)
     ticks = [t for t in MaxNLocator(8).tick_values(*axis) if axis[0] <= t <= axis[1]]
-    parts = [*_legend(groups, dashes), *(_hill(s, edges, top, PALETTE[i], dashes[i]) for i, s in enumerate(groups.values()))]
-    parts += [f'<path d="M{MARGIN} {floor}H{WIDTH - MARGIN}" stroke="currentColor"/>', *(_text(place(t, *axis), floor + 17, f'{t:g}') for t in ticks), _text(WIDTH/2, HEIGHT - 6, label)]
-    parts += [f'<g class="cut" transform="translate({at:.1f} 0)"><rect x="{-WIDTH}" y="28" width="{WIDTH}" height="{floor - 28}" fill="#888" fill-opacity=".18"/><path d="M0 28V{floor}" stroke="currentColor" stroke-width="2.2"/></g>']
+    parts = [
+        *_legend(groups, dashes),
+        *(_hill(s, edges, top, PALETTE[i], dashes[i]) for i, s in enumerate(groups.values())),
+    ]
+    parts += [
+        f'<path d="M{MARGIN} {floor}H{WIDTH - MARGIN}" stroke="currentColor"/>',
+        *(_text(place(t, *axis), floor + 17, f"{t:g}") for t in ticks),
+        _text(WIDTH / 2, HEIGHT - 6, label),
+    ]
+    parts += [
+        f'<g class="cut" transform="translate({at:.1f} 0)"><rect x="{-WIDTH}" y="28" width="{WIDTH}" height="{floor - 28}" fill="#888" fill-opacity=".18"/><path d="M0 28V{floor}" stroke="currentColor" stroke-width="2.2"/></g>'
+    ]
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(f"Histogram, {label}: " + ", ".join(groups), quote=True)}" style="max-width:100%" xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>'
 
 # %% ../../nbs/4_self_align/4c_explorer.ipynb #4943aa54
 def _picture(image, folder, side=112):
     "A picture as an <img>, or the reason why there is none"
-    box = f'width:{side}px;min-height:{side}px;display:block'
-    try: img = read_picture(str(image), folder)
-    except (ImageProblem, StudyError, OSError, ValueError) as e: return f'<em style="{box};border:1px dashed;overflow-wrap:anywhere;font-size:11px">not shown: {escape(str(e)[:200])}</em>'
-    img.thumbnail((2*side, 2*side)); img.save(out := io.BytesIO(), 'png')
+    box = f"width:{side}px;min-height:{side}px;display:block"
+    try:
+        img = read_picture(str(image), folder)
+    except (ImageProblem, StudyError, OSError, ValueError) as e:
+        return f'<em style="{box};border:1px dashed;overflow-wrap:anywhere;font-size:11px">not shown: {escape(str(e)[:200])}</em>'
+    img.thumbnail((2 * side, 2 * side))
+    img.save(out := io.BytesIO(), "png")
     return f'<img style="{box}" alt="" src="data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}">'
 
 # %% ../../nbs/4_self_align/4c_explorer.ipynb #673389ee
-def pair_html(row        # of `scored_pairs`
-             )->str:     # HTML
+def pair_html(
+    row,  # of `scored_pairs`
+) -> str:  # HTML
     "One pair: picture, score, truth and caption."
-    said = {1.: '✓ as the caption says', 0.: '✗ something else'}.get(row.true, '')
-    return (f'<div style="width:124px;font-size:12px;line-height:1.3;overflow-wrap:anywhere">{_picture(row.image, row.folder)}'
-            f'<b>{row.score:.2f}</b> {row.kind}<br>{said}<div><bdi>{escape(clean_caption(row.caption)[0]) or "(no caption)"}</bdi></div></div>')
+    said = {1.0: "✓ as the caption says", 0.0: "✗ something else"}.get(row.true, "")
+    return (
+        f'<div style="width:124px;font-size:12px;line-height:1.3;overflow-wrap:anywhere">{_picture(row.image, row.folder)}'
+        f"<b>{row.score:.2f}</b> {row.kind}<br>{said}<div><bdi>{escape(clean_caption(row.caption)[0]) or '(no caption)'}</bdi></div></div>"
+    )
 
 # %% ../../nbs/4_self_align/4c_explorer.ipynb #b285aa14
-def _percent(x): return '–' if pd.isna(x) else f'{100*x:.1f} %'
+def _percent(x):
+    return "–" if pd.isna(x) else f"{100 * x:.1f} %"
+
 
 def _summary(found):
     "What a threshold keeps, as an HTML table"
-    heads = ['', 'kept', 'of', 'share', 'true above', '95 % interval', 'true below', 'recall', 'a random drop', 'its 95 % range']
-    def cells(r): return [r.kind, f'{r.kept:,}', f'{r.pairs:,}', _percent(r.share), _percent(r.precision), f'{_percent(r.low)} to {_percent(r.high)}', _percent(r.below),
-                          _percent(r.recall), _percent(r.random), f'{_percent(r.random_low)} to {_percent(r.random_high)}']
+    heads = [
+        "",
+        "kept",
+        "of",
+        "share",
+        "true above",
+        "95 % interval",
+        "true below",
+        "recall",
+        "a random drop",
+        "its 95 % range",
+    ]
+
+    def cells(r):
+        return [
+            r.kind,
+            f"{r.kept:,}",
+            f"{r.pairs:,}",
+            _percent(r.share),
+            _percent(r.precision),
+            f"{_percent(r.low)} to {_percent(r.high)}",
+            _percent(r.below),
+            _percent(r.recall),
+            _percent(r.random),
+            f"{_percent(r.random_low)} to {_percent(r.random_high)}",
+        ]
+
     rows = [heads, *map(cells, found.itertuples())]
-    if found.random.isna().all(): rows = [r[:4] for r in rows]
-    return '<table style="font-size:13px">' + ''.join('<tr>' + ''.join(f'<td style="padding:2px 8px;text-align:right">{escape(c)}</td>' for c in r) + '</tr>' for r in rows) + '</table>'
+    if found.random.isna().all():
+        rows = [r[:4] for r in rows]
+    return (
+        '<table style="font-size:13px">'
+        + "".join(
+            "<tr>" + "".join(f'<td style="padding:2px 8px;text-align:right">{escape(c)}</td>' for c in r) + "</tr>"
+            for r in rows
+        )
+        + "</table>"
+    )
 
 # %% ../../nbs/4_self_align/4c_explorer.ipynb #2e44b8af
-def view(table,               # rows of one scorer
-         threshold:float,     # the line
-         axis:tuple=None,     # of the histogram; None: around these scores
-         pairs:int=4,         # on each side
-         )->str:              # HTML
+def view(
+    table,  # rows of one scorer
+    threshold: float,  # the line
+    axis: tuple = None,  # of the histogram; None: around these scores
+    pairs: int = 4,  # on each side
+) -> str:  # HTML
     "Histogram, counts, and the pairs on both sides of a threshold."
     above, below = around(table, threshold, pairs)
-    def side(name, rows): return f'<h4 style="margin:.6em 0 .2em">{name}</h4><div style="display:flex;flex-wrap:wrap;gap:8px">{"".join(map(pair_html, rows.itertuples())) or "no pair"}</div>'
-    return (f'<div style="max-width:{WIDTH}px">{drawing(hills(table), axis or axis_of(table.score), threshold)}</div>{_summary(filtered(table, threshold))}'
-            + side('just above: kept', above) + side('just below: dropped', below))
+
+    def side(name, rows):
+        return f'<h4 style="margin:.6em 0 .2em">{name}</h4><div style="display:flex;flex-wrap:wrap;gap:8px">{"".join(map(pair_html, rows.itertuples())) or "no pair"}</div>'
+
+    return (
+        f'<div style="max-width:{WIDTH}px">{drawing(hills(table), axis or axis_of(table.score), threshold)}</div>{_summary(filtered(table, threshold))}'
+        + side("just above: kept", above)
+        + side("just below: dropped", below)
+    )
 
 # %% ../../nbs/4_self_align/4c_explorer.ipynb #11fdc680
 def _controls(table):
     "Scorer, pictures, threshold and keep rate"
     from types import SimpleNamespace
     import ipywidgets as w
-    kinds = list(dict.fromkeys(table.kind)); wide = dict(style=dict(description_width='6em'), layout=w.Layout(width='640px'))
+
+    kinds = list(dict.fromkeys(table.kind))
+    wide = dict(style=dict(description_width="6em"), layout=w.Layout(width="640px"))
     return SimpleNamespace(
-        scorer=w.Dropdown(options=[(short_name(s), s) for s in dict.fromkeys(table.scorer)], description='scorer', style=dict(description_width='6em')),
-        kinds=w.ToggleButtons(options=[(k, (k,)) for k in kinds] + ([('both', tuple(kinds))] if len(kinds) > 1 else []), description='pictures', style=dict(description_width='6em')),
-        threshold=w.FloatSlider(description='threshold', step=.05, readout_format='.2f', **wide),
-        keep=w.FloatSlider(description='keep rate', min=0, max=1, step=.005, value=.5, readout_format='.3f', **wide))
+        scorer=w.Dropdown(
+            options=[(short_name(s), s) for s in dict.fromkeys(table.scorer)],
+            description="scorer",
+            style=dict(description_width="6em"),
+        ),
+        kinds=w.ToggleButtons(
+            options=[(k, (k,)) for k in kinds] + ([("both", tuple(kinds))] if len(kinds) > 1 else []),
+            description="pictures",
+            style=dict(description_width="6em"),
+        ),
+        threshold=w.FloatSlider(description="threshold", step=0.05, readout_format=".2f", **wide),
+        keep=w.FloatSlider(description="keep rate", min=0, max=1, step=0.005, value=0.5, readout_format=".3f", **wide),
+    )
 
 # %% ../../nbs/4_self_align/4c_explorer.ipynb #1cbae73b
-def explore(run:str|Path='micro',  # name of a run, or its folder
-            variant:str='',        # of the stages, e.g. -noise0
-            pairs:int=4,           # shown on each side of the threshold
-            ):                     # a VBox; its sliders are under `.controls`, what it shows under `.shown`
+def explore(
+    run: str | Path = "micro",  # name of a run, or its folder
+    variant: str = "",  # of the stages, e.g. -noise0
+    pairs: int = 4,  # shown on each side of the threshold
+):  # a VBox; its sliders are under `.controls`, what it shows under `.shown`
     "A widget: move a threshold through the scores of a run."
     import ipywidgets as w
-    every = scored_pairs(run, variant); table = every[every.score.notna()]
-    if not len(table): raise StudyError(f'no pair of the run {run} has a score; run its stage score{variant} again: selfalign run {Path(run).name} --force score{variant}')
+
+    every = scored_pairs(run, variant)
+    table = every[every.score.notna()]
+    if not len(table):
+        raise StudyError(
+            f"no pair of the run {run} has a score; run its stage score{variant} again: selfalign run {Path(run).name} --force score{variant}"
+        )
     c, shown, busy = _controls(table), w.HTML(), []
-    lost = f'<p>{every.score.isna().sum():,} pairs have no score and are left out.</p>' if len(every) > len(table) else ''
+    lost = (
+        f"<p>{every.score.isna().sum():,} pairs have no score and are left out.</p>" if len(every) > len(table) else ""
+    )
+
     def update(change):
-        if busy: return
+        if busy:
+            return
         busy.append(True)
         try:
-            some = table[(table.scorer == c.scorer.value)]; axis = axis_of(some.score); some = some[some.kind.isin(c.kinds.value)]
-            with c.threshold.hold_trait_notifications(): c.threshold.min, c.threshold.max = axis
-            if change and change.owner is c.threshold: c.keep.value = kept_share(some.score, c.threshold.value)
-            else: c.threshold.value = threshold_at(some.score, c.keep.value)
+            some = table[(table.scorer == c.scorer.value)]
+            axis = axis_of(some.score)
+            some = some[some.kind.isin(c.kinds.value)]
+            with c.threshold.hold_trait_notifications():
+                c.threshold.min, c.threshold.max = axis
+            if change and change.owner is c.threshold:
+                c.keep.value = kept_share(some.score, c.threshold.value)
+            else:
+                c.threshold.value = threshold_at(some.score, c.keep.value)
             shown.value = lost + view(some, c.threshold.value, axis, pairs)
-        finally: busy.clear()
-    for control in vars(c).values(): control.observe(update, 'value')
+        finally:
+            busy.clear()
+
+    for control in vars(c).values():
+        control.observe(update, "value")
     update(None)
-    box = w.VBox([*vars(c).values(), shown]); box.controls, box.shown = c, shown
+    box = w.VBox([*vars(c).values(), shown])
+    box.controls, box.shown = c, shown
     return box

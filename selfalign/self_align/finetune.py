@@ -14,115 +14,201 @@ from ..models.objective import Objective
 from ..study.settings import StudyError, nearest
 
 # %% ../../nbs/4_self_align/45_finetune.ipynb #4a5c3715
-PAPER = {'faithful': {}, 'faithful-zero-start': dict(xavier=False), 'faithful-blocks-only': dict(conv=False), 'faithful-warm-up-ends': dict(warmup=.05),
-         'faithful-scale-1': dict(alpha=4.), 'faithful-plain-loss': dict(objective=Objective()), 'faithful-no-crops': dict(crops=1.)}
-OPTIONS = {f'lora-rank-{r}': dict(rank=r) for r in (1, 2, 8, 16)} | {
-    'lora-attention': dict(targets=('attention',)), 'lora-mlp': dict(targets=('mlp',)), 'lora-dora': dict(targets=('mlp',), dora=True),
-    'lora-sigmoid': dict(objective=Objective('sigmoid')), 'lora-multi-positive': dict(objective=Objective('multi-positive')),
-    **{f'lora-{name}-pictures': dict(objective=Objective('multi-positive'), together=k) for name, k in (('two', 2), ('four', 4))}, 'lora-positives': dict(objective=Objective(positives=1.)),
-    'lora-negatives': dict(objective=Objective(negatives=1.)), 'lora-distilled': dict(objective=Objective(distill=1.))}
-RATE_OF = dict.fromkeys(('lora-shuffled', 'lora-grey', *OPTIONS), 'lora-generated') | {arm: 'faithful' for arm in PAPER if arm != 'faithful'}
-ARMS = ('lora-originals', 'lora-generated', 'lora-selected', 'lora-random-drop', 'lora-clean-originals', 'lora-perfect-generator', 'lora-oracle-selected',
-        'lora-image-conditioned', 'lora-augmented', 'lora-mixed', 'lora-shuffled', 'lora-grey', 'lora-text-tower', 'lora-image-tower', *OPTIONS, *PAPER)
-SELECTIONS = {'lora-selected': 'selected', 'lora-random-drop': 'random-drop', 'lora-oracle-selected': 'oracle'}
+PAPER = {
+    "faithful": {},
+    "faithful-zero-start": dict(xavier=False),
+    "faithful-blocks-only": dict(conv=False),
+    "faithful-warm-up-ends": dict(warmup=0.05),
+    "faithful-scale-1": dict(alpha=4.0),
+    "faithful-plain-loss": dict(objective=Objective()),
+    "faithful-no-crops": dict(crops=1.0),
+}
+OPTIONS = {f"lora-rank-{r}": dict(rank=r) for r in (1, 2, 8, 16)} | {
+    "lora-attention": dict(targets=("attention",)),
+    "lora-mlp": dict(targets=("mlp",)),
+    "lora-dora": dict(targets=("mlp",), dora=True),
+    "lora-sigmoid": dict(objective=Objective("sigmoid")),
+    "lora-multi-positive": dict(objective=Objective("multi-positive")),
+    **{
+        f"lora-{name}-pictures": dict(objective=Objective("multi-positive"), together=k)
+        for name, k in (("two", 2), ("four", 4))
+    },
+    "lora-positives": dict(objective=Objective(positives=1.0)),
+    "lora-negatives": dict(objective=Objective(negatives=1.0)),
+    "lora-distilled": dict(objective=Objective(distill=1.0)),
+}
+RATE_OF = dict.fromkeys(("lora-shuffled", "lora-grey", *OPTIONS), "lora-generated") | {
+    arm: "faithful" for arm in PAPER if arm != "faithful"
+}
+ARMS = (
+    "lora-originals",
+    "lora-generated",
+    "lora-selected",
+    "lora-random-drop",
+    "lora-clean-originals",
+    "lora-perfect-generator",
+    "lora-oracle-selected",
+    "lora-image-conditioned",
+    "lora-augmented",
+    "lora-mixed",
+    "lora-shuffled",
+    "lora-grey",
+    "lora-text-tower",
+    "lora-image-tower",
+    *OPTIONS,
+    *PAPER,
+)
+SELECTIONS = {"lora-selected": "selected", "lora-random-drop": "random-drop", "lora-oracle-selected": "oracle"}
 
 # %% ../../nbs/4_self_align/45_finetune.ipynb #fb73b00a
-def clean_caption_of(key:str   # of a pair of the microworld: pool and number
-                     )->str:   # the caption
+def clean_caption_of(
+    key: str,  # of a pair of the microworld: pool and number
+) -> str:  # the caption
     "What the web would say of a scene if it made no mistakes."
     from selfalign.data.captions import web_caption
-    pool, _, number = key.rpartition('-')
-    return web_caption(pool, int(number), noise=0.)[0].text
+
+    pool, _, number = key.rpartition("-")
+    return web_caption(pool, int(number), noise=0.0)[0].text
 
 # %% ../../nbs/4_self_align/45_finetune.ipynb #bdfd54f3
-def redrawn(pair,      # a row of the pairs table, with `key`, `claims` and `width`
-            seed:int,  # of the drawing
-            ):         # PIL picture
+def redrawn(
+    pair,  # a row of the pairs table, with `key`, `claims` and `width`
+    seed: int,  # of the drawing
+):  # PIL picture
     "The picture that a perfect generator would paint for a caption."
     import json
     from selfalign.data.redraw import redraw
     from selfalign.data.scenes import render
+
     return render(redraw(json.loads(pair.claims), pair.key, seed=seed), int(pair.width))
 
 # %% ../../nbs/4_self_align/45_finetune.ipynb #ca17906b
-TEXTS_OF = {'lora-augmented': 'long', 'lora-positives': 'positive', 'lora-negatives': 'negative'}   # which texts of `augment` an arm needs
-def several_pictures(k:int,    # pictures a caption
-                     *tables,  # of pictures, with `parent`
-                     ):        # the first k of each caption, one after the other; captions with fewer are left out
+TEXTS_OF = {
+    "lora-augmented": "long",
+    "lora-positives": "positive",
+    "lora-negatives": "negative",
+}  # which texts of `augment` an arm needs
+
+
+def several_pictures(
+    k: int,  # pictures a caption
+    *tables,  # of pictures, with `parent`
+):  # the first k of each caption, one after the other; captions with fewer are left out
     "Tables put together like a zip."
-    first = pd.concat(tables).groupby('parent', sort=False).head(k)
-    return first[first.groupby('parent').parent.transform('size') == k].sort_values('parent', kind='stable', ignore_index=True)
+    first = pd.concat(tables).groupby("parent", sort=False).head(k)
+    return first[first.groupby("parent").parent.transform("size") == k].sort_values(
+        "parent", kind="stable", ignore_index=True
+    )
 
 # %% ../../nbs/4_self_align/45_finetune.ipynb #7a5dc2fd
-def arm_rows(arm,         # one of `ARMS`
-             pairs,       # originals of this seed's training set: key, image, caption, folder, claims, truth
-             generated,   # generated pictures of the same captions, with `parent`
-             selection,   # key, selection, kept
-             conditioned=None,  # pictures that began with the originals, as `generated`
-             texts=None,        # 'long', 'positive', 'negative' to {key of the original: text}
-             ):           # rows of one of the two tables, or None where it would need a truth, a selection or a stage that is not there
+def arm_rows(
+    arm,  # one of `ARMS`
+    pairs,  # originals of this seed's training set: key, image, caption, folder, claims, truth
+    generated,  # generated pictures of the same captions, with `parent`
+    selection,  # key, selection, kept
+    conditioned=None,  # pictures that began with the originals, as `generated`
+    texts=None,  # 'long', 'positive', 'negative' to {key of the original: text}
+):  # rows of one of the two tables, or None where it would need a truth, a selection or a stage that is not there
     "Which pairs an arm is made of."
-    if arm not in ARMS: raise StudyError(f'unknown arm {arm!r}; {nearest(arm, ARMS)}')
-    known = len(pairs) and bool((pairs.truth.fillna('') != '').all())
-    if arm in ('lora-clean-originals', 'lora-perfect-generator') and not known: return None
-    if arm in ('lora-originals', 'lora-clean-originals', 'lora-perfect-generator'): return pairs
-    if arm == 'lora-mixed': return pd.concat([pairs.iloc[::2], generated[generated.parent.isin(pairs.iloc[1::2].key)].drop_duplicates('parent')], ignore_index=True)
-    if arm == 'lora-image-conditioned': return conditioned
-    if k := OPTIONS.get(arm, {}).get('together'):
+    if arm not in ARMS:
+        raise StudyError(f"unknown arm {arm!r}; {nearest(arm, ARMS)}")
+    known = len(pairs) and bool((pairs.truth.fillna("") != "").all())
+    if arm in ("lora-clean-originals", "lora-perfect-generator") and not known:
+        return None
+    if arm in ("lora-originals", "lora-clean-originals", "lora-perfect-generator"):
+        return pairs
+    if arm == "lora-mixed":
+        return pd.concat(
+            [pairs.iloc[::2], generated[generated.parent.isin(pairs.iloc[1::2].key)].drop_duplicates("parent")],
+            ignore_index=True,
+        )
+    if arm == "lora-image-conditioned":
+        return conditioned
+    if k := OPTIONS.get(arm, {}).get("together"):
         several = several_pictures(k, generated, *([] if conditioned is None else [conditioned]))
         return several if len(several) else None
-    if arm in TEXTS_OF and TEXTS_OF[arm] not in (texts or {}): return None
-    if arm == 'lora-augmented': return generated[generated.parent.isin(texts['long'])].assign(caption=generated.parent.map(texts['long']))
-    if arm not in SELECTIONS: return generated
-    if SELECTIONS[arm] not in set(selection.selection): return None
+    if arm in TEXTS_OF and TEXTS_OF[arm] not in (texts or {}):
+        return None
+    if arm == "lora-augmented":
+        return generated[generated.parent.isin(texts["long"])].assign(caption=generated.parent.map(texts["long"]))
+    if arm not in SELECTIONS:
+        return generated
+    if SELECTIONS[arm] not in set(selection.selection):
+        return None
     return generated[generated.key.isin(selection[(selection.selection == SELECTIONS[arm]) & selection.kept].key)]
 
 # %% ../../nbs/4_self_align/45_finetune.ipynb #04765c8d
-def arm_pairs(arm,         # one of `ARMS`
-              rows,        # from `arm_rows`
-              seed:int=0,  # of what is drawn anew
-              fit=lambda picture: picture,  # called with each picture
-              )->tuple:    # (pictures, captions)
+def arm_pairs(
+    arm,  # one of `ARMS`
+    rows,  # from `arm_rows`
+    seed: int = 0,  # of what is drawn anew
+    fit=lambda picture: picture,  # called with each picture
+) -> tuple:  # (pictures, captions)
     "The pictures and captions of one arm."
-    captions = [clean_caption_of(k) for k in rows.key] if arm == 'lora-clean-originals' else list(rows.caption)
-    if arm == 'lora-perfect-generator': return [fit(redrawn(p, seed)) for p in rows.itertuples()], captions
+    captions = [clean_caption_of(k) for k in rows.key] if arm == "lora-clean-originals" else list(rows.caption)
+    if arm == "lora-perfect-generator":
+        return [fit(redrawn(p, seed)) for p in rows.itertuples()], captions
     pictures = [fit(read_picture(i, f)) for i, f in zip(rows.image, rows.folder)]
-    if arm == 'lora-grey': pictures = [np.full_like(np.asarray(p), 128) for p in pictures]
-    if arm == 'lora-shuffled': pictures = pictures[len(pictures)//2:] + pictures[:len(pictures)//2]
+    if arm == "lora-grey":
+        pictures = [np.full_like(np.asarray(p), 128) for p in pictures]
+    if arm == "lora-shuffled":
+        pictures = pictures[len(pictures) // 2 :] + pictures[: len(pictures) // 2]
     return pictures, captions
 
 # %% ../../nbs/4_self_align/45_finetune.ipynb #4bb01d13
-def arm_options(arm,        # one of `ARMS`
-                lora:dict,  # what the other arms are trained with: options of `add_lora`
-                )->dict:    # options of `train_lora`
+def arm_options(
+    arm,  # one of `ARMS`
+    lora: dict,  # what the other arms are trained with: options of `add_lora`
+) -> dict:  # options of `train_lora`
     "How an arm is trained."
-    if arm in ('lora-text-tower', 'lora-image-tower'): return lora | dict(towers=(arm.split('-')[1],))
-    if arm in OPTIONS: return lora | OPTIONS[arm]
-    if arm not in PAPER: return lora
+    if arm in ("lora-text-tower", "lora-image-tower"):
+        return lora | dict(towers=(arm.split("-")[1],))
+    if arm in OPTIONS:
+        return lora | OPTIONS[arm]
+    if arm not in PAPER:
+        return lora
     from selfalign.models.paper_lora import add_paper_lora
-    return dict(adapt=add_paper_lora, rank=lora['rank'], alpha=1., warmup=1/.7, objective=Objective(positives=1.), crops=.9, clip=float('inf'), eps=1e-6) | PAPER[arm]
+
+    return (
+        dict(
+            adapt=add_paper_lora,
+            rank=lora["rank"],
+            alpha=1.0,
+            warmup=1 / 0.7,
+            objective=Objective(positives=1.0),
+            crops=0.9,
+            clip=float("inf"),
+            eps=1e-6,
+        )
+        | PAPER[arm]
+    )
 
 # %% ../../nbs/4_self_align/45_finetune.ipynb #47947fef
-def arm_texts(arm,    # one of `ARMS`
-              rows,   # from `arm_rows`
-              texts,  # as for `arm_rows`
-              )->dict:  # options of `train_lora`
+def arm_texts(
+    arm,  # one of `ARMS`
+    rows,  # from `arm_rows`
+    texts,  # as for `arm_rows`
+) -> dict:  # options of `train_lora`
     "The texts that stand beside an arm's captions."
-    if arm == 'lora-positives': return dict(positives=[texts['positive'].get(p, c) for p, c in zip(rows.parent, rows.caption)])
-    if arm == 'lora-negatives': return dict(negatives=[texts['negative'].get(p, '') for p in rows.parent])
+    if arm == "lora-positives":
+        return dict(positives=[texts["positive"].get(p, c) for p, c in zip(rows.parent, rows.caption)])
+    if arm == "lora-negatives":
+        return dict(negatives=[texts["negative"].get(p, "") for p in rows.parent])
     return {}
 
 # %% ../../nbs/4_self_align/45_finetune.ipynb #72de9dc6
-def best_rate(tried  # learning rate to loss on the validation pairs
-              )->float:
+def best_rate(
+    tried,  # learning rate to loss on the validation pairs
+) -> float:
     "The learning rate with the lowest loss; the smallest one among equals."
     return min(sorted(tried), key=lambda rate: tried[rate])
 
 # %% ../../nbs/4_self_align/45_finetune.ipynb #b0e91e45
-def trainings(arms,            # names
-              main_seeds:int,  # of originals and generated
-              seeds:int,       # of the others
-              )->list:         # (arm, seed)
+def trainings(
+    arms,  # names
+    main_seeds: int,  # of originals and generated
+    seeds: int,  # of the others
+) -> list:  # (arm, seed)
     "Which arms are trained with which seeds."
-    main = ('lora-originals', 'lora-generated')
+    main = ("lora-originals", "lora-generated")
     return [(arm, s) for arm in arms for s in range(main_seeds if arm in main else seeds)]

@@ -14,25 +14,28 @@ from ..data.scenes import render
 from .generate import begin_with
 
 # %% ../../nbs/4_self_align/4d_gap.ipynb #03706eb5
-def redrawn_like(pair,      # a row of the pairs table, with `key`, `claims` and `width`
-                 pipe,      # pipeline of diffusers: whose size the picture gets
-                 ):         # PIL picture
+def redrawn_like(
+    pair,  # a row of the pairs table, with `key`, `claims` and `width`
+    pipe,  # pipeline of diffusers: whose size the picture gets
+):  # PIL picture
     "The caption drawn anew, by the code that drew the original."
     return begin_with(pipe, render(redraw(json.loads(pair.claims), pair.key), int(pair.width)))
 
 # %% ../../nbs/4_self_align/4d_gap.ipynb #9d3b9617
-def steps_between(scores:pd.DataFrame  # one row a caption, one column a picture of the chain, in order
-                  )->pd.DataFrame:     # one column a step
+def steps_between(
+    scores: pd.DataFrame,  # one row a caption, one column a picture of the chain, in order
+) -> pd.DataFrame:  # one column a step
     "What each step adds."
     names = list(scores)
-    return pd.DataFrame({f'{a} to {b}': scores[b] - scores[a] for a, b in zip(names, names[1:])})
+    return pd.DataFrame({f"{a} to {b}": scores[b] - scores[a] for a, b in zip(names, names[1:])})
 
 # %% ../../nbs/4_self_align/4d_gap.ipynb #10381358
-def told_apart(before,   # (n, d) vectors
-               after,    # (n, d) vectors of the same captions
-               scenes,   # n labels; a caption is asked about only by lines that have not seen its scene
-               seed:int=0,  # of the resampling
-               ):        # `Interval` of the area under the ROC curve; chance is 1/2
+def told_apart(
+    before,  # (n, d) vectors
+    after,  # (n, d) vectors of the same captions
+    scenes,  # n labels; a caption is asked about only by lines that have not seen its scene
+    seed: int = 0,  # of the resampling
+):  # `Interval` of the area under the ROC curve; chance is 1/2
     "How well a line through the vectors tells two kinds of pictures apart."
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GroupKFold, cross_val_predict
@@ -40,7 +43,14 @@ def told_apart(before,   # (n, d) vectors
     from sklearn.preprocessing import StandardScaler
     from selfalign.self_align.score import auc
     from selfalign.study.statistics import bootstrap
-    x, y, groups = np.concatenate([before, after]), np.repeat([0, 1], len(before)), pd.factorize(np.tile(np.asarray(scenes), 2))[0]
-    line = make_pipeline(StandardScaler(), LogisticRegression(C=.1, max_iter=1000))
-    p = cross_val_predict(line, x, y, groups=groups, cv=GroupKFold(min(5, len(set(groups)))), method='decision_function')
+
+    x, y, groups = (
+        np.concatenate([before, after]),
+        np.repeat([0, 1], len(before)),
+        pd.factorize(np.tile(np.asarray(scenes), 2))[0],
+    )
+    line = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+    p = cross_val_predict(
+        line, x, y, groups=groups, cv=GroupKFold(min(5, len(set(groups)))), method="decision_function"
+    )
     return bootstrap(np.stack([p, y], 1), groups, auc, repeats=300, seed=seed)

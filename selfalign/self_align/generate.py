@@ -15,163 +15,228 @@ from ..data.images import file_name, fit_square, pixel_hash, save_png
 from ..study.settings import StudyError, at_root, nearest
 
 # %% ../../nbs/4_self_align/41_generate.ipynb #7744d42d
-def picture_seed(key:str,       # of the original pair
-                 k:int=0,       # which of its pictures
-                 seed:int=0,    # of the stage
-                 )->int:        # 32 bits
+def picture_seed(
+    key: str,  # of the original pair
+    k: int = 0,  # which of its pictures
+    seed: int = 0,  # of the stage
+) -> int:  # 32 bits
     "The seed of one picture."
-    return int.from_bytes(hashlib.sha256(f'{seed}/{key}/{k}'.encode('utf-8', 'surrogatepass')).digest()[:4], 'big')
+    return int.from_bytes(hashlib.sha256(f"{seed}/{key}/{k}".encode("utf-8", "surrogatepass")).digest()[:4], "big")
 
 # %% ../../nbs/4_self_align/41_generate.ipynb #02fb5e0d
-inherited = ('caption', 'caption_source', 'scene', 'subset', 'split', 'claims')
-def picture_orders(pairs,          # pairs table of originals
-                   k:int=1,        # pictures a caption
-                   seed:int=0,     # of the stage
-                   )->list:        # dictionaries
+inherited = ("caption", "caption_source", "scene", "subset", "split", "claims")
+
+
+def picture_orders(
+    pairs,  # pairs table of originals
+    k: int = 1,  # pictures a caption
+    seed: int = 0,  # of the stage
+) -> list:  # dictionaries
     "What shall be painted."
-    return [{c: row[c] for c in inherited} | dict(key=f'{row["key"]}-g{j}', parent=row['key'], prompt=row['caption'], k=j,
-                                                  seed=picture_seed(row['key'], j, seed), image_source='generated')
-            for row in pairs.to_dict('records') for j in range(k)]
+    return [
+        {c: row[c] for c in inherited}
+        | dict(
+            key=f"{row['key']}-g{j}",
+            parent=row["key"],
+            prompt=row["caption"],
+            k=j,
+            seed=picture_seed(row["key"], j, seed),
+            image_source="generated",
+        )
+        for row in pairs.to_dict("records")
+        for j in range(k)
+    ]
 
 # %% ../../nbs/4_self_align/41_generate.ipynb #60e4b470
-schedulers = dict(euler='EulerDiscreteScheduler', ddim='DDIMScheduler', dpm='DPMSolverMultistepScheduler')
-def set_scheduler(pipe,                   # pipeline of diffusers
-                  name:str='default',     # default, euler, ddim or dpm
-                  ):                      # the pipeline
+schedulers = dict(euler="EulerDiscreteScheduler", ddim="DDIMScheduler", dpm="DPMSolverMultistepScheduler")
+
+
+def set_scheduler(
+    pipe,  # pipeline of diffusers
+    name: str = "default",  # default, euler, ddim or dpm
+):  # the pipeline
     "Exchange the scheduler of a pipeline."
     import diffusers
-    if name == 'default': return pipe
-    if name not in schedulers: raise StudyError(f'unknown scheduler {name!r}; {nearest(name, ["default", *schedulers])}')
+
+    if name == "default":
+        return pipe
+    if name not in schedulers:
+        raise StudyError(f"unknown scheduler {name!r}; {nearest(name, ['default', *schedulers])}")
     pipe.scheduler = getattr(diffusers, schedulers[name]).from_config(pipe.scheduler.config)
     return pipe
 
 # %% ../../nbs/4_self_align/41_generate.ipynb #00f153b3
-def out_of_memory(error:BaseException  # what was raised
-                 )->bool:              # True also where a library hides it in a RuntimeError
+def out_of_memory(
+    error: BaseException,  # what was raised
+) -> bool:  # True also where a library hides it in a RuntimeError
     "Whether this is an error of too little memory."
     kinds = (torch.OutOfMemoryError, MemoryError)
-    signs = ('out of memory', "can't allocate memory", 'cannot allocate memory')
+    signs = ("out of memory", "can't allocate memory", "cannot allocate memory")
     return isinstance(error, kinds) or isinstance(error, RuntimeError) and any(t in str(error).lower() for t in signs)
 
 # %% ../../nbs/4_self_align/41_generate.ipynb #8f9c79bf
 class Painter:
     "A pipeline that paints any number of pictures in batches that fit."
-    def __init__(self,
-                 pipe,             # pipeline of diffusers
-                 batch:int=16,     # pictures at a time
-                 shown=lambda images: dict(image=images),  # pictures to options of the pipeline, for one that is shown some
-                 **options,        # steps, guidance and so on, as the pipeline names them
-                 ):
-        if batch < 1: raise StudyError(f'a batch of {batch} pictures; it must be 1 or more')
+
+    def __init__(
+        self,
+        pipe,  # pipeline of diffusers
+        batch: int = 16,  # pictures at a time
+        shown=lambda images: dict(image=images),  # pictures to options of the pipeline, for one that is shown some
+        **options,  # steps, guidance and so on, as the pipeline names them
+    ):
+        if batch < 1:
+            raise StudyError(f"a batch of {batch} pictures; it must be 1 or more")
         self.pipe, self.batch, self.shown, self.options = pipe, batch, shown, options
+
     def _paint(self, prompts, seeds, images):
         "One batch, or None if it did not fit."
-        noise = [torch.Generator('cpu').manual_seed(s) for s in seeds]
-        extra = {k: [v]*len(prompts) if k == 'negative_prompt' else v for k, v in self.options.items()}
-        try: return self.pipe(prompts, generator=noise, **extra, **(self.shown(images) if images is not None else {})).images
+        noise = [torch.Generator("cpu").manual_seed(s) for s in seeds]
+        extra = {k: [v] * len(prompts) if k == "negative_prompt" else v for k, v in self.options.items()}
+        try:
+            return self.pipe(
+                prompts, generator=noise, **extra, **(self.shown(images) if images is not None else {})
+            ).images
         except Exception as e:
-            if not out_of_memory(e): raise
-            if len(prompts) == 1: raise StudyError(f'not even one picture fits into memory ({e}); make it smaller, use precision float16, or take a machine with more') from None
+            if not out_of_memory(e):
+                raise
+            if len(prompts) == 1:
+                raise StudyError(
+                    f"not even one picture fits into memory ({e}); make it smaller, use precision float16, or take a machine with more"
+                ) from None
 
 # %% ../../nbs/4_self_align/41_generate.ipynb #151fcc5f
 @patch
-def __call__(self:Painter,
-             prompts:list,  # texts
-             seeds:list,    # as many seeds
-             images:list|None=None,  # as many pictures, for a pipeline that is shown some
-             ):             # gives PIL pictures, in order
+def __call__(
+    self: Painter,
+    prompts: list,  # texts
+    seeds: list,  # as many seeds
+    images: list | None = None,  # as many pictures, for a pipeline that is shown some
+):  # gives PIL pictures, in order
     "Paint, halving the batch when memory runs out."
     done = 0
     while done < len(prompts):
-        part = slice(done, done + self.batch); painted = self._paint(prompts[part], seeds[part], images and images[part])
+        part = slice(done, done + self.batch)
+        painted = self._paint(prompts[part], seeds[part], images and images[part])
         if painted is None:
-            self.batch = max(1, min(self.batch, len(prompts) - done)//2); gc.collect()
-            if torch.cuda.is_available(): torch.cuda.empty_cache()
+            self.batch = max(1, min(self.batch, len(prompts) - done) // 2)
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
             continue
-        yield from painted; done += len(painted)
+        yield from painted
+        done += len(painted)
 
 # %% ../../nbs/4_self_align/41_generate.ipynb #93bea9d3
-def agreement(a:list,        # pictures
-              b:list,        # as many pictures
-              )->float:      # share of pixel values within 1/255
+def agreement(
+    a: list,  # pictures
+    b: list,  # as many pictures
+) -> float:  # share of pixel values within 1/255
     "How far two sets of pictures are the same."
     import numpy as np
-    return float(np.mean([np.abs(np.asarray(x, np.int16) - np.asarray(y, np.int16)) <= 1 for x, y in zip(a, b, strict=True)]))
+
+    return float(
+        np.mean([np.abs(np.asarray(x, np.int16) - np.asarray(y, np.int16)) <= 1 for x, y in zip(a, b, strict=True)])
+    )
 
 # %% ../../nbs/4_self_align/41_generate.ipynb #c4d2fc09
-def image_to_image(pipe,   # text-to-image pipeline of diffusers
-                   ):      # an image-to-image pipeline with the same parts
+def image_to_image(
+    pipe,  # text-to-image pipeline of diffusers
+):  # an image-to-image pipeline with the same parts
     "The same generator, beginning with a picture."
     from diffusers import AutoPipelineForImage2Image
-    other = AutoPipelineForImage2Image.from_pipe(pipe); other.set_progress_bar_config(disable=True)
+
+    other = AutoPipelineForImage2Image.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
     return other
 
-def begin_with(pipe,        # pipeline of diffusers
-               picture,     # PIL picture
-               size:int=0,  # side in pixels; 0: the model's own
-               ):           # PIL picture
+
+def begin_with(
+    pipe,  # pipeline of diffusers
+    picture,  # PIL picture
+    size: int = 0,  # side in pixels; 0: the model's own
+):  # PIL picture
     "A picture as the generator begins with it: a square of its size."
-    return fit_square(picture, size or pipe.unet.config.sample_size*pipe.vae_scale_factor, 'crop')
+    return fit_square(picture, size or pipe.unet.config.sample_size * pipe.vae_scale_factor, "crop")
 
 # %% ../../nbs/4_self_align/41_generate.ipynb #b2aef50a
-def split_adapter(text:str   # `diffusers:` and a file, here or in a repository of the hub
-                  )->tuple:  # folder or repository; folder in it; name of the file
+def split_adapter(
+    text: str,  # `diffusers:` and a file, here or in a repository of the hub
+) -> tuple:  # folder or repository; folder in it; name of the file
     "Where an IP-Adapter lies; its image encoder lies beside it."
-    library, _, place = text.partition(':'); path = at_root(place)
-    if library != 'diffusers' or not place.endswith('.safetensors') or place.count('/') < 2:
-        raise StudyError(f'{text!r} names no IP-Adapter; write diffusers:FOLDER/PART/FILE.safetensors, e.g. diffusers:h94/IP-Adapter/sdxl_models/ip-adapter_sdxl.safetensors')
-    if path.is_file(): return str(path.parent.parent), path.parent.name, path.name
-    *source, part, name = place.split('/')
-    if len(source) != 2: raise StudyError(f'{text!r}: there is no file {place}; name one that is there, or REPOSITORY/PART/FILE.safetensors on the hub')
-    return '/'.join(source), part, name
+    library, _, place = text.partition(":")
+    path = at_root(place)
+    if library != "diffusers" or not place.endswith(".safetensors") or place.count("/") < 2:
+        raise StudyError(
+            f"{text!r} names no IP-Adapter; write diffusers:FOLDER/PART/FILE.safetensors, e.g. diffusers:h94/IP-Adapter/sdxl_models/ip-adapter_sdxl.safetensors"
+        )
+    if path.is_file():
+        return str(path.parent.parent), path.parent.name, path.name
+    *source, part, name = place.split("/")
+    if len(source) != 2:
+        raise StudyError(
+            f"{text!r}: there is no file {place}; name one that is there, or REPOSITORY/PART/FILE.safetensors on the hub"
+        )
+    return "/".join(source), part, name
 
 # %% ../../nbs/4_self_align/41_generate.ipynb #1e03750c
-def add_ip_adapter(pipe,              # pipeline of diffusers
-                   adapter:str,       # as for `split_adapter`
-                   scale:float=.5,    # 0: not looked at; 1: weighs as much as the caption
-                   ):                 # the pipeline; from now on it must be shown a picture
+def add_ip_adapter(
+    pipe,  # pipeline of diffusers
+    adapter: str,  # as for `split_adapter`
+    scale: float = 0.5,  # 0: not looked at; 1: weighs as much as the caption
+):  # the pipeline; from now on it must be shown a picture
     "Let a generator see pictures."
-    source, part, name = split_adapter(adapter); encoder = 'models/image_encoder' if 'vit-h' in name else 'image_encoder'
-    try: pipe.load_ip_adapter(source, subfolder=part, weight_name=name, image_encoder_folder=encoder)
-    except Exception as e:   # of the hub, of the file, of shapes: diffusers has no kind of its own
+    source, part, name = split_adapter(adapter)
+    encoder = "models/image_encoder" if "vit-h" in name else "image_encoder"
+    try:
+        pipe.load_ip_adapter(source, subfolder=part, weight_name=name, image_encoder_folder=encoder)
+    except Exception as e:  # of the hub, of the file, of shapes: diffusers has no kind of its own
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise StudyError(f'{adapter} cannot be put into {type(pipe).__name__}: {reason}. An adapter fits one family of generators; take one that was trained for this, or leave ip_adapter empty') from e
-    pipe.set_ip_adapter_scale(scale); pipe.prepare_ip_adapter_image_embeds = lambda _, told, *__: told
+        raise StudyError(
+            f"{adapter} cannot be put into {type(pipe).__name__}: {reason}. An adapter fits one family of generators; take one that was trained for this, or leave ip_adapter empty"
+        ) from e
+    pipe.set_ip_adapter_scale(scale)
+    pipe.prepare_ip_adapter_image_embeds = lambda _, told, *__: told
     return pipe
 
 # %% ../../nbs/4_self_align/41_generate.ipynb #be9e119d
 @torch.no_grad()
-def picture_prompts(pipe,            # from `add_ip_adapter`
-                    images:list,     # PIL pictures, one a prompt
-                    guidance:float,  # above 1, the empty prompt is asked, too
-                    )->dict:         # an option of the pipeline
+def picture_prompts(
+    pipe,  # from `add_ip_adapter`
+    images: list,  # PIL pictures, one a prompt
+    guidance: float,  # above 1, the empty prompt is asked, too
+) -> dict:  # an option of the pipeline
     "What a generator is told by pictures."
     from diffusers.models.embeddings import ImageProjection
+
     vector = isinstance(pipe.unet.encoder_hid_proj.image_projection_layers[0], ImageProjection)
     told, empty = pipe.encode_image(images, pipe.device, 1, output_hidden_states=not vector)
     both = torch.cat([empty, told]) if guidance > 1 else told
     return dict(ip_adapter_image_embeds=[both[:, None]])
 
 # %% ../../nbs/4_self_align/41_generate.ipynb #fa1e20bc
-def too_long(pipe,            # pipeline with a tokenizer
-             prompts:list,    # texts
-             )->list:         # one truth value a prompt
+def too_long(
+    pipe,  # pipeline with a tokenizer
+    prompts: list,  # texts
+) -> list:  # one truth value a prompt
     "Which prompts the generator cannot read to their end."
     room = pipe.tokenizer.model_max_length
     return [len(ids) > room for ids in pipe.tokenizer(list(prompts), truncation=True, max_length=room + 1).input_ids]
 
 # %% ../../nbs/4_self_align/41_generate.ipynb #4ea8bd63
-def keep_picture(order:dict,    # from `picture_orders`
-                 image,         # PIL picture
-                 folder,        # of the stage
-                 )->dict:       # a row of the pairs table
+def keep_picture(
+    order: dict,  # from `picture_orders`
+    image,  # PIL picture
+    folder,  # of the stage
+) -> dict:  # a row of the pairs table
     "Write a picture and complete its row."
-    name = f'images/{order["subset"]}/{file_name(order["key"])}'
-    save_png(image, folder/name)
+    name = f"images/{order['subset']}/{file_name(order['key'])}"
+    save_png(image, folder / name)
     return order | dict(image=name, width=image.width, height=image.height, sha256=pixel_hash(image))
 
 # %% ../../nbs/4_self_align/41_generate.ipynb #06b63aab
-def is_blank(image  # PIL picture
-            )->bool:
+def is_blank(
+    image,  # PIL picture
+) -> bool:
     "Whether a picture has one single colour."
-    return all(low == high for low, high in image.convert('RGB').getextrema())
+    return all(low == high for low, high in image.convert("RGB").getextrema())

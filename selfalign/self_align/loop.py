@@ -10,12 +10,14 @@ import numpy as np
 import pandas as pd
 
 # %% ../../nbs/4_self_align/4b_loop.ipynb #a6e770a3
-def lifts(values:pd.DataFrame,  # one row a pair, a column for each thing that is measured
-          kept:np.ndarray,      # truth values
-          )->dict:              # column to kept minus all, in standard deviations; shares as they are
+def lifts(
+    values: pd.DataFrame,  # one row a pair, a column for each thing that is measured
+    kept: np.ndarray,  # truth values
+) -> dict:  # column to kept minus all, in standard deviations; shares as they are
     "What a selection raised, and by how much."
     found = {}
     for name, v in values.astype(float).items():
-        share = set(v.dropna().unique()) <= {0., 1.}; spread = 1. if share else v.std(ddof=0) or 1.
-        found[name] = float((v[kept].mean() - v.mean())/spread)
+        share = set(v.dropna().unique()) <= {0.0, 1.0}
+        spread = 1.0 if share else v.std(ddof=0) or 1.0
+        found[name] = float((v[kept].mean() - v.mean()) / spread)
     return found

@@ -28,262 +28,360 @@ from ..study.settings import StudyError
 # %% ../../nbs/4_self_align/44_lora.ipynb #025890e9
 class RememberedTokens:
     "A tokenizer that has read some texts already."
-    def __init__(self,
-                 tokenizer,   # of an encoder
-                 texts,       # that will be asked for, again and again
-                 **options,   # as the tokenizer takes them
-                 ):
-        distinct = list(dict.fromkeys(texts)); self.tokenizer, self.row = tokenizer, {t: i for i, t in enumerate(distinct)}
+
+    def __init__(
+        self,
+        tokenizer,  # of an encoder
+        texts,  # that will be asked for, again and again
+        **options,  # as the tokenizer takes them
+    ):
+        distinct = list(dict.fromkeys(texts))
+        self.tokenizer, self.row = tokenizer, {t: i for i, t in enumerate(distinct)}
         self.tokens = tokenizer(distinct, **options)
 
     def __call__(self, texts, **options):
         "Rows of the table; any other text is read as before."
         rows = [self.row.get(t) for t in texts]
-        if None in rows: return self.tokenizer(texts, **options)
-        if isinstance(self.tokens, torch.Tensor): return self.tokens[rows]
+        if None in rows:
+            return self.tokenizer(texts, **options)
+        if isinstance(self.tokens, torch.Tensor):
+            return self.tokens[rows]
         return type(self.tokens)({k: v[rows] for k, v in self.tokens.items()})
 
 # %% ../../nbs/4_self_align/44_lora.ipynb #b9e70cbb
-def remember(encoder,  # a `DualEncoder`; its tokenizer is exchanged
-             texts,    # captions
-             ):
+def remember(
+    encoder,  # a `DualEncoder`; its tokenizer is exchanged
+    texts,  # captions
+):
     "Let an encoder read texts once."
-    fixed = {} if encoder.reference.library == 'open_clip' else dict(padding='max_length', truncation=True, max_length=encoder.context_length, return_tensors='pt')
+    fixed = (
+        {}
+        if encoder.reference.library == "open_clip"
+        else dict(padding="max_length", truncation=True, max_length=encoder.context_length, return_tensors="pt")
+    )
     encoder.tokenizer = RememberedTokens(encoder.tokenizer, texts, **fixed)
 
 # %% ../../nbs/4_self_align/44_lora.ipynb #b2f964e9
-def batch_rows(n:int,          # pairs
-               batch:int,      # pairs a step
-               step:int,       # from 0
-               seed:int=0,     # of the order
-               together:int=1, # neighbouring rows that stay together: the pictures of one caption
-               )->torch.Tensor:  # row numbers
+def batch_rows(
+    n: int,  # pairs
+    batch: int,  # pairs a step
+    step: int,  # from 0
+    seed: int = 0,  # of the order
+    together: int = 1,  # neighbouring rows that stay together: the pictures of one caption
+) -> torch.Tensor:  # row numbers
     "The pairs of one step."
-    n, batch = n//together, batch//together
-    epoch, i = divmod(step, n//batch)
-    first = torch.randperm(n, generator=step_generator(seed, epoch))[i*batch:(i + 1)*batch]
-    return (first[:, None]*together + torch.arange(together)).flatten()
+    n, batch = n // together, batch // together
+    epoch, i = divmod(step, n // batch)
+    first = torch.randperm(n, generator=step_generator(seed, epoch))[i * batch : (i + 1) * batch]
+    return (first[:, None] * together + torch.arange(together)).flatten()
 
 # %% ../../nbs/4_self_align/44_lora.ipynb #15121820
-def steps_for(n:int,       # pairs of the set that sets the measure
-              batch:int,   # pairs a step
-              epochs:int,  # times through it
-              )->int:      # steps
+def steps_for(
+    n: int,  # pairs of the set that sets the measure
+    batch: int,  # pairs a step
+    epochs: int,  # times through it
+) -> int:  # steps
     "Steps in a number of epochs."
-    return n//batch*epochs
+    return n // batch * epochs
 
 # %% ../../nbs/4_self_align/44_lora.ipynb #41bc3a6c
-def _unit(features): return F.normalize(features.float(), dim=-1)
+def _unit(features):
+    return F.normalize(features.float(), dim=-1)
 
-def pair_vectors(encoder,                # a `DualEncoder`
-                 square:torch.Tensor,    # (n, size, size, 3) uint8
-                 texts:list,             # n captions
-                 )->tuple:               # two (n, d) float32 tensors of unit rows
+
+def pair_vectors(
+    encoder,  # a `DualEncoder`
+    square: torch.Tensor,  # (n, size, size, 3) uint8
+    texts: list,  # n captions
+) -> tuple:  # two (n, d) float32 tensors of unit rows
     "Vectors of pairs, with their gradient if one is wanted."
     return _unit(encoder._image_features(normalise(encoder, square))), _unit(encoder._text_features(texts))
 
-def all_vectors(encoder,              # a `DualEncoder`
-                square:torch.Tensor,  # (n, size, size, 3) uint8
-                texts:list,           # n captions
-                batch:int=256,        # pairs at a time
-                )->tuple:             # two (n, d) float32 tensors of unit rows
+
+def all_vectors(
+    encoder,  # a `DualEncoder`
+    square: torch.Tensor,  # (n, size, size, 3) uint8
+    texts: list,  # n captions
+    batch: int = 256,  # pairs at a time
+) -> tuple:  # two (n, d) float32 tensors of unit rows
     "Vectors of many pairs, a batch at a time."
-    parts = [pair_vectors(encoder, square[i:i + batch], texts[i:i + batch]) for i in range(0, len(texts), batch)]
+    parts = [pair_vectors(encoder, square[i : i + batch], texts[i : i + batch]) for i in range(0, len(texts), batch)]
     return tuple(torch.cat(p) for p in zip(*parts))
 
 # %% ../../nbs/4_self_align/44_lora.ipynb #344bdd79
 class Pairs(NamedTuple):
     "Rows to learn from."
-    square: torch.Tensor         # (n, size, size, 3) uint8
-    texts: list                  # n captions
-    positives: list = ()         # n texts that say the same; empty: not wanted
-    negatives: list = ()         # n texts with one word exchanged, '' where there is none; empty: not wanted
-    before: tuple = ()           # two (n, d) tensors of the model's vectors before it was tuned; empty: not wanted
-    bias: float = 0.             # of the sigmoid loss
-    seen: tuple = ()             # an (n, d) tensor of the pictures' vectors, if no step changes them; empty: the tower is asked
+
+    square: torch.Tensor  # (n, size, size, 3) uint8
+    texts: list  # n captions
+    positives: list = ()  # n texts that say the same; empty: not wanted
+    negatives: list = ()  # n texts with one word exchanged, '' where there is none; empty: not wanted
+    before: tuple = ()  # two (n, d) tensors of the model's vectors before it was tuned; empty: not wanted
+    bias: float = 0.0  # of the sigmoid loss
+    seen: tuple = ()  # an (n, d) tensor of the pictures' vectors, if no step changes them; empty: the tower is asked
 
     def at(self, rows):
         "Some of the rows."
         pick = lambda texts: [texts[r] for r in rows.tolist()] if len(texts) else ()
-        return Pairs(self.square[rows], pick(self.texts), pick(self.positives), pick(self.negatives), tuple(b[rows] for b in self.before), self.bias, self.seen[rows] if len(self.seen) else ())
+        return Pairs(
+            self.square[rows],
+            pick(self.texts),
+            pick(self.positives),
+            pick(self.negatives),
+            tuple(b[rows] for b in self.before),
+            self.bias,
+            self.seen[rows] if len(self.seen) else (),
+        )
 
 # %% ../../nbs/4_self_align/44_lora.ipynb #02142cb0
-def batch_vectors(encoder,      # a `DualEncoder`
-                  batch:Pairs,  # rows of one step
-                  )->Vectors:   # all that an `Objective` may ask for
+def batch_vectors(
+    encoder,  # a `DualEncoder`
+    batch: Pairs,  # rows of one step
+) -> Vectors:  # all that an `Objective` may ask for
     "The batch as both towers see it; all its texts are read at once."
     x = batch.seen if len(batch.seen) else _unit(encoder._image_features(normalise(encoder, batch.square)))
-    y = _unit(encoder._text_features([*batch.texts, *batch.positives, *(t or batch.texts[i] for i, t in enumerate(batch.negatives))]))
-    parts = iter(y.split(len(batch.texts))); kinds = dict(texts=next(parts)) | {k: next(parts) for k in ('positives', 'negatives') if getattr(batch, k)}
+    y = _unit(
+        encoder._text_features(
+            [*batch.texts, *batch.positives, *(t or batch.texts[i] for i, t in enumerate(batch.negatives))]
+        )
+    )
+    parts = iter(y.split(len(batch.texts)))
+    kinds = dict(texts=next(parts)) | {k: next(parts) for k in ("positives", "negatives") if getattr(batch, k)}
     number = torch.as_tensor(pd.factorize(pd.Series(batch.texts))[0], device=x.device)
     exchanged = torch.tensor([bool(t) for t in batch.negatives], device=x.device) if batch.negatives else None
-    return Vectors(x, scale=float(encoder.logit_scale), same=number[:, None] == number, bias=batch.bias, exchanged=exchanged,
-                   before=tuple(b.to(x.device) for b in batch.before) or None, **kinds)
+    return Vectors(
+        x,
+        scale=float(encoder.logit_scale),
+        same=number[:, None] == number,
+        bias=batch.bias,
+        exchanged=exchanged,
+        before=tuple(b.to(x.device) for b in batch.before) or None,
+        **kinds,
+    )
 
 # %% ../../nbs/4_self_align/44_lora.ipynb #3f414007
-def pair_loss(encoder,                # a `DualEncoder`
-              batch:Pairs,            # rows of one step
-              objective=Objective(),  # what is minimised
-              )->torch.Tensor:        # scalar
+def pair_loss(
+    encoder,  # a `DualEncoder`
+    batch: Pairs,  # rows of one step
+    objective=Objective(),  # what is minimised
+) -> torch.Tensor:  # scalar
     "The loss of a batch; InfoNCE is computed as by `open_clip.loss.ClipLoss`."
     vectors = batch_vectors(encoder, batch)
-    with torch.autocast(vectors.images.device.type, enabled=False): return objective(vectors)
+    with torch.autocast(vectors.images.device.type, enabled=False):
+        return objective(vectors)
 
 # %% ../../nbs/4_self_align/44_lora.ipynb #ce24ba6f
-def retrieval_hits(x,      # (n, d) unit vectors of pictures
-                   y,      # (n, d) unit vectors of their captions
-                   texts,  # the captions
-                   )->np.ndarray:  # (n,) share of the two directions in which the first hit is right
+def retrieval_hits(
+    x,  # (n, d) unit vectors of pictures
+    y,  # (n, d) unit vectors of their captions
+    texts,  # the captions
+) -> np.ndarray:  # (n,) share of the two directions in which the first hit is right
     "Recall@1 of each pair, in both directions."
-    same = torch.as_tensor(pd.factorize(pd.Series(list(texts)))[0]); near = (torch.as_tensor(x) @ torch.as_tensor(y).T).cpu()
+    same = torch.as_tensor(pd.factorize(pd.Series(list(texts)))[0])
+    near = (torch.as_tensor(x) @ torch.as_tensor(y).T).cpu()
     return torch.stack([same[near.argmax(k)] == same for k in (0, 1)]).double().mean(0).numpy()
 
 # %% ../../nbs/4_self_align/44_lora.ipynb #1e515c95
-def retrieval_r1(x:torch.Tensor,  # (n, d) vectors of pictures
-                 y:torch.Tensor,  # (n, d) vectors of their captions
-                 texts:list,      # the captions
-                 )->float:        # mean of both directions
+def retrieval_r1(
+    x: torch.Tensor,  # (n, d) vectors of pictures
+    y: torch.Tensor,  # (n, d) vectors of their captions
+    texts: list,  # the captions
+) -> float:  # mean of both directions
     "Share of pictures and captions whose nearest neighbour is right."
     return float(np.float32(retrieval_hits(x, y, texts).mean()))
 
 # %% ../../nbs/4_self_align/44_lora.ipynb #ce18ff0d
 @torch.inference_mode()
-def examine(encoder,                # a `DualEncoder`
-            square:torch.Tensor,    # (n, size, size, 3) uint8
-            texts:list,             # n captions
-            batch:int=256,          # pairs at a time
-            )->dict:                # 'loss' and 'r1'
+def examine(
+    encoder,  # a `DualEncoder`
+    square: torch.Tensor,  # (n, size, size, 3) uint8
+    texts: list,  # n captions
+    batch: int = 256,  # pairs at a time
+) -> dict:  # 'loss' and 'r1'
     "Loss and retrieval on pairs kept back."
-    was = encoder.model.training; encoder.model.eval()
+    was = encoder.model.training
+    encoder.model.eval()
     with torch.autocast(encoder.device.type, enabled=False):
-        x, y = all_vectors(encoder, square, texts, batch); encoder.model.train(was)
+        x, y = all_vectors(encoder, square, texts, batch)
+        encoder.model.train(was)
         return dict(loss=float(info_nce(x, y, encoder.logit_scale)), r1=retrieval_r1(x, y, texts))
 
 # %% ../../nbs/4_self_align/44_lora.ipynb #4036617b
 class AdapterWeights(torch.nn.Module):
     "The trainable weights of a model, and nothing else."
-    def __init__(self,
-                 model:torch.nn.Module,  # with some frozen and some trainable weights
-                 ):
+
+    def __init__(
+        self,
+        model: torch.nn.Module,  # with some frozen and some trainable weights
+    ):
         super().__init__()
-        self.kept = torch.nn.ParameterDict({n.replace('.', '/'): p for n, p in model.named_parameters() if p.requires_grad})
+        self.kept = torch.nn.ParameterDict(
+            {n.replace(".", "/"): p for n, p in model.named_parameters() if p.requires_grad}
+        )
 
 # %% ../../nbs/4_self_align/44_lora.ipynb #ff3c28a9
-def fingerprint(square:torch.Tensor,  # (n, size, size, 3) uint8
-                *texts:list,          # captions, and texts that stand beside them
-                )->str:               # 64 hexadecimal digits
+def fingerprint(
+    square: torch.Tensor,  # (n, size, size, 3) uint8
+    *texts: list,  # captions, and texts that stand beside them
+) -> str:  # 64 hexadecimal digits
     "What a set of pairs is, in one short text."
-    h = hashlib.sha256(square.numpy()); h.update('\0\0'.join('\0'.join(t) for t in texts if len(t)).encode('utf-8', 'surrogatepass'))
+    h = hashlib.sha256(square.numpy())
+    h.update("\0\0".join("\0".join(t) for t in texts if len(t)).encode("utf-8", "surrogatepass"))
     return h.hexdigest()
 
 # %% ../../nbs/4_self_align/44_lora.ipynb #690d82e3
-def keep_recipe(folder:Path,    # of a training
-                recipe:dict,    # all that it depends on
-                ):
+def keep_recipe(
+    folder: Path,  # of a training
+    recipe: dict,  # all that it depends on
+):
     "Write down what is trained, or make sure that it is still the same."
-    path = Path(folder)/'recipe.json'; known = read_json(path)
+    path = Path(folder) / "recipe.json"
+    known = read_json(path)
     other = [k for k in recipe if known and known.get(k) != recipe[k]]
-    if other: raise StudyError(f'{folder} holds a training with {other[0]} = {known.get(other[0])!r}, not {recipe[other[0]]!r}; take another folder or delete this one')
+    if other:
+        raise StudyError(
+            f"{folder} holds a training with {other[0]} = {known.get(other[0])!r}, not {recipe[other[0]]!r}; take another folder or delete this one"
+        )
     write_json(path, recipe)
 
 # %% ../../nbs/4_self_align/44_lora.ipynb #3af3d262
 class Finetuned(NamedTuple):
     "What a training leaves."
-    encoder: object            # a `DualEncoder` with merged weights
-    curve: pd.DataFrame        # step, loss, seconds
-    validation: pd.DataFrame   # step, epoch, loss, r1; from before the first step to after the last
+
+    encoder: object  # a `DualEncoder` with merged weights
+    curve: pd.DataFrame  # step, loss, seconds
+    validation: pd.DataFrame  # step, epoch, loss, r1; from before the first step to after the last
 
 # %% ../../nbs/4_self_align/44_lora.ipynb #839dc4c2
 def _checked(images, captions, batch, steps, together, objective, others):
     "Refuse what cannot be trained."
-    if len(images) != len(captions): raise StudyError(f'{len(images)} pictures and {len(captions)} captions do not make pairs')
-    if not 2 <= batch <= len(captions): raise StudyError(f'a batch of {batch} from {len(captions)} pairs: it must hold 2 pairs or more, and no more than there are')
-    if batch//together < 1 or len(captions) % together: raise StudyError(f'{len(captions)} rows in groups of {together}, batches of {batch}: rows must be whole groups, and a batch one group or more')
-    if steps < 1: raise StudyError(f'{steps} steps train nothing; it must be 1 or more')
+    if len(images) != len(captions):
+        raise StudyError(f"{len(images)} pictures and {len(captions)} captions do not make pairs")
+    if not 2 <= batch <= len(captions):
+        raise StudyError(
+            f"a batch of {batch} from {len(captions)} pairs: it must hold 2 pairs or more, and no more than there are"
+        )
+    if batch // together < 1 or len(captions) % together:
+        raise StudyError(
+            f"{len(captions)} rows in groups of {together}, batches of {batch}: rows must be whole groups, and a batch one group or more"
+        )
+    if steps < 1:
+        raise StudyError(f"{steps} steps train nothing; it must be 1 or more")
     for term, texts in others.items():
-        if getattr(objective, term) and len(texts) != len(captions): raise StudyError(f'the objective has a term for {term}: {len(captions)} captions need as many texts, there are {len(texts)}')
+        if getattr(objective, term) and len(texts) != len(captions):
+            raise StudyError(
+                f"the objective has a term for {term}: {len(captions)} captions need as many texts, there are {len(texts)}"
+            )
 
 # %% ../../nbs/4_self_align/44_lora.ipynb #0da2e0ce
 class Validation:
     "Examinations by step, in a file that survives interruptions."
-    def __init__(self,
-                 folder:Path,     # of the training
-                 encoder,         # a `DualEncoder`
-                 pairs:tuple,     # (squares, captions); empty: nothing is examined
-                 per_epoch:int,   # steps in an epoch
-                 steps:int,       # steps in all
-                 most:int=4,      # examinations before the last one, about
-                 ):
-        self.path, self.encoder, self.pairs, self.per_epoch = Path(folder)/'validation.json', encoder, pairs, per_epoch
-        self.interval = per_epoch*max(1, round(steps/per_epoch/most))
-        self.rows = {r['step']: r for r in read_json(self.path, [])}
+
+    def __init__(
+        self,
+        folder: Path,  # of the training
+        encoder,  # a `DualEncoder`
+        pairs: tuple,  # (squares, captions); empty: nothing is examined
+        per_epoch: int,  # steps in an epoch
+        steps: int,  # steps in all
+        most: int = 4,  # examinations before the last one, about
+    ):
+        self.path, self.encoder, self.pairs, self.per_epoch = (
+            Path(folder) / "validation.json",
+            encoder,
+            pairs,
+            per_epoch,
+        )
+        self.interval = per_epoch * max(1, round(steps / per_epoch / most))
+        self.rows = {r["step"]: r for r in read_json(self.path, [])}
 
     def __call__(self, step):
         "Examine the encoder as it is after `step` steps, unless that was done."
-        if not self.pairs or step in self.rows: return
-        self.rows[step] = dict(step=step, epoch=step/self.per_epoch, **examine(self.encoder, *self.pairs))
+        if not self.pairs or step in self.rows:
+            return
+        self.rows[step] = dict(step=step, epoch=step / self.per_epoch, **examine(self.encoder, *self.pairs))
         write_json(self.path, [self.rows[s] for s in sorted(self.rows)])
 
     def table(self):
         "All examinations."
-        return pd.DataFrame(list(self.rows.values()), columns=['step', 'epoch', 'loss', 'r1']).sort_values('step', ignore_index=True)
+        return pd.DataFrame(list(self.rows.values()), columns=["step", "epoch", "loss", "r1"]).sort_values(
+            "step", ignore_index=True
+        )
 
 # %% ../../nbs/4_self_align/44_lora.ipynb #6c07f34f
-def random_crops(square:torch.Tensor,  # (n, size, size, 3) uint8
-                 least:float,          # smallest share of the area that is kept
-                 seed:int,             # of the cuts
-                 )->torch.Tensor:      # of the same shape
+def random_crops(
+    square: torch.Tensor,  # (n, size, size, 3) uint8
+    least: float,  # smallest share of the area that is kept
+    seed: int,  # of the cuts
+) -> torch.Tensor:  # of the same shape
     "Cut each picture at random and bring it back to its size (torchvision's `RandomResizedCrop`, bicubic)."
     from torchvision.transforms import InterpolationMode, RandomResizedCrop
-    cut = RandomResizedCrop(square.shape[1], scale=(least, 1.), interpolation=InterpolationMode.BICUBIC)
+
+    cut = RandomResizedCrop(square.shape[1], scale=(least, 1.0), interpolation=InterpolationMode.BICUBIC)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed); return torch.stack([cut(x) for x in square.movedim(-1, 1)]).movedim(1, -1)
+        torch.manual_seed(seed)
+        return torch.stack([cut(x) for x in square.movedim(-1, 1)]).movedim(1, -1)
 
 # %% ../../nbs/4_self_align/44_lora.ipynb #aedf3286
-def step_loss(encoder,                # an adapted `DualEncoder`
-              pairs:Pairs,            # all rows
-              batch:int,              # pairs a step
-              seed:int,               # of the order
-              check,                  # called with the step before an epoch
-              objective=Objective(),  # what is minimised
-              together:int=1,         # see `batch_rows`
-              crops:float=1.,         # smallest share of a picture's area that a random crop keeps; 1: none
-              dropout:float=0.,       # whether chance has a part in the towers
-              ):                      # function of the step
+def step_loss(
+    encoder,  # an adapted `DualEncoder`
+    pairs: Pairs,  # all rows
+    batch: int,  # pairs a step
+    seed: int,  # of the order
+    check,  # called with the step before an epoch
+    objective=Objective(),  # what is minimised
+    together: int = 1,  # see `batch_rows`
+    crops: float = 1.0,  # smallest share of a picture's area that a random crop keeps; 1: none
+    dropout: float = 0.0,  # whether chance has a part in the towers
+):  # function of the step
     "What `fit` asks for."
+
     def loss(step):
-        if step % check.interval == 0: check(step)
+        if step % check.interval == 0:
+            check(step)
         chance = step_generator(seed, step).initial_seed()
-        if dropout: torch.manual_seed(chance)
+        if dropout:
+            torch.manual_seed(chance)
         part = pairs.at(batch_rows(len(pairs.texts), batch, step, seed, together))
-        return pair_loss(encoder, part._replace(square=random_crops(part.square, crops, chance)) if crops < 1 else part, objective)
+        return pair_loss(
+            encoder, part._replace(square=random_crops(part.square, crops, chance)) if crops < 1 else part, objective
+        )
+
     return loss
 
 # %% ../../nbs/4_self_align/44_lora.ipynb #d4167391
 @torch.inference_mode()
-def as_before(encoder,      # a `DualEncoder` that has not been adapted yet
-              pairs:Pairs,  # all rows
-              objective,    # an `Objective`
-              batch:int=256,  # pairs at a time
-              )->Pairs:     # with what the objective wants to know of it
+def as_before(
+    encoder,  # a `DualEncoder` that has not been adapted yet
+    pairs: Pairs,  # all rows
+    objective,  # an `Objective`
+    batch: int = 256,  # pairs at a time
+) -> Pairs:  # with what the objective wants to know of it
     "Ask the model before it is tuned."
-    if not objective.distill and objective.contrast != 'sigmoid': return pairs
+    if not objective.distill and objective.contrast != "sigmoid":
+        return pairs
     x, y = (v.cpu().clone() for v in all_vectors(encoder, pairs.square, pairs.texts, batch))
-    if objective.distill: pairs = pairs._replace(before=(x, y))
-    if objective.contrast != 'sigmoid': return pairs
-    own = getattr(encoder.model, 'logit_bias', None)
+    if objective.distill:
+        pairs = pairs._replace(before=(x, y))
+    if objective.contrast != "sigmoid":
+        return pairs
+    own = getattr(encoder.model, "logit_bias", None)
     return pairs._replace(bias=float(own) if own is not None else fitting_bias(x, y, float(encoder.logit_scale)))
 
 # %% ../../nbs/4_self_align/44_lora.ipynb #78fdb7aa
 class RememberedVectors:
     "What a frozen text tower says of some texts."
-    def __init__(self,
-                 encoder,    # a `DualEncoder`
-                 texts,      # that will be asked for, again and again
-                 batch:int=256,  # texts at a time
-                 ):
-        distinct = list(dict.fromkeys(texts)); self.read, self.row = encoder._text_features, {t: i for i, t in enumerate(distinct)}
-        with torch.no_grad(): self.vectors = torch.cat([self.read(distinct[i:i + batch]) for i in range(0, len(distinct), batch)])
+
+    def __init__(
+        self,
+        encoder,  # a `DualEncoder`
+        texts,  # that will be asked for, again and again
+        batch: int = 256,  # texts at a time
+    ):
+        distinct = list(dict.fromkeys(texts))
+        self.read, self.row = encoder._text_features, {t: i for i, t in enumerate(distinct)}
+        with torch.no_grad():
+            self.vectors = torch.cat([self.read(distinct[i : i + batch]) for i in range(0, len(distinct), batch)])
 
     def __call__(self, texts):
         "Rows of the table; any other text is read as before."
@@ -291,60 +389,105 @@ class RememberedVectors:
         return self.read(texts) if None in rows else self.vectors[rows]
 
 # %% ../../nbs/4_self_align/44_lora.ipynb #88f63215
-def ask_frozen(encoder,      # a `DualEncoder`; a frozen text tower is exchanged for its answers
-               pairs:Pairs,  # all rows
-               towers,       # those that are trained: 'image', 'text' or both
-               texts,        # all that will be read
-               crops:float=1.,  # see `random_crops`
-               )->Pairs:     # with the vectors of a frozen picture tower
+def ask_frozen(
+    encoder,  # a `DualEncoder`; a frozen text tower is exchanged for its answers
+    pairs: Pairs,  # all rows
+    towers,  # those that are trained: 'image', 'text' or both
+    texts,  # all that will be read
+    crops: float = 1.0,  # see `random_crops`
+) -> Pairs:  # with the vectors of a frozen picture tower
     "Ask the towers that stay as they are once."
-    if 'text' not in towers: encoder._text_features = RememberedVectors(encoder, texts)
-    if 'image' in towers or crops < 1: return pairs
-    with torch.no_grad(): return pairs._replace(seen=all_vectors(encoder, pairs.square, pairs.texts)[0])
+    if "text" not in towers:
+        encoder._text_features = RememberedVectors(encoder, texts)
+    if "image" in towers or crops < 1:
+        return pairs
+    with torch.no_grad():
+        return pairs._replace(seen=all_vectors(encoder, pairs.square, pairs.texts)[0])
 
 # %% ../../nbs/4_self_align/44_lora.ipynb #9d559ebd
-def train_lora(reference:str,         # the encoder to start from, e.g. `open_clip:data/micro/clip`
-               images,                # PIL pictures, or an (n, H, W, 3) uint8 array
-               captions:list,         # as many texts
-               folder:Path,           # checkpoint, curve, validation and adapter go here
-               steps:int,             # the same for every arm
-               lr:float=1e-3,         # peak learning rate
-               batch:int=64,          # pairs a step
-               validation:tuple=(),   # (images, captions) kept back; empty: none
-               aspect:str='crop',     # crop, pad or squash
-               seed:int=0,            # of the corrections' start and of the order
-               every:float=60.,       # seconds between checkpoints
-               precision:str='no',    # 'no' (float32) or 'bf16'
-               warmup:float=.05,      # share of the steps spent warming up; above 1 the warm-up never ends
-               objective=Objective(), # what is minimised
-               positives:list=(),     # for its term: as many texts that say the same; empty: the captions themselves
-               negatives:list=(),     # for its term: as many texts with one word exchanged, '' where there is none
-               together:int=1,        # neighbouring rows that come into the same step
-               crops:float=1.,        # smallest share of a picture's area that a random crop keeps; 1: none
-               clip:float=1.,         # largest gradient norm; inf: any
-               eps:float=1e-8,        # AdamW's smallest divisor
-               adapt=add_lora,        # puts the corrections in: `add_lora`, or the paper's `add_paper_lora`
-               **lora,                # its options: rank, alpha, and so on
-               )->Finetuned:
+def train_lora(
+    reference: str,  # the encoder to start from, e.g. `open_clip:data/micro/clip`
+    images,  # PIL pictures, or an (n, H, W, 3) uint8 array
+    captions: list,  # as many texts
+    folder: Path,  # checkpoint, curve, validation and adapter go here
+    steps: int,  # the same for every arm
+    lr: float = 1e-3,  # peak learning rate
+    batch: int = 64,  # pairs a step
+    validation: tuple = (),  # (images, captions) kept back; empty: none
+    aspect: str = "crop",  # crop, pad or squash
+    seed: int = 0,  # of the corrections' start and of the order
+    every: float = 60.0,  # seconds between checkpoints
+    precision: str = "no",  # 'no' (float32) or 'bf16'
+    warmup: float = 0.05,  # share of the steps spent warming up; above 1 the warm-up never ends
+    objective=Objective(),  # what is minimised
+    positives: list = (),  # for its term: as many texts that say the same; empty: the captions themselves
+    negatives: list = (),  # for its term: as many texts with one word exchanged, '' where there is none
+    together: int = 1,  # neighbouring rows that come into the same step
+    crops: float = 1.0,  # smallest share of a picture's area that a random crop keeps; 1: none
+    clip: float = 1.0,  # largest gradient norm; inf: any
+    eps: float = 1e-8,  # AdamW's smallest divisor
+    adapt=add_lora,  # puts the corrections in: `add_lora`, or the paper's `add_paper_lora`
+    **lora,  # its options: rank, alpha, and so on
+) -> Finetuned:
     "Fine-tune one arm, or go on where it was stopped."
     positives = (positives or captions) if objective.positives else ()
     _checked(images, captions, batch, steps, together, objective, dict(positives=positives, negatives=negatives))
     encoder, folder = load_dual_encoder(reference), Path(folder)
-    pairs, kept = (((squares(encoder, i, aspect), list(t)) if len(t) else ()) for i, t in ((images, captions), validation or ((), ())))
+    pairs, kept = (
+        ((squares(encoder, i, aspect), list(t)) if len(t) else ())
+        for i, t in ((images, captions), validation or ((), ()))
+    )
     pairs = Pairs(*pairs, list(positives), list(negatives) if objective.negatives else ())
-    keep_recipe(folder, dict(
-        model=reference, hash=encoder.hash, pairs=fingerprint(*pairs[:4]), validation=fingerprint(*kept) if kept else '', steps=steps, lr=lr, batch=batch,
-        seed=seed, precision=precision, warmup=warmup, objective=asdict(objective), together=together, crops=crops, clip=clip, eps=eps, adapter=adapt.__name__,
-        lora={k: list(v) if isinstance(v, tuple) else v for k, v in sorted(lora.items())}))
+    keep_recipe(
+        folder,
+        dict(
+            model=reference,
+            hash=encoder.hash,
+            pairs=fingerprint(*pairs[:4]),
+            validation=fingerprint(*kept) if kept else "",
+            steps=steps,
+            lr=lr,
+            batch=batch,
+            seed=seed,
+            precision=precision,
+            warmup=warmup,
+            objective=asdict(objective),
+            together=together,
+            crops=crops,
+            clip=clip,
+            eps=eps,
+            adapter=adapt.__name__,
+            lora={k: list(v) if isinstance(v, tuple) else v for k, v in sorted(lora.items())},
+        ),
+    )
     texts = [*pairs.texts, *pairs.positives, *filter(None, pairs.negatives), *(kept[1] if kept else ())]
     remember(encoder, texts)
-    pairs = ask_frozen(encoder, as_before(encoder, pairs, objective), lora.get('towers', ('image', 'text')), texts, crops)
+    pairs = ask_frozen(
+        encoder, as_before(encoder, pairs, objective), lora.get("towers", ("image", "text")), texts, crops
+    )
     name, adapted = encoder.reference.name, adapt(encoder, seed=seed, **lora)
-    check = Validation(folder, encoder, kept, len(captions)//batch, steps)
-    loss = step_loss(encoder, pairs, batch, seed, check, objective, together, crops, lora.get('dropout', 0.))
+    check = Validation(folder, encoder, kept, len(captions) // batch, steps)
+    loss = step_loss(encoder, pairs, batch, seed, check, objective, together, crops, lora.get("dropout", 0.0))
     encoder.model.train()
-    curve = fit(AdapterWeights(adapted), loss, steps, folder, lr=lr, weight_decay=.1, betas=(.9, .98), decay=0., clip=clip, eps=eps,
-                every=every, precision=precision, warmup=warmup, log=min(25, check.per_epoch))
-    check(steps); save_adapter(adapted, folder/'adapter'); merge(adapted); vars(encoder).pop('_text_features', None)
-    encoder.reference = replace(encoder.reference, name=f'{name}+{folder.name}')
+    curve = fit(
+        AdapterWeights(adapted),
+        loss,
+        steps,
+        folder,
+        lr=lr,
+        weight_decay=0.1,
+        betas=(0.9, 0.98),
+        decay=0.0,
+        clip=clip,
+        eps=eps,
+        every=every,
+        precision=precision,
+        warmup=warmup,
+        log=min(25, check.per_epoch),
+    )
+    check(steps)
+    save_adapter(adapted, folder / "adapter")
+    merge(adapted)
+    vars(encoder).pop("_text_features", None)
+    encoder.reference = replace(encoder.reference, name=f"{name}+{folder.name}")
     return Finetuned(encoder, curve, check.table())

@@ -12,52 +12,86 @@ from ..data.readers import Problems
 from ..data.sources import open_pairs, parse_source
 
 # %% ../../nbs/4_self_align/40_sample.ipynb #71c13588
-def refusal(record:dict,   # from a source
-            caption:str,   # its cleaned caption
-            seen:set,      # fingerprints of the pictures taken so far
-            )->tuple:      # (what, remedy), or empty
+def refusal(
+    record: dict,  # from a source
+    caption: str,  # its cleaned caption
+    seen: set,  # fingerprints of the pictures taken so far
+) -> tuple:  # (what, remedy), or empty
     "Why a record is not taken."
-    if record['problem']: return record['problem']['what'], record['problem']['remedy']
-    if not caption: return 'no caption', 'write one or leave the pair out'
-    return ('the same picture was taken before', 'the first one was kept') if pixel_hash(record['image']) in seen else ()
+    if record["problem"]:
+        return record["problem"]["what"], record["problem"]["remedy"]
+    if not caption:
+        return "no caption", "write one or leave the pair out"
+    return (
+        ("the same picture was taken before", "the first one was kept") if pixel_hash(record["image"]) in seen else ()
+    )
 
 # %% ../../nbs/4_self_align/40_sample.ipynb #ac0b1f28
-def draw(source,             # from `open_pairs`
-         wanted:int,         # pairs
-         seed:int=0,         # of the order
-         report=lambda **_: None,  # called at the end with file, row, what, remedy for each problem
-         ):
+def draw(
+    source,  # from `open_pairs`
+    wanted: int,  # pairs
+    seed: int = 0,  # of the order
+    report=lambda **_: None,  # called at the end with file, row, what, remedy for each problem
+):
     "Give records in a seeded order, each usable, none twice."
     seen, given, listed = set(), 0, Problems(source.problems)
     try:
         for i in map(int, seeded_positions(source.keys, seed)):
-            if given == wanted: return
-            record = source[i]; key = record['key']; caption, remarks = clean_caption(record['caption'])
+            if given == wanted:
+                return
+            record = source[i]
+            key = record["key"]
+            caption, remarks = clean_caption(record["caption"])
             why = refusal(record, caption, seen)
-            if why: listed.add(source.name, key, f'{why[0]}, so it was not taken', why[1]); continue
-            for r in record['remarks'] + [f'caption: {r}' for r in remarks]: listed.add(source.name, key, r, 'used as described')
-            seen.add(fingerprint := pixel_hash(record['image'])); given += 1
+            if why:
+                listed.add(source.name, key, f"{why[0]}, so it was not taken", why[1])
+                continue
+            for r in record["remarks"] + [f"caption: {r}" for r in remarks]:
+                listed.add(source.name, key, r, "used as described")
+            seen.add(fingerprint := pixel_hash(record["image"]))
+            given += 1
             yield record | dict(caption=caption, sha256=fingerprint)
     finally:
-        for p in listed: report(**p)
-    if given < wanted: raise PairsError(f'{source.name} has {given} usable pairs of {len(source)}, {wanted} are wanted; ask for fewer or smaller subsets')
+        for p in listed:
+            report(**p)
+    if given < wanted:
+        raise PairsError(
+            f"{source.name} has {given} usable pairs of {len(source)}, {wanted} are wanted; ask for fewer or smaller subsets"
+        )
 
 # %% ../../nbs/4_self_align/40_sample.ipynb #8d6a334f
-def pair_row(record:dict,   # from `draw`
-             subset:int,    # number of its subset
-             folder,        # of the stage
-             )->dict:       # a row of the pairs table
+def pair_row(
+    record: dict,  # from `draw`
+    subset: int,  # number of its subset
+    folder,  # of the stage
+) -> dict:  # a row of the pairs table
     "Keep a pair: write its picture unless it lies somewhere already."
-    image = record['reference'] or f'images/{subset}/{file_name(record["key"])}'
-    if not record['reference']: save_png(record['image'], folder/image)
-    kept = ('key', 'caption', 'caption_source', 'scene', 'width', 'height', 'sha256', 'truth', 'claims', 'captions', 'noise', 'aligned')
-    return {k: record[k] for k in kept} | dict(image=image, image_source='original', subset=subset)
+    image = record["reference"] or f"images/{subset}/{file_name(record['key'])}"
+    if not record["reference"]:
+        save_png(record["image"], folder / image)
+    kept = (
+        "key",
+        "caption",
+        "caption_source",
+        "scene",
+        "width",
+        "height",
+        "sha256",
+        "truth",
+        "claims",
+        "captions",
+        "noise",
+        "aligned",
+    )
+    return {k: record[k] for k in kept} | dict(image=image, image_source="original", subset=subset)
 
 # %% ../../nbs/4_self_align/40_sample.ipynb #98129c0b
-def with_noise(source:str,    # a source
-               noise:float,   # probability that something is wrong with a caption
-               )->str:        # the source, with its noise if it is the microworld
+def with_noise(
+    source: str,  # a source
+    noise: float,  # probability that something is wrong with a caption
+) -> str:  # the source, with its noise if it is the microworld
     "Set the noise of a microworld source that does not name one."
     found = parse_source(source)
-    if found.kind != 'microworld' or 'noise' in found.options: return source
-    return f'{source}{"&" if "?" in source else "?"}noise={noise}'
+    if found.kind != "microworld" or "noise" in found.options:
+        return source
+    return f"{source}{'&' if '?' in source else '?'}noise={noise}"

@@ -17,108 +17,142 @@ from ..study.settings import StudyError
 # %% ../../nbs/4_self_align/42_score.ipynb #81fd8955
 def to_score(cosine):  # array or tensor
     "100 times the cosine, never below zero."
-    return 100*cosine.clip(0)
+    return 100 * cosine.clip(0)
 
 # %% ../../nbs/4_self_align/42_score.ipynb #0080cc4e
-def clip_score(encoder,             # a `DualEncoder`
-               images:list,         # PIL pictures
-               texts:list,          # as many texts
-               aspect:str='crop',   # crop, pad or squash
-               )->np.ndarray:       # one score a pair
+def clip_score(
+    encoder,  # a `DualEncoder`
+    images: list,  # PIL pictures
+    texts: list,  # as many texts
+    aspect: str = "crop",  # crop, pad or squash
+) -> np.ndarray:  # one score a pair
     "CLIP scores of pairs in memory."
-    if len(images) != len(texts): raise StudyError(f'{len(images)} pictures and {len(texts)} texts do not make pairs')
-    return to_score((encoder.encode_image(images, aspect)*encoder.encode_text(texts)).sum(-1)).numpy()
+    if len(images) != len(texts):
+        raise StudyError(f"{len(images)} pictures and {len(texts)} texts do not make pairs")
+    return to_score((encoder.encode_image(images, aspect) * encoder.encode_text(texts)).sum(-1)).numpy()
 
 # %% ../../nbs/4_self_align/42_score.ipynb #d6aa3987
-def text_key(text:str  # any text, even with broken characters
-            )->str:    # 32 hexadecimal digits
+def text_key(
+    text: str,  # any text, even with broken characters
+) -> str:  # 32 hexadecimal digits
     "The key of a text in a store."
-    return hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:32]
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 # %% ../../nbs/4_self_align/42_score.ipynb #ab0244a1
-def distinct_texts(texts     # captions, in any order
-                  )->dict:   # key to text, short ones first
+def distinct_texts(
+    texts,  # captions, in any order
+) -> dict:  # key to text, short ones first
     "Each text once, sorted by length."
     return {text_key(t): t for t in sorted(set(texts), key=lambda t: (len(t), t))}
 
 # %% ../../nbs/4_self_align/42_score.ipynb #656d8680
-def embed_pairs(encoder,            # a `DualEncoder`
-                pairs,              # pairs table with the column `folder`: where the pictures are
-                store_folder,       # where vectors are kept
-                aspect:str='crop',  # crop, pad or squash
-                batch:int=64,       # pictures at a time
-                )->tuple:           # (image store, text store)
+def embed_pairs(
+    encoder,  # a `DualEncoder`
+    pairs,  # pairs table with the column `folder`: where the pictures are
+    store_folder,  # where vectors are kept
+    aspect: str = "crop",  # crop, pad or squash
+    batch: int = 64,  # pictures at a time
+) -> tuple:  # (image store, text store)
     "Encode the pictures and the distinct texts of a table."
     where, texts = dict(zip(pairs.key, zip(pairs.image, pairs.folder))), distinct_texts(pairs.caption)
-    see, read = (EmbeddingStore(store_folder/kind, manifest_of(encoder, kind, aspect)) for kind in ('image', 'text'))
-    embed(see, list(where), lambda keys: encoder.encode_image([read_picture(*where[k]) for k in keys], aspect, batch), batch)
-    embed(read, list(texts), lambda keys: encoder.encode_text([texts[k] for k in keys]), 4*batch)
+    see, read = (EmbeddingStore(store_folder / kind, manifest_of(encoder, kind, aspect)) for kind in ("image", "text"))
+    embed(
+        see,
+        list(where),
+        lambda keys: encoder.encode_image([read_picture(*where[k]) for k in keys], aspect, batch),
+        batch,
+    )
+    embed(read, list(texts), lambda keys: encoder.encode_text([texts[k] for k in keys]), 4 * batch)
     return see, read
 
 # %% ../../nbs/4_self_align/42_score.ipynb #53341521
-def score_pairs(encoder,            # a `DualEncoder`
-                pairs,              # pairs table with the column `folder`
-                store_folder,       # where vectors are kept
-                aspect:str='crop',  # crop, pad or squash
-                batch:int=64,       # pictures at a time
-                block:int=4096,     # pairs compared at a time
-                )->pd.DataFrame:    # key, scorer, cosine, score
+def score_pairs(
+    encoder,  # a `DualEncoder`
+    pairs,  # pairs table with the column `folder`
+    store_folder,  # where vectors are kept
+    aspect: str = "crop",  # crop, pad or squash
+    batch: int = 64,  # pictures at a time
+    block: int = 4096,  # pairs compared at a time
+) -> pd.DataFrame:  # key, scorer, cosine, score
     "The scores table of one scorer, in constant memory."
     see, read = embed_pairs(encoder, pairs, store_folder, aspect, batch)
     keys, texts, cosines = list(pairs.key), [text_key(t) for t in pairs.caption], []
-    for i in range(0, len(keys), block): cosines.append((see.read(keys[i:i + block])*read.read(texts[i:i + block])).sum(1))
+    for i in range(0, len(keys), block):
+        cosines.append((see.read(keys[i : i + block]) * read.read(texts[i : i + block])).sum(1))
     cosine = np.concatenate(cosines) if cosines else np.empty(0, np.float32)
     return pd.DataFrame(dict(key=keys, scorer=str(encoder.reference), cosine=cosine, score=to_score(cosine)))
 
 # %% ../../nbs/4_self_align/42_score.ipynb #33dcca83
-def other_captions(pairs           # table of pairs, with `image_source`, `caption` and `claims`
-                  )->pd.DataFrame: # the same pictures
+def other_captions(
+    pairs,  # table of pairs, with `image_source`, `caption` and `claims`
+) -> pd.DataFrame:  # the same pictures
     "Give each pair the caption (and claims) of another pair of its kind."
     moved = pairs.copy()
-    for _, rows in pairs.groupby('image_source').groups.items():
-        for column in ('caption', 'claims'): moved.loc[rows, column] = np.roll(pairs.loc[rows, column].to_numpy(), len(rows)//2)
+    for _, rows in pairs.groupby("image_source").groups.items():
+        for column in ("caption", "claims"):
+            moved.loc[rows, column] = np.roll(pairs.loc[rows, column].to_numpy(), len(rows) // 2)
     return moved
 
 # %% ../../nbs/4_self_align/42_score.ipynb #58b0af62
-def auc(rows          # array of (score, truth)
-        )->float:     # nan where all truths are equal
+def auc(
+    rows,  # array of (score, truth)
+) -> float:  # nan where all truths are equal
     "Area under the ROC curve."
     from scipy.stats import rankdata
-    rows = np.asarray(rows); true = rows[:, 1] > 0; n, m = true.sum(), (~true).sum()
-    return float((rankdata(rows[:, 0])[true].sum() - n*(n + 1)/2)/(n*m)) if n and m else float('nan')
+
+    rows = np.asarray(rows)
+    true = rows[:, 1] > 0
+    n, m = true.sum(), (~true).sum()
+    return float((rankdata(rows[:, 0])[true].sum() - n * (n + 1) / 2) / (n * m)) if n and m else float("nan")
 
 # %% ../../nbs/4_self_align/42_score.ipynb #a28c348d
-def precision_at(rows,         # array of (score, truth)
-                 keep:float,   # share of the pairs kept
-                 )->float:
+def precision_at(
+    rows,  # array of (score, truth)
+    keep: float,  # share of the pairs kept
+) -> float:
     "Share of true pairs among the best-scored ones."
-    rows = np.asarray(rows); n = max(1, round(keep*len(rows)))
-    return float(rows[np.argsort(-rows[:, 0], kind='stable')[:n], 1].mean())
+    rows = np.asarray(rows)
+    n = max(1, round(keep * len(rows)))
+    return float(rows[np.argsort(-rows[:, 0], kind="stable")[:n], 1].mean())
 
 # %% ../../nbs/4_self_align/42_score.ipynb #04f278f0
-def filter_quality(score,          # one a pair
-                   truth,          # true where the caption holds
-                   scenes,         # one label a pair
-                   keep=(.1, .3),  # shares to keep
-                   )->pd.DataFrame:  # metric, value, low, high, n, chance
+def filter_quality(
+    score,  # one a pair
+    truth,  # true where the caption holds
+    scenes,  # one label a pair
+    keep=(0.1, 0.3),  # shares to keep
+) -> pd.DataFrame:  # metric, value, low, high, n, chance
     "How well a score separates true from false pairs."
     from selfalign.study.statistics import bootstrap
-    rows = np.stack([np.asarray(score, float), np.asarray(truth, float)], 1); base = rows[:, 1].mean()
-    if not 0 < base < 1: return pd.DataFrame(columns=['metric', 'value', 'low', 'high', 'n', 'chance'])
-    found = [('auc', bootstrap(rows, scenes, auc, repeats=500), .5)]
-    found += [(f'precision at {r:g}', bootstrap(rows, scenes, lambda x, r=r: precision_at(x, r), repeats=500), base) for r in keep]
+
+    rows = np.stack([np.asarray(score, float), np.asarray(truth, float)], 1)
+    base = rows[:, 1].mean()
+    if not 0 < base < 1:
+        return pd.DataFrame(columns=["metric", "value", "low", "high", "n", "chance"])
+    found = [("auc", bootstrap(rows, scenes, auc, repeats=500), 0.5)]
+    found += [
+        (f"precision at {r:g}", bootstrap(rows, scenes, lambda x, r=r: precision_at(x, r), repeats=500), base)
+        for r in keep
+    ]
     return pd.DataFrame([dict(metric=m, value=i.value, low=i.low, high=i.high, n=i.n, chance=c) for m, i, c in found])
 
 # %% ../../nbs/4_self_align/42_score.ipynb #c44eb0fc
-def read_back(pairs,             # pairs table with `folder` and `claims`
-              batch:int=256,     # pictures at a time
-              )->pd.DataFrame:   # object, colour, size, position: share of the claims that hold; faithful: all do
+def read_back(
+    pairs,  # pairs table with `folder` and `claims`
+    batch: int = 256,  # pictures at a time
+) -> pd.DataFrame:  # object, colour, size, position: share of the claims that hold; faithful: all do
     "What the reader says about pictures whose captions make claims."
     import json
     from selfalign.models.reader import verdict
+
     found = []
-    for _, part in pairs[pairs.claims.fillna('') != ''].groupby(['width', 'height', 'image_source']):
+    for _, part in pairs[pairs.claims.fillna("") != ""].groupby(["width", "height", "image_source"]):
         for i in range(0, len(part), batch):
-            some = part[i:i + batch]; images = [read_picture(*x) for x in zip(some.image, some.folder)]
+            some = part[i : i + batch]
+            images = [read_picture(*x) for x in zip(some.image, some.folder)]
             found.append(verdict(images, [json.loads(c) for c in some.claims]).set_index(some.index))
-    return pd.concat(found).sort_index() if found else pd.DataFrame(columns=['object', 'colour', 'size', 'position', 'faithful'])
+    return (
+        pd.concat(found).sort_index()
+        if found
+        else pd.DataFrame(columns=["object", "colour", "size", "position", "faithful"])
+    )

@@ -13,84 +13,111 @@ from ..study.settings import StudyError, at_root, nearest
 from ..study.statistics import Interval, bootstrap
 
 # %% ../../nbs/4_self_align/43_select.ipynb #1693dd3e
-def short_name(scorer:str  # reference of a scorer
-              )->str:      # how it is called in tables
+def short_name(
+    scorer: str,  # reference of a scorer
+) -> str:  # how it is called in tables
     "The last part of a folder; a hub name as a whole."
-    name = scorer.partition(':')[2] or scorer
-    return name.rstrip('/').rsplit('/', 1)[-1] if at_root(name).is_dir() else name
+    name = scorer.partition(":")[2] or scorer
+    return name.rstrip("/").rsplit("/", 1)[-1] if at_root(name).is_dir() else name
 
 # %% ../../nbs/4_self_align/43_select.ipynb #0df8de00
-def choose_scorers(known,            # references, in the order of the stage `score`
-                   wanted:str='',    # one of them or its short name; empty: the first
-                   )->tuple:         # (the filter, the judge or None)
+def choose_scorers(
+    known,  # references, in the order of the stage `score`
+    wanted: str = "",  # one of them or its short name; empty: the first
+) -> tuple:  # (the filter, the judge or None)
     "One scorer filters and another one judges."
-    known = list(dict.fromkeys(known)); names = {short_name(k): k for k in known} | {k: k for k in known}
-    if wanted and wanted not in names: raise StudyError(f'no scores by {wanted!r}; {nearest(wanted, names)}')
+    known = list(dict.fromkeys(known))
+    names = {short_name(k): k for k in known} | {k: k for k in known}
+    if wanted and wanted not in names:
+        raise StudyError(f"no scores by {wanted!r}; {nearest(wanted, names)}")
     chosen = names[wanted] if wanted else known[0]
     return chosen, next((k for k in known if k != chosen), None)
 
 # %% ../../nbs/4_self_align/43_select.ipynb #c0f3cd8c
-def how_many(scores,               # one score a pair
-             groups,               # one label a pair
-             keep:float=.5,        # share of each group
-             threshold:float=0.,   # the lowest score that is enough; 0: the share decides
-             )->pd.Series:         # pairs to keep, by group
+def how_many(
+    scores,  # one score a pair
+    groups,  # one label a pair
+    keep: float = 0.5,  # share of each group
+    threshold: float = 0.0,  # the lowest score that is enough; 0: the share decides
+) -> pd.Series:  # pairs to keep, by group
     "The size of the selection."
-    scores = pd.Series(np.asarray(scores, float)); groups = np.asarray(groups)
-    if threshold <= 0 and not 0 < keep <= 1: raise StudyError(f'keep is {keep}; it is a share, above 0 and at most 1')
-    if threshold <= 0: return scores.groupby(groups).size().mul(keep).round().clip(1).astype(int)
-    if scores.max() < threshold: raise StudyError(f'no pair reaches the threshold of {threshold}; the best one has {scores.max():.2f}. Take a lower one, or 0 and a share to keep')
+    scores = pd.Series(np.asarray(scores, float))
+    groups = np.asarray(groups)
+    if threshold <= 0 and not 0 < keep <= 1:
+        raise StudyError(f"keep is {keep}; it is a share, above 0 and at most 1")
+    if threshold <= 0:
+        return scores.groupby(groups).size().mul(keep).round().clip(1).astype(int)
+    if scores.max() < threshold:
+        raise StudyError(
+            f"no pair reaches the threshold of {threshold}; the best one has {scores.max():.2f}. Take a lower one, or 0 and a share to keep"
+        )
     return (scores >= threshold).groupby(groups).sum()
 
 # %% ../../nbs/4_self_align/43_select.ipynb #e5c7533b
-def keep_best(table,           # with `key`, `group` and the columns of `by`
-              by,              # columns, the most important first; none: by lot alone
-              quota,           # pairs to keep, by group
-              seed:int=0,      # of the lot
-              )->pd.Series:    # true where a pair is kept
+def keep_best(
+    table,  # with `key`, `group` and the columns of `by`
+    by,  # columns, the most important first; none: by lot alone
+    quota,  # pairs to keep, by group
+    seed: int = 0,  # of the lot
+) -> pd.Series:  # true where a pair is kept
     "The best pairs of each group."
     lot = {k: i for i, k in enumerate(seeded_order(table.key, seed))}
-    order = table.assign(_lot=table.key.map(lot)).sort_values([*by, '_lot'], ascending=[False]*len(by) + [True])
-    return (order.groupby('group').cumcount() < order.group.map(quota)).reindex(table.index)
+    order = table.assign(_lot=table.key.map(lot)).sort_values([*by, "_lot"], ascending=[False] * len(by) + [True])
+    return (order.groupby("group").cumcount() < order.group.map(quota)).reindex(table.index)
 
 # %% ../../nbs/4_self_align/43_select.ipynb #76f61d98
-def select(table,               # generated pairs: key, group, score, and where known faithful (0 or 1) and held (0 to 1)
-           keep:float=.5,       # share of each group
-           threshold:float=0.,  # the lowest score that is enough; 0: the share decides
-           seed:int=0,          # of what is drawn by lot
-           )->dict:             # name of a selection to truth values
+def select(
+    table,  # generated pairs: key, group, score, and where known faithful (0 or 1) and held (0 to 1)
+    keep: float = 0.5,  # share of each group
+    threshold: float = 0.0,  # the lowest score that is enough; 0: the share decides
+    seed: int = 0,  # of what is drawn by lot
+) -> dict:  # name of a selection to truth values
     "The filter's selection and its controls."
     quota = how_many(table.score, table.group, keep, threshold)
-    found = {'selected': keep_best(table, ['score'], quota, seed), 'random-drop': keep_best(table, [], quota, seed)}
-    if 'faithful' not in table or table.faithful.isna().all(): return found
+    found = {"selected": keep_best(table, ["score"], quota, seed), "random-drop": keep_best(table, [], quota, seed)}
+    if "faithful" not in table or table.faithful.isna().all():
+        return found
     known = table.assign(faithful=table.faithful.fillna(-1), held=table.held.fillna(-1))
-    return found | {'oracle': keep_best(known, ['faithful', 'held'], quota, seed)}
+    return found | {"oracle": keep_best(known, ["faithful", "held"], quota, seed)}
 
 # %% ../../nbs/4_self_align/43_select.ipynb #eb684292
-def selection_table(table,           # with `key` and `score`
-                    kept:dict,       # from `select`
-                    )->pd.DataFrame: # key, selection, kept, score
+def selection_table(
+    table,  # with `key` and `score`
+    kept: dict,  # from `select`
+) -> pd.DataFrame:  # key, selection, kept, score
     "The selections as one long table."
-    return pd.concat([pd.DataFrame(dict(key=table.key, selection=name, kept=k.astype(bool), score=table.score)) for name, k in kept.items()], ignore_index=True)
+    return pd.concat(
+        [
+            pd.DataFrame(dict(key=table.key, selection=name, kept=k.astype(bool), score=table.score))
+            for name, k in kept.items()
+        ],
+        ignore_index=True,
+    )
 
 # %% ../../nbs/4_self_align/43_select.ipynb #448d68f9
-def difference(values,       # one number a pair
-               a,            # truth values: the one set
-               b,            # the other
-               scenes,       # one label a pair
-               )->Interval:  # mean over a minus mean over b
+def difference(
+    values,  # one number a pair
+    a,  # truth values: the one set
+    b,  # the other
+    scenes,  # one label a pair
+) -> Interval:  # mean over a minus mean over b
     "By how much two selections from the same pairs differ."
     rows = np.stack([np.asarray(v, float) for v in (values, a, b)], 1)
+
     def gap(r):
-        with np.errstate(invalid='ignore'): return (r[:, 0] @ r[:, 1])/r[:, 1].sum() - (r[:, 0] @ r[:, 2])/r[:, 2].sum()
+        with np.errstate(invalid="ignore"):
+            return (r[:, 0] @ r[:, 1]) / r[:, 1].sum() - (r[:, 0] @ r[:, 2]) / r[:, 2].sum()
+
     return bootstrap(rows, scenes, gap, repeats=1000)
 
 # %% ../../nbs/4_self_align/43_select.ipynb #4cd9910b
-def precision_curve(score,           # one a pair
-                    truth,           # true where the picture shows what its caption claims
-                    points:int=50,   # of the curve
-                    )->pd.DataFrame: # keep, precision
+def precision_curve(
+    score,  # one a pair
+    truth,  # true where the picture shows what its caption claims
+    points: int = 50,  # of the curve
+) -> pd.DataFrame:  # keep, precision
     "Share of faithful pairs among the best-scored, for many keep rates."
-    truth = np.asarray(truth, float)[np.argsort(-np.asarray(score), kind='stable')]; n = len(truth)
+    truth = np.asarray(truth, float)[np.argsort(-np.asarray(score), kind="stable")]
+    n = len(truth)
     at = np.unique(np.linspace(1, n, min(points, n)).round().astype(int))
-    return pd.DataFrame(dict(keep=at/n, precision=(truth.cumsum()[at - 1])/at))
+    return pd.DataFrame(dict(keep=at / n, precision=(truth.cumsum()[at - 1]) / at))

@@ -11,30 +11,39 @@ import pandas as pd
 from ..study.settings import StudyError
 
 # %% ../../nbs/4_self_align/48_sweep.ipynb #f1c43db8
-def diversity(vectors:np.ndarray,  # (n, d) unit vectors of pictures
-              of,                  # (n,) which caption each was painted for
-              )->pd.Series:        # caption to the mean distance, 0 to 2, of its pictures; those with one picture are left out
+def diversity(
+    vectors: np.ndarray,  # (n, d) unit vectors of pictures
+    of,  # (n,) which caption each was painted for
+) -> pd.Series:  # caption to the mean distance, 0 to 2, of its pictures; those with one picture are left out
     "How much the pictures of one caption differ."
+
     def distance(rows):
-        x = np.asarray(vectors)[rows]; k = len(x)
-        return 1 - ((x @ x.T).sum() - (x*x).sum())/(k*(k - 1))
+        x = np.asarray(vectors)[rows]
+        k = len(x)
+        return 1 - ((x @ x.T).sum() - (x * x).sum()) / (k * (k - 1))
+
     groups = pd.Series(range(len(vectors))).groupby(np.asarray(of), sort=False)
     return pd.Series({name: distance(rows.to_numpy()) for name, rows in groups if len(rows) > 1}, dtype=float)
 
 # %% ../../nbs/4_self_align/48_sweep.ipynb #963c3177
-def best_of(table:pd.DataFrame,  # pictures, with `parent`, `k` and the column to choose by
-            k:int,               # from so many pictures a caption
-            by:str,              # column; the first among equals is kept
-            )->pd.DataFrame:     # one row a caption
+def best_of(
+    table: pd.DataFrame,  # pictures, with `parent`, `k` and the column to choose by
+    k: int,  # from so many pictures a caption
+    by: str,  # column; the first among equals is kept
+) -> pd.DataFrame:  # one row a caption
     "Keep the picture of each caption that scores highest."
     some = table[table.k < k]
-    return some.loc[some.groupby('parent', sort=False)[by].idxmax()]
+    return some.loc[some.groupby("parent", sort=False)[by].idxmax()]
 
 # %% ../../nbs/4_self_align/48_sweep.ipynb #aba47137
-def dial_settings(base:dict,         # guidance, steps and so on: from where each dial is turned
-                  **dials:list,      # dial to its notches
-                  )->pd.DataFrame:   # dial, notch and all that the generator is told; no setting twice
+def dial_settings(
+    base: dict,  # guidance, steps and so on: from where each dial is turned
+    **dials: list,  # dial to its notches
+) -> pd.DataFrame:  # dial, notch and all that the generator is told; no setting twice
     "Every notch of every dial."
     for dial in dials:
-        if dial not in base: raise StudyError(f'unknown dial {dial!r}; the dials are {", ".join(base)}')
-    return pd.DataFrame([dict(dial=dial, notch=v) | base | {dial: v} for dial, notches in dials.items() for v in notches])
+        if dial not in base:
+            raise StudyError(f"unknown dial {dial!r}; the dials are {', '.join(base)}")
+    return pd.DataFrame(
+        [dict(dial=dial, notch=v) | base | {dial: v} for dial, notches in dials.items() for v in notches]
+    )

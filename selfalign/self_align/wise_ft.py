@@ -16,38 +16,54 @@ from ..models.load import load_dual_encoder
 from .evaluate import Scored, section_table
 
 # %% ../../nbs/4_self_align/49_wise_ft.ipynb #4bd75824
-def mixed_encoder(reference:str,  # the model before, e.g. `open_clip:data/micro/clip`
-                  adapter,        # folder of a correction to it
-                  mix:float,      # 0: the model before; 1: the tuned one
-                  ):              # `DualEncoder`
+def mixed_encoder(
+    reference: str,  # the model before, e.g. `open_clip:data/micro/clip`
+    adapter,  # folder of a correction to it
+    mix: float,  # 0: the model before; 1: the tuned one
+):  # `DualEncoder`
     "A model between the one before and the one after (WiSE-FT, equation 1)."
     before, encoder = load_dual_encoder(reference), load_dual_encoder(reference)
     encoder.model = wise_ft(before.model, merge(load_adapter(encoder, adapter)), mix).eval()
     return encoder
 
 # %% ../../nbs/4_self_align/49_wise_ft.ipynb #b8a7e015
-def section_questions(folder,        # in VL-CheckList's layout, from the stage `benchmark`
-                      section:str,   # Object, Attribute or Relation
-                      ):             # a `Benchmark` with its pictures in memory
+def section_questions(
+    folder,  # in VL-CheckList's layout, from the stage `benchmark`
+    section: str,  # Object, Attribute or Relation
+):  # a `Benchmark` with its pictures in memory
     "The balanced questions of one section."
-    found = read_checklist(folder); items = found.items[found.items.category.str.startswith(f'{section}/') & (found.items.dataset != 'biased')]
-    return in_memory(replace(found, items=items.reset_index(drop=True), pictures={i: found.pictures[i] for i in items.image.unique()}))
+    found = read_checklist(folder)
+    items = found.items[found.items.category.str.startswith(f"{section}/") & (found.items.dataset != "biased")]
+    return in_memory(
+        replace(
+            found, items=items.reset_index(drop=True), pictures={i: found.pictures[i] for i in items.image.unique()}
+        )
+    )
 
 # %% ../../nbs/4_self_align/49_wise_ft.ipynb #21ca413f
-def points(encoder,     # a `DualEncoder`
-           benchmark,   # a `Benchmark`
-           retention,   # a `Retention`
-           ):           # one row a question or pair: metric, item, correct
+def points(
+    encoder,  # a `DualEncoder`
+    benchmark,  # a `Benchmark`
+    retention,  # a `Retention`
+):  # one row a question or pair: metric, item, correct
     "What one model answers, and what it finds."
-    right = {'question': predict(encode(benchmark, encoder)).correct.to_numpy()} | retention(encoder)
-    return pd.concat([pd.DataFrame(dict(metric=m, item=range(len(c)), correct=np.asarray(c, float))) for m, c in right.items()], ignore_index=True)
+    right = {"question": predict(encode(benchmark, encoder)).correct.to_numpy()} | retention(encoder)
+    return pd.concat(
+        [pd.DataFrame(dict(metric=m, item=range(len(c)), correct=np.asarray(c, float))) for m, c in right.items()],
+        ignore_index=True,
+    )
 
 # %% ../../nbs/4_self_align/49_wise_ft.ipynb #d83d2772
-def scored_points(part,          # `points` of one model, with its `seed`; all of one metric
-                  benchmark,     # a `Benchmark` of one section
-                  )->Scored:     # seeds × questions, or pairs
+def scored_points(
+    part,  # `points` of one model, with its `seed`; all of one metric
+    benchmark,  # a `Benchmark` of one section
+) -> Scored:  # seeds × questions, or pairs
     "Points as the statistics want them."
-    wide = part.pivot(index='seed', columns='item', values='correct'); seeds = tuple(wide.index)
-    if part.metric.iloc[0] != 'question': return Scored(wide.to_numpy(), None, seeds)
-    section = benchmark.items.category.iloc[0].split('/')[0]
-    return Scored(section_table(benchmark.items, list(wide.to_numpy() > .5), section), benchmark.items.image.to_numpy(), seeds)
+    wide = part.pivot(index="seed", columns="item", values="correct")
+    seeds = tuple(wide.index)
+    if part.metric.iloc[0] != "question":
+        return Scored(wide.to_numpy(), None, seeds)
+    section = benchmark.items.category.iloc[0].split("/")[0]
+    return Scored(
+        section_table(benchmark.items, list(wide.to_numpy() > 0.5), section), benchmark.items.image.to_numpy(), seeds
+    )

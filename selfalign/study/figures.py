@@ -17,11 +17,26 @@ LINES = ("-", "--", ":", "-.")
 
 # %% ../../nbs/0_study/04_figures.ipynb #64c8393f
 STYLE = {
-    "figure.figsize": (6.4, 4), "figure.dpi": 100, "figure.constrained_layout.use": True,
-    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 11, "axes.titlesize": 12, "axes.labelsize": 11, "legend.fontsize": 10,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "axes.grid": True, "axes.grid.axis": "y",
-    "grid.color": "#DDDDDD", "grid.linewidth": 0.8, "legend.frameon": False, "lines.linewidth": 1.8,
-    "svg.fonttype": "none", "svg.hashsalt": "selfalign",
+    "figure.figsize": (6.4, 4),
+    "figure.dpi": 100,
+    "figure.constrained_layout.use": True,
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.labelsize": 11,
+    "legend.fontsize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "selfalign",
 }
 
 # %% ../../nbs/0_study/04_figures.ipynb #a0f8caf0
@@ -34,6 +49,7 @@ def new_figure(
 ):  # figure and axes
     "Begin a figure in the style of the study"
     import matplotlib as mpl, matplotlib.pyplot as plt
+
     mpl.rcParams.update(STYLE | {"axes.prop_cycle": mpl.cycler(color=PALETTE)})
     return plt.subplots(rows, columns, figsize=(width, height), **kwargs)
 
@@ -43,7 +59,9 @@ def legend_above(
 ):  # the legend
     "The legend above the axes"
     names = ax.get_legend_handles_labels()[1]
-    return ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4 if sum(len(n) + 6 for n in names[:4]) <= 75 else 2)
+    return ax.legend(
+        loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4 if sum(len(n) + 6 for n in names[:4]) <= 75 else 2
+    )
 
 # %% ../../nbs/0_study/04_figures.ipynb #bb7d9663
 def bars(
@@ -57,19 +75,24 @@ def bars(
 ):  # the same axes
     "Draw bars with their intervals"
     groups, labels = list(dict.fromkeys(table[colour])) if colour else [None], list(dict.fromkeys(table[label]))
-    width = 0.8/len(groups)
+    width = 0.8 / len(groups)
     for g, group in enumerate(groups):
         part = table if group is None else table[table[colour] == group]
-        x = np.array([labels.index(name) for name in part[label]]) + (g-(len(groups)-1)/2)*width
+        x = np.array([labels.index(name) for name in part[label]]) + (g - (len(groups) - 1) / 2) * width
         value = part["value"].to_numpy(float)
-        reach = np.abs(np.stack([value-part["low"].to_numpy(float), part["high"].to_numpy(float)-value]))
-        ax.bar(x, value, width*0.92, color=PALETTE[g % len(PALETTE)], label=group)
+        reach = np.abs(np.stack([value - part["low"].to_numpy(float), part["high"].to_numpy(float) - value]))
+        ax.bar(x, value, width * 0.92, color=PALETTE[g % len(PALETTE)], label=group)
         ax.errorbar(x, value, np.nan_to_num(reach), fmt="none", ecolor="#333333", capsize=3, linewidth=1.2)
-        for at, v, up in zip(x, value, np.nan_to_num(reach[1])): ax.annotate(form.format(v), (at, v+up), (0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=9)
+        for at, v, up in zip(x, value, np.nan_to_num(reach[1])):
+            ax.annotate(
+                form.format(v), (at, v + up), (0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=9
+            )
     ax.set_xticks(range(len(labels)), labels)
     ax.set_ylabel(unit)
-    if chance is not None: ax.axhline(chance, color="#333333", linestyle=":", linewidth=1.2, label="chance")
-    if colour or chance is not None: legend_above(ax)
+    if chance is not None:
+        ax.axhline(chance, color="#333333", linestyle=":", linewidth=1.2, label="chance")
+    if colour or chance is not None:
+        legend_above(ax)
     return ax
 
 # %% ../../nbs/0_study/04_figures.ipynb #1d263541
@@ -81,16 +104,18 @@ def compare_histograms(
 ):  # DataFrame with what was drawn: group, low and high end of the bin, count, share
     "Draw histograms of several groups over the same bins"
     import pandas as pd
+
     values = {name: np.asarray(v, dtype=float) for name, v in groups.items()}
     values = {name: v[np.isfinite(v)] for name, v in values.items()}
     edges = np.histogram_bin_edges(np.concatenate(list(values.values())), bins)
     rows = []
     for i, (name, v) in enumerate(values.items()):
         count, colour, line = np.histogram(v, edges)[0], PALETTE[i % len(PALETTE)], LINES[i % len(LINES)]
-        share = count/max(len(v), 1)
+        share = count / max(len(v), 1)
         ax.stairs(share, edges, fill=True, color=colour, alpha=0.25)
         ax.stairs(share, edges, color=colour, linestyle=line, linewidth=1.8, label=f"{name} (n = {len(v)})")
-        if len(v): ax.axvline(v.mean(), color=colour, linestyle=line, linewidth=1)
+        if len(v):
+            ax.axvline(v.mean(), color=colour, linestyle=line, linewidth=1)
         rows.append(pd.DataFrame(dict(group=name, low=edges[:-1], high=edges[1:], count=count, share=share)))
     ax.set(xlabel=label, ylabel="share")
     legend_above(ax)
@@ -106,14 +131,20 @@ def save_figure(
     "Save a figure as SVG and PNG, and its data as CSV; the same figure gives the same bytes"
     import matplotlib as mpl, matplotlib.pyplot as plt
     from selfalign.study.stage import atomic_write
-    if not re.fullmatch(r"[\w-][\w.-]*", name): raise StudyError(f"{name!r} cannot name a figure: letters, digits, '-', '_' and '.' only")
-    svg, png, csv = (Path(folder)/f"{name}.{ending}" for ending in ("svg", "png", "csv"))
+
+    if not re.fullmatch(r"[\w-][\w.-]*", name):
+        raise StudyError(f"{name!r} cannot name a figure: letters, digits, '-', '_' and '.' only")
+    svg, png, csv = (Path(folder) / f"{name}.{ending}" for ending in ("svg", "png", "csv"))
     fig.draw_without_rendering()
     fig.set_layout_engine("none")  # the layout moves a little at every drawing; now it stays
     with mpl.rc_context({k: STYLE[k] for k in ("svg.fonttype", "svg.hashsalt")}):
-        with atomic_write(svg) as path: fig.savefig(path, metadata={"Date": None})
-        with atomic_write(png) as path: fig.savefig(path, dpi=150, metadata={"Software": None})
+        with atomic_write(svg) as path:
+            fig.savefig(path, metadata={"Date": None})
+        with atomic_write(png) as path:
+            fig.savefig(path, dpi=150, metadata={"Software": None})
     plt.close(fig)  # the notebook shows what a cell returns, not also what is open
-    if data is None: return [svg, png]
-    with atomic_write(csv) as path: data.to_csv(path, index=False)
+    if data is None:
+        return [svg, png]
+    with atomic_write(csv) as path:
+        data.to_csv(path, index=False)
     return [svg, png, csv]

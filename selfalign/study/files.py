@@ -31,12 +31,17 @@ def atomic_write(
     beside = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         yield beside
-        with open(beside, "rb+") as f: os.fsync(f.fileno())
+        with open(beside, "rb+") as f:
+            os.fsync(f.fileno())
         os.replace(beside, path)
     except OSError as e:
-        if e.errno not in FULL: raise
-        raise StageError(f"no space left to write {path}; free some and run the same command again, finished work is kept") from e
-    finally: beside.unlink(missing_ok=True)
+        if e.errno not in FULL:
+            raise
+        raise StageError(
+            f"no space left to write {path}; free some and run the same command again, finished work is kept"
+        ) from e
+    finally:
+        beside.unlink(missing_ok=True)
 
 # %% ../../nbs/0_study/05_files.ipynb #6cc9577e
 def publish(
@@ -46,7 +51,8 @@ def publish(
     "Give a finished folder its final name; an older one makes place"
     old = final.with_name(f".old-{final.name}")
     shutil.rmtree(old, ignore_errors=True)
-    if final.exists(): final.rename(old)
+    if final.exists():
+        final.rename(old)
     folder.rename(final)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -55,7 +61,8 @@ def file_hash(
     path: str | Path,  # a file
 ) -> str:  # 64 hexadecimal digits
     "SHA-256 of a file's bytes"
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 # %% ../../nbs/0_study/05_files.ipynb #b9225066
 def write_json(
@@ -63,7 +70,8 @@ def write_json(
     value,  # what JSON can hold
 ):
     "Write a JSON file, atomically"
-    with atomic_write(path) as beside: beside.write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str)+"\n", encoding="utf-8")
+    with atomic_write(path) as beside:
+        beside.write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
 
 # %% ../../nbs/0_study/05_files.ipynb #9a9708ed
 def read_json(
@@ -71,8 +79,10 @@ def read_json(
     default=None,  # what to return where there is none, or a damaged one
 ):
     "Read a JSON file, or return `default`"
-    try: return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError): return default
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return default
 
 # %% ../../nbs/0_study/05_files.ipynb #c4b06e6b
 def tree_hash(
@@ -80,27 +90,38 @@ def tree_hash(
     cache: Path | None = None,  # where fingerprints are remembered; default: data/runs/.hashes.json of the study
 ) -> str:  # 64 hexadecimal digits
     "Fingerprint of all files in a folder, by relative path and content; hidden files do not count"
-    path, cache = Path(path), cache or find_root()/"data/runs/.hashes.json"
+    path, cache = Path(path), cache or find_root() / "data/runs/.hashes.json"
     known, total = read_json(cache, {}), hashlib.sha256()
     before = len(known)
-    files = sorted(p for p in path.rglob("*") if p.is_file() and not any(part[0] == "." for part in p.relative_to(path).parts)) if path.is_dir() else [path]
+    files = (
+        sorted(
+            p for p in path.rglob("*") if p.is_file() and not any(part[0] == "." for part in p.relative_to(path).parts)
+        )
+        if path.is_dir()
+        else [path]
+    )
     for file in files:
         stat = file.stat()
         name = f"{file.absolute()}|{stat.st_size}|{stat.st_mtime_ns}"
-        if name not in known: known[name] = file_hash(file)
+        if name not in known:
+            known[name] = file_hash(file)
         total.update(f"{file.relative_to(path).as_posix()}\0{known[name]}\n".encode())
-    if len(known) > before: write_json(cache, known)
+    if len(known) > before:
+        write_json(cache, known)
     return total.hexdigest()
 
 # %% ../../nbs/0_study/05_files.ipynb #6ffdf325
 def _listed(path):
     "Relative path, size and modification time of every file; hidden ones do not count, links to folders are not followed"
-    if path.is_file(): yield ".", path.stat().st_size, path.stat().st_mtime_ns
+    if path.is_file():
+        yield ".", path.stat().st_size, path.stat().st_mtime_ns
     for place, folders, names in os.walk(path):
         folders[:] = sorted(f for f in folders if f[0] != ".")
         for name in sorted(n for n in names if n[0] != "."):
-            try: stat = os.stat(os.path.join(place, name))
-            except OSError: continue
+            try:
+                stat = os.stat(os.path.join(place, name))
+            except OSError:
+                continue
             yield os.path.relpath(os.path.join(place, name), path), stat.st_size, stat.st_mtime_ns
 
 # %% ../../nbs/0_study/05_files.ipynb #6f225fa6
@@ -113,8 +134,8 @@ def data_hash(
     "Fingerprint of data by content, or by its listing where it is very large"
     total, files, size = hashlib.sha256(), 0, 0
     for file in _listed(Path(path)):
-        total.update("\0".join(map(str, file)).encode("utf-8", "surrogateescape")+b"\n")
-        files, size = files+1, size+file[1]
+        total.update("\0".join(map(str, file)).encode("utf-8", "surrogateescape") + b"\n")
+        files, size = files + 1, size + file[1]
     return f"listing:{total.hexdigest()}" if files > most_files or size > most_bytes else tree_hash(path, cache)
 
 # %% ../../nbs/0_study/05_files.ipynb #d34f8e70
@@ -124,38 +145,57 @@ PACKAGES = "selfalign torch torchvision open_clip_torch timm diffusers transform
 def versions() -> dict[str, str]:  # package → version
     "Versions of Python and of the packages the study stands on"
     from importlib.metadata import PackageNotFoundError, version
+
     found = {"python": sys.version.split()[0]}
     for package in PACKAGES:
-        try: found[package] = version(package)
-        except PackageNotFoundError: pass
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            pass
     return found
 
 # %% ../../nbs/0_study/05_files.ipynb #098dc755
 def hardware() -> dict:  # cpu, cores, memory_gb, gpu
     "The machine, in four entries; the GPU only where torch is already loaded"
     import platform, psutil
+
     info = Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*: (.*)", info.read_text(errors="replace")) if info.exists() else None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch = sys.modules.get("torch")
     gpu = torch.cuda.get_device_name() if torch and torch.cuda.is_available() else ""
-    return dict(cpu=cpu[1] if cpu else platform.processor(), cores=cores, memory_gb=round(psutil.virtual_memory().total/2**30, 1), gpu=gpu)
+    return dict(
+        cpu=cpu[1] if cpu else platform.processor(),
+        cores=cores,
+        memory_gb=round(psutil.virtual_memory().total / 2**30, 1),
+        gpu=gpu,
+    )
 
 # %% ../../nbs/0_study/05_files.ipynb #7abe765b
 def git_state() -> dict:  # commit, dirty
     "The commit the study runs from, and whether tracked files were changed since"
+
     def git(*args):
-        try: return subprocess.run(["git", "-C", str(find_root()), *args], capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-        except (OSError, subprocess.SubprocessError): return None
+        try:
+            return subprocess.run(
+                ["git", "-C", str(find_root()), *args], capture_output=True, text=True, check=True, timeout=20
+            ).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            return None
+
     return dict(commit=git("rev-parse", "HEAD") or "", dirty=bool(git("status", "--porcelain", "--untracked-files=no")))
 
 # %% ../../nbs/0_study/05_files.ipynb #cc1d7a18
 def peak_memory_gb() -> float:  # gigabytes
     "The most memory this process, or a child of it, has held"
-    try: import resource
-    except ImportError: return float("nan")  # Windows
+    try:
+        import resource
+    except ImportError:
+        return float("nan")  # Windows
     unit = 2**30 if sys.platform == "darwin" else 2**20
-    return round(max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))/unit, 3)
+    return round(
+        max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / unit, 3
+    )
 
 # %% ../../nbs/0_study/05_files.ipynb #d6da3f73
 def now() -> str:  # e.g. 2026-01-31T12:00:00+00:00

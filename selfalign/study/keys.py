@@ -22,7 +22,8 @@ def _bare(
     lines = ["pass" if line.lstrip()[:1] in ("%", "!") else line for line in source.splitlines()]
     tree = ast.parse("\n".join(line if line != "pass" else "" for line in lines))
     for node in ast.walk(tree):
-        if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None: node.body = node.body[1:]
+        if isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:]
     return tree
 
 # %% ../../nbs/0_study/06_keys.ipynb #1b0dac9a
@@ -38,8 +39,9 @@ def _module_file(
 ) -> Path | None:  # its source, if it is one of ours
     "Find the source of a module of this package without importing it"
     import selfalign
+
     base = Path(selfalign.__file__).parents[1].joinpath(*module.split("."))
-    return next((p for p in (base.with_suffix(".py"), base/"__init__.py") if p.is_file()), None)
+    return next((p for p in (base.with_suffix(".py"), base / "__init__.py") if p.is_file()), None)
 
 # %% ../../nbs/0_study/06_keys.ipynb #252707af
 def _imports(
@@ -49,9 +51,10 @@ def _imports(
     "Names under `selfalign` that a program imports"
     found = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import): found |= {a.name for a in node.names}
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
         if isinstance(node, ast.ImportFrom):
-            base = ".".join(package.split(".")[:len(package.split("."))-node.level+1]) if node.level else ""
+            base = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
             module = ".".join(filter(None, (base, node.module)))
             found |= {module} | {f"{module}.{a.name}" for a in node.names}
     return {name for name in found if name.startswith("selfalign.")} - {"selfalign.study.runner"}
@@ -65,7 +68,9 @@ def _module(
 ) -> tuple[str, frozenset]:  # digest, imported names
     "Digest and imports of one module"
     source = path.read_text(encoding="utf-8")
-    return code_digest(source), frozenset(_imports(_bare(source), module if path.name == "__init__.py" else module.rpartition(".")[0]))
+    return code_digest(source), frozenset(
+        _imports(_bare(source), module if path.name == "__init__.py" else module.rpartition(".")[0])
+    )
 
 # %% ../../nbs/0_study/06_keys.ipynb #ece82b7e
 def modules_of(
@@ -75,7 +80,8 @@ def modules_of(
     found, todo = {}, list(names)
     while todo:
         name = todo.pop()
-        if name in found or not (path := _module_file(name)): continue
+        if name in found or not (path := _module_file(name)):
+            continue
         found[name], more = _module(path, name, path.stat().st_mtime_ns)
         todo += more
     return dict(sorted(found.items()))
@@ -86,9 +92,15 @@ def code_hash(
 ) -> str:  # 64 hexadecimal digits
     "Hash the code of a notebook and of every module of the study it uses; its parameters cell does not count"
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    sources = ["".join(c["source"]) for c in cells if c["cell_type"] == "code" and "parameters" not in c["metadata"].get("tags", [])]
-    try: trees = [_bare(source) for source in sources]
-    except SyntaxError as e: raise SettingsError(f"{notebook}: a cell is not Python: {e}") from None
+    sources = [
+        "".join(c["source"])
+        for c in cells
+        if c["cell_type"] == "code" and "parameters" not in c["metadata"].get("tags", [])
+    ]
+    try:
+        trees = [_bare(source) for source in sources]
+    except SyntaxError as e:
+        raise SettingsError(f"{notebook}: a cell is not Python: {e}") from None
     modules = modules_of(set().union(*map(_imports, trees)))
     return hashlib.sha256(json.dumps([[ast.dump(t) for t in trees], modules]).encode()).hexdigest()
 
@@ -101,15 +113,17 @@ def _path_in(
     fixed = re.split(r"[{*\[]", bare)[0]
     path = fixed if fixed == bare else fixed.rpartition("/")[0]
     inside = path.strip("./") and not Path(path).is_absolute() and ".." not in Path(path).parts
-    return path if inside and (find_root()/path).exists() else ""
+    return path if inside and (find_root() / path).exists() else ""
 
 # %% ../../nbs/0_study/06_keys.ipynb #6b9adfbb
 def files_of(
     values: dict,  # parameter → value
 ) -> dict[str, str]:  # path → fingerprint
     "Fingerprints of the files and folders that parameters name"
-    texts = [t for value in values.values() for t in (value if isinstance(value, list) else [value]) if isinstance(t, str)]
-    return {path: data_hash(find_root()/path) for path in sorted({_path_in(t) for t in texts} - {""})}
+    texts = [
+        t for value in values.values() for t in (value if isinstance(value, list) else [value]) if isinstance(t, str)
+    ]
+    return {path: data_hash(find_root() / path) for path in sorted({_path_in(t) for t in texts} - {""})}
 
 # %% ../../nbs/0_study/06_keys.ipynb #ea2074bd
 def stage_manifest(
@@ -119,9 +133,18 @@ def stage_manifest(
 ) -> dict:  # the beginning of its stage.json
     "All that a stage's result depends on, and the key made of it"
     spec, values = stages()[name], settings.values[name]
-    parts = dict(parameters=values, scale=settings.scale, inputs={i: keys[i] for i in spec.reads(keys)}, code=code_hash(spec.notebook), files=files_of(values))
+    parts = dict(
+        parameters=values,
+        scale=settings.scale,
+        inputs={i: keys[i] for i in spec.reads(keys)},
+        code=code_hash(spec.notebook),
+        files=files_of(values),
+    )
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    return dict(name=name, preset=settings.preset, key=key, notebook=spec.notebook.relative_to(find_root()).as_posix()) | parts
+    return (
+        dict(name=name, preset=settings.preset, key=key, notebook=spec.notebook.relative_to(find_root()).as_posix())
+        | parts
+    )
 
 # %% ../../nbs/0_study/06_keys.ipynb #6a791511
 def keys_of(
@@ -129,5 +152,6 @@ def keys_of(
 ) -> dict[str, str]:  # stage → key
     "The keys of all stages of a run"
     keys = {}
-    for name in settings.stages: keys[name] = stage_manifest(name, settings, keys)["key"]
+    for name in settings.stages:
+        keys[name] = stage_manifest(name, settings, keys)["key"]
     return keys

@@ -25,8 +25,11 @@ def run_folder(
     run: str,  # a name
 ) -> Path:  # data/runs/<name>
     "The folder of a run"
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", run) or run.endswith(".partial"): raise RunError(f"{run!r} cannot name a run: letters, digits, '-', '_' and '.' only, and a letter or digit first")
-    return runs_folder()/run
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", run) or run.endswith(".partial"):
+        raise RunError(
+            f"{run!r} cannot name a run: letters, digits, '-', '_' and '.' only, and a letter or digit first"
+        )
+    return runs_folder() / run
 
 # %% ../../nbs/0_study/02_runner.ipynb #64426647
 def is_current(
@@ -35,7 +38,7 @@ def is_current(
     key: str,  # the key it should have
 ) -> bool:  # nothing to do?
     "Whether a stage is finished with this key"
-    found = read_json(folder/name/"stage.json", {})
+    found = read_json(folder / name / "stage.json", {})
     return found.get("key") == key and found.get("status") == "finished"
 
 # %% ../../nbs/0_study/02_runner.ipynb #11bb9726
@@ -46,14 +49,20 @@ def lock_run(
 ):
     "Hold a run folder; refuse if another process does"
     from filelock import FileLock, Timeout
+
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder/".lock")
-    try: lock.acquire(timeout=wait)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=wait)
     except Timeout:
-        other = read_json(folder/"run.json", {})
-        raise RunError(f"another run is working in {folder} (process {other.get('pid', '?')}, since {other.get('start', '?')}); wait for it, or give this one a name of its own with --run NAME") from None
-    try: yield
-    finally: lock.release()
+        other = read_json(folder / "run.json", {})
+        raise RunError(
+            f"another run is working in {folder} (process {other.get('pid', '?')}, since {other.get('start', '?')}); wait for it, or give this one a name of its own with --run NAME"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 # %% ../../nbs/0_study/02_runner.ipynb #be3a4d17
 def _prepare(
@@ -63,14 +72,19 @@ def _prepare(
 ) -> Path:  # the partial folder
     "Make a stage's partial folder ready, keeping shards that belong to the same key"
     from filelock import FileLock, Timeout
-    partial = folder/f"{manifest['name']}.partial"
+
+    partial = folder / f"{manifest['name']}.partial"
     try:
-        with FileLock(folder/f".{manifest['name']}.lock", timeout=60):
-            old = read_json(partial/"stage.json", {})
-            if fresh or old.get("key") != manifest["key"]: shutil.rmtree(partial, ignore_errors=True)
+        with FileLock(folder / f".{manifest['name']}.lock", timeout=60):
+            old = read_json(partial / "stage.json", {})
+            if fresh or old.get("key") != manifest["key"]:
+                shutil.rmtree(partial, ignore_errors=True)
             resumed = old.get("resumed", 0) + 1 if partial.exists() else 0
-            write_json(partial/"stage.json", manifest | dict(run=folder.name, status="running", start=now(), resumed=resumed))
-    except Timeout: raise RunError(f"another process still works in {partial}; wait for it to end and run again") from None
+            write_json(
+                partial / "stage.json", manifest | dict(run=folder.name, status="running", start=now(), resumed=resumed)
+            )
+    except Timeout:
+        raise RunError(f"another process still works in {partial}; wait for it to end and run again") from None
     return partial
 
 # %% ../../nbs/0_study/02_runner.ipynb #b2ba862e
@@ -79,7 +93,10 @@ def _surroundings(
 ) -> dict:  # names and values
     "Environment variables of a stage's process"
     given = os.environ.get("GLIBC_TUNABLES", "")
-    return dict(SELFALIGN_ROOT=str(root), GLIBC_TUNABLES=given if "glibc.malloc.hugetlb" in given else f"{given}:glibc.malloc.hugetlb=1".lstrip(":"))
+    return dict(
+        SELFALIGN_ROOT=str(root),
+        GLIBC_TUNABLES=given if "glibc.malloc.hugetlb" in given else f"{given}:glibc.malloc.hugetlb=1".lstrip(":"),
+    )
 
 # %% ../../nbs/0_study/02_runner.ipynb #68567a61
 def _execute(
@@ -89,10 +106,20 @@ def _execute(
 ):
     "Execute a notebook with papermill"
     import papermill
+
     root = find_root()
     with patch.dict(os.environ, _surroundings(root)):
-        papermill.execute_notebook(notebook, output, values, kernel_name="python3", progress_bar=False, log_output=False, start_timeout=300,
-                                   extra_arguments=["--log-level=CRITICAL"], cwd=notebook.parent)
+        papermill.execute_notebook(
+            notebook,
+            output,
+            values,
+            kernel_name="python3",
+            progress_bar=False,
+            log_output=False,
+            start_timeout=300,
+            extra_arguments=["--log-level=CRITICAL"],
+            cwd=notebook.parent,
+        )
     executed = read_json(output)
     executed["metadata"]["papermill"] |= dict(input_path=notebook.relative_to(root).as_posix(), output_path=output.name)
     write_json(output, executed)
@@ -104,7 +131,13 @@ def resume_command(
     run: str | None = None,  # as given
 ) -> str:  # a shell command
     "The command that continues a run"
-    parts = ["selfalign", "run", preset, *(x for o in overrides for x in ("-p", o)), *(["--run", run] if run and run != preset else [])]
+    parts = [
+        "selfalign",
+        "run",
+        preset,
+        *(x for o in overrides for x in ("-p", o)),
+        *(["--run", run] if run and run != preset else []),
+    ]
     return shlex.join(parts)
 
 # %% ../../nbs/0_study/02_runner.ipynb #5324580a
@@ -112,11 +145,15 @@ def explain(
     error: BaseException,  # what stopped the notebook
 ) -> str:  # a few lines
     "Say in a few lines which cell failed and why"
-    if isinstance(error, KeyboardInterrupt): return "interrupted"
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
     name, text = getattr(error, "ename", type(error).__name__), str(getattr(error, "evalue", error))
-    if getattr(error, "errno", None) in FULL or "No space left" in text: text += "\n  The disk is full: free some space and run again; finished shards are kept."
-    if "Dead" in name: text += "\n  The kernel died, most often because memory ran out: close other programs or make the stage's batch smaller."
-    if not hasattr(error, "cell_index"): return f"{name}: {text}"
+    if getattr(error, "errno", None) in FULL or "No space left" in text:
+        text += "\n  The disk is full: free some space and run again; finished shards are kept."
+    if "Dead" in name:
+        text += "\n  The kernel died, most often because memory ran out: close other programs or make the stage's batch smaller."
+    if not hasattr(error, "cell_index"):
+        return f"{name}: {text}"
     lines = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback)).splitlines()
     tail = "\n".join(f"  | {line}" for line in lines[-12:])
     return f"in cell {error.cell_index} (In [{error.exec_count}])\n{tail}\n{name}: {text}"
@@ -133,15 +170,22 @@ def run_stage(
     partial = _prepare(folder, manifest, fresh)
     variant = f":{name}" if stages()[name].base != name else ""
     values = dict(run=partial.parent.relative_to(root).as_posix() + variant) | manifest["parameters"]
-    try: _execute(root/manifest["notebook"], partial/"notebook.ipynb", values)
+    try:
+        _execute(root / manifest["notebook"], partial / "notebook.ipynb", values)
     except (Exception, KeyboardInterrupt) as e:
-        write_json(partial/"stage.json", read_json(partial/"stage.json", manifest) | dict(status="failed", error=explain(e)))
-        raise RunError(f"stage {name!r} ({manifest['notebook']}) stopped {explain(e)}\n"
-            f"Executed notebook: {(partial/'notebook.ipynb').relative_to(root)}\nTo continue: {hint}") from e
-    done = read_json(partial/"stage.json", {})
-    if done.get("status") != "finished": raise RunError(f"{manifest['notebook']} ended without stage.finish(); add it as the last cell")
-    write_json(partial/"stage.json", done := done | dict(seconds=round(time.time()-began, 1)))
-    publish(partial, folder/name)
+        write_json(
+            partial / "stage.json",
+            read_json(partial / "stage.json", manifest) | dict(status="failed", error=explain(e)),
+        )
+        raise RunError(
+            f"stage {name!r} ({manifest['notebook']}) stopped {explain(e)}\n"
+            f"Executed notebook: {(partial / 'notebook.ipynb').relative_to(root)}\nTo continue: {hint}"
+        ) from e
+    done = read_json(partial / "stage.json", {})
+    if done.get("status") != "finished":
+        raise RunError(f"{manifest['notebook']} ended without stage.finish(); add it as the last cell")
+    write_json(partial / "stage.json", done := done | dict(seconds=round(time.time() - began, 1)))
+    publish(partial, folder / name)
     return done
 
 # %% ../../nbs/0_study/02_runner.ipynb #feaa8755
@@ -152,8 +196,9 @@ def gather_results(
     "Put the results of all stages into the run's results.csv"
     who, rows = dict(run=folder.name, preset=settings.preset, scale=settings.scale), []
     for name in settings.stages:
-        with open(folder/name/"results.csv", encoding="utf-8", newline="") as f: rows += [row | who for row in csv.DictReader(f)]
-    write_results(folder/"results.csv", rows)
+        with open(folder / name / "results.csv", encoding="utf-8", newline="") as f:
+            rows += [row | who for row in csv.DictReader(f)]
+    write_results(folder / "results.csv", rows)
     return rows
 
 # %% ../../nbs/0_study/02_runner.ipynb #4a7e4c7b
@@ -163,12 +208,27 @@ def describe_run(
     **more,  # entries of its own
 ) -> dict:  # what run.json holds
     "Write run.json: preset, stages with their times, versions, hardware, commit"
-    done = [m for name in settings.stages if (m := read_json(folder/name/"stage.json"))]
+    done = [m for name in settings.stages if (m := read_json(folder / name / "stage.json"))]
     machine = hardware() | dict(gpu=next((m["hardware"]["gpu"] for m in done if m["hardware"]["gpu"]), ""))
-    table = [{k: m.get(k) for k in ("name", "key", "notebook", "start", "seconds", "peak_memory_gb", "resumed")} for m in done]
-    found = dict(run=folder.name, preset=settings.preset, scale=settings.scale, title=settings.title, pid=os.getpid(), stages=table,
-                 versions=versions(), hardware=machine, git=git_state()) | more
-    write_json(folder/"run.json", found)
+    table = [
+        {k: m.get(k) for k in ("name", "key", "notebook", "start", "seconds", "peak_memory_gb", "resumed")}
+        for m in done
+    ]
+    found = (
+        dict(
+            run=folder.name,
+            preset=settings.preset,
+            scale=settings.scale,
+            title=settings.title,
+            pid=os.getpid(),
+            stages=table,
+            versions=versions(),
+            hardware=machine,
+            git=git_state(),
+        )
+        | more
+    )
+    write_json(folder / "run.json", found)
     return found
 
 # %% ../../nbs/0_study/02_runner.ipynb #2111c797
@@ -176,8 +236,10 @@ def shards_done(
     path: Path,  # a stage's .progress
 ) -> tuple[int, int] | None:  # how many of how many; nothing where there is no count
     "Read how far a stage has come"
-    try: done, total = path.read_text(encoding="utf-8").split("/")
-    except (OSError, ValueError): return None
+    try:
+        done, total = path.read_text(encoding="utf-8").split("/")
+    except (OSError, ValueError):
+        return None
     return int(done), int(total)
 
 # %% ../../nbs/0_study/02_runner.ipynb #e5d944f6
@@ -191,11 +253,24 @@ def _clock(
     from rich.progress import Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
     from rich.progress_bar import ProgressBar
     from rich.text import Text
+
     class Bar(ProgressColumn):
-        def render(self, task): return ProgressBar(found[1], found[0], width=24) if (found := shards_done(path)) else Text()
+        def render(self, task):
+            return ProgressBar(found[1], found[0], width=24) if (found := shards_done(path)) else Text()
+
     class Count(ProgressColumn):
-        def render(self, task): return Text("{} of {} shards".format(*found) if (found := shards_done(path)) else "", "dim")
-    with Progress(SpinnerColumn(), TextColumn("{task.description:<12}"), TimeElapsedColumn(), Bar(), Count(), console=console, transient=True) as bar:
+        def render(self, task):
+            return Text("{} of {} shards".format(*found) if (found := shards_done(path)) else "", "dim")
+
+    with Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description:<12}"),
+        TimeElapsedColumn(),
+        Bar(),
+        Count(),
+        console=console,
+        transient=True,
+    ) as bar:
         bar.add_task(name, total=None)
         yield
 
@@ -205,9 +280,11 @@ def _with_dependents(
     settings: Settings,  # resolved
 ) -> set[str]:  # these and what reads from them
     "Stages that a forced one takes along"
-    if "all" in names: return set(settings.stages)
+    if "all" in names:
+        return set(settings.stages)
     for name in names:
-        if name not in settings.stages: raise RunError(f"cannot force {name!r}, it is not part of this run; {nearest(name, settings.stages)}")
+        if name not in settings.stages:
+            raise RunError(f"cannot force {name!r}, it is not part of this run; {nearest(name, settings.stages)}")
     return {s for s in settings.stages if set(inputs_of([s], settings.stages)) & set(names)}
 
 # %% ../../nbs/0_study/02_runner.ipynb #6e202ea6
@@ -226,7 +303,8 @@ def _run_stages(
         if name not in forced and is_current(folder, name, keys[name]):
             console.print(f"[dim]  {name:<12} skipped, up to date[/dim]")
             continue
-        with _clock(console, name, folder/f"{name}.partial/.progress"): done = run_stage(folder, manifest, name in forced, hint)
+        with _clock(console, name, folder / f"{name}.partial/.progress"):
+            done = run_stage(folder, manifest, name in forced, hint)
         console.print(f"[green]✓[/green] {name:<12} {done['seconds']:8.1f} s")
 
 # %% ../../nbs/0_study/02_runner.ipynb #e0e26e36
@@ -241,19 +319,21 @@ def run(
 ) -> Path:  # the run's folder
     "Run a preset: skip stages that are up to date, continue interrupted ones, run the others"
     from rich.console import Console
+
     console, began = Console(quiet=quiet, highlight=False), time.time()
     settings, folder = resolve(preset, overrides, only), run_folder(run or preset)
     forced = _with_dependents([force] if isinstance(force, str) else force, settings)
     about = dict(overrides=list(overrides), command=resume_command(preset, overrides, run), start=now())
     with lock_run(folder, wait):
         describe_run(folder, settings, status="running", **about)
-        try: _run_stages(folder, settings, forced, about["command"], console)
+        try:
+            _run_stages(folder, settings, forced, about["command"], console)
         except BaseException:
             describe_run(folder, settings, status="failed", **about)
             raise
         rows = gather_results(folder, settings)
-        describe_run(folder, settings, status="finished", seconds=round(time.time()-began, 1), **about)
-    console.print(f"  {len(rows)} results in {os.path.relpath(folder)} after {time.time()-began:.1f} s")
+        describe_run(folder, settings, status="finished", seconds=round(time.time() - began, 1), **about)
+    console.print(f"  {len(rows)} results in {os.path.relpath(folder)} after {time.time() - began:.1f} s")
     return folder
 
 # %% ../../nbs/0_study/02_runner.ipynb #4420f7d4

@@ -35,20 +35,25 @@ def nearest(
 def find_root() -> Path:  # the folder that holds settings.ini
     "Find the root of the study: `$SELFALIGN_ROOT`, else upward from here, else the package's own checkout"
     import selfalign
+
     named, here = os.environ.get("SELFALIGN_ROOT"), Path.cwd()
     places = [Path(named).absolute()] if named else [here, *here.parents, Path(selfalign.__file__).resolve().parents[1]]
     for place in places:
-        ini = place/"settings.ini"
-        if ini.is_file() and "[stages]" in ini.read_text(encoding="utf-8", errors="replace"): return place
-    raise SettingsError(f"no settings.ini with a [stages] section in {places[0]}"
-        + (" (named by SELFALIGN_ROOT)" if named else " or above it") + "; change into the project, or set SELFALIGN_ROOT to it")
+        ini = place / "settings.ini"
+        if ini.is_file() and "[stages]" in ini.read_text(encoding="utf-8", errors="replace"):
+            return place
+    raise SettingsError(
+        f"no settings.ini with a [stages] section in {places[0]}"
+        + (" (named by SELFALIGN_ROOT)" if named else " or above it")
+        + "; change into the project, or set SELFALIGN_ROOT to it"
+    )
 
 # %% ../../nbs/0_study/00_settings.ipynb #03b4364c
 def at_root(
     path: str | Path,  # relative to the root, or absolute
 ) -> Path:  # the same, ready to be opened
     "Resolve a path of the settings against the root of the study"
-    return find_root()/path
+    return find_root() / path
 
 # %% ../../nbs/0_study/00_settings.ipynb #2e0d77ca
 EXAMPLE_SETTINGS = """\
@@ -65,14 +70,20 @@ numbers.n = 4
 extends   = smoke
 numbers.n = 20  ; enough for a mean
 """
-EXAMPLE_STAGES = {"numbers": ['run: str = ""  # run folder; empty: a small run of its own\nn: int = 3  # how many numbers\nnames: list[str] = []  # what to call them',
-    'import pandas as pd\nfrom selfalign.study.stage import Stage\nstage = Stage("numbers", run)',
-    'for i, part in stage.shards(n, 2):\n    with stage.shard(i) as path: pd.DataFrame({"number": range(n)[part]}).to_parquet(path)',
-    'stage.write("numbers", stage.collect())\nstage.finish()'],
-  "total": ['run: str = ""  # run folder; empty: a small run of its own\nscale: float = 1  # what to multiply the sum with',
-    'from selfalign.study.stage import Stage\nstage = Stage("total", run)\nnumbers = stage.read("numbers", "numbers")',
-    'stage.result(table="sums", row="all", metric="sum", value=scale*numbers["number"].sum(), unit="score", n=len(numbers))',
-    'stage.finish()']}
+EXAMPLE_STAGES = {
+    "numbers": [
+        'run: str = ""  # run folder; empty: a small run of its own\nn: int = 3  # how many numbers\nnames: list[str] = []  # what to call them',
+        'import pandas as pd\nfrom selfalign.study.stage import Stage\nstage = Stage("numbers", run)',
+        'for i, part in stage.shards(n, 2):\n    with stage.shard(i) as path: pd.DataFrame({"number": range(n)[part]}).to_parquet(path)',
+        'stage.write("numbers", stage.collect())\nstage.finish()',
+    ],
+    "total": [
+        'run: str = ""  # run folder; empty: a small run of its own\nscale: float = 1  # what to multiply the sum with',
+        'from selfalign.study.stage import Stage\nstage = Stage("total", run)\nnumbers = stage.read("numbers", "numbers")',
+        'stage.result(table="sums", row="all", metric="sum", value=scale*numbers["number"].sum(), unit="score", n=len(numbers))',
+        "stage.finish()",
+    ],
+}
 
 # %% ../../nbs/0_study/00_settings.ipynb #607d9a31
 def write_stage(
@@ -80,8 +91,17 @@ def write_stage(
     cells: list[str],  # its code cells; the first is the parameters cell
 ):
     "Write a stage notebook from the source of its code cells"
-    code = [dict(cell_type="code", id=f"cell{i}", metadata={"tags": ["parameters"]} if i == 0 else {}, source=cell, outputs=[], execution_count=None)
-            for i, cell in enumerate(cells)]
+    code = [
+        dict(
+            cell_type="code",
+            id=f"cell{i}",
+            metadata={"tags": ["parameters"]} if i == 0 else {},
+            source=cell,
+            outputs=[],
+            execution_count=None,
+        )
+        for i, cell in enumerate(cells)
+    ]
     kernel = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(dict(cells=code, metadata=kernel, nbformat=4, nbformat_minor=5)), encoding="utf-8")
@@ -91,21 +111,24 @@ def example_study(
     root: Path,  # an empty folder
 ) -> Path:  # the same folder, now the root of a study
     "Write the study of two stages that the examples and tests of this floor use"
-    for name, cells in EXAMPLE_STAGES.items(): write_stage(Path(root)/f"nbs/{name}.ipynb", cells)
-    (Path(root)/"settings.ini").write_text(EXAMPLE_SETTINGS, encoding="utf-8")
+    for name, cells in EXAMPLE_STAGES.items():
+        write_stage(Path(root) / f"nbs/{name}.ipynb", cells)
+    (Path(root) / "settings.ini").write_text(EXAMPLE_SETTINGS, encoding="utf-8")
     return Path(root)
 
 # %% ../../nbs/0_study/00_settings.ipynb #61c23eb0
 @dataclass(frozen=True)
 class StageSpec:
     "One line of the registry"
+
     name: str  # what it is called everywhere
     notebook: Path  # the notebook that is the stage
     inputs: tuple[str, ...] = ()  # stages it reads from
     base: str = ""  # the first stage with this notebook, most often itself
     optional: tuple[str, ...] = ()  # stages it reads from in runs that have them
 
-    def reads(self,
+    def reads(
+        self,
         run=None,  # the stages of a run; without them, all optional inputs count
     ) -> tuple[str, ...]:  # inputs, and the optional ones that the run has
         "What it reads from"
@@ -114,10 +137,14 @@ class StageSpec:
 # %% ../../nbs/0_study/00_settings.ipynb #3319f76e
 def _read_settings() -> configparser.ConfigParser:
     "The parsed settings file"
-    parser = configparser.ConfigParser(interpolation=None, delimiters=("=",), inline_comment_prefixes=(";",), default_section="")
-    parser.optionxform, path = str, find_root()/"settings.ini"
-    try: parser.read_string(path.read_text(encoding="utf-8-sig"), source=str(path))
-    except (configparser.Error, UnicodeDecodeError) as e: raise SettingsError(f"{path} cannot be read: {e}") from None
+    parser = configparser.ConfigParser(
+        interpolation=None, delimiters=("=",), inline_comment_prefixes=(";",), default_section=""
+    )
+    parser.optionxform, path = str, find_root() / "settings.ini"
+    try:
+        parser.read_string(path.read_text(encoding="utf-8-sig"), source=str(path))
+    except (configparser.Error, UnicodeDecodeError) as e:
+        raise SettingsError(f"{path} cannot be read: {e}") from None
     return parser
 
 # %% ../../nbs/0_study/00_settings.ipynb #0978b5d3
@@ -127,14 +154,24 @@ def stages() -> dict[str, StageSpec]:  # stage name → its line, inputs before 
     for name, line in _read_settings().items("stages"):
         notebook, _, inputs = line.partition(":")
         base = first.setdefault(notebook.strip(), name)
-        if base != name and not name.startswith(f"{base}-"): raise SettingsError(f"settings.ini [stages]: {name!r} is the notebook of {base!r} once more; call this variant {base}-something")
+        if base != name and not name.startswith(f"{base}-"):
+            raise SettingsError(
+                f"settings.ini [stages]: {name!r} is the notebook of {base!r} once more; call this variant {base}-something"
+            )
         needed, perhaps = (tuple(i.rstrip("?") for i in inputs.split() if i.endswith("?") == o) for o in (False, True))
-        specs[name] = StageSpec(name, root/notebook.strip(), needed, base, perhaps)
+        specs[name] = StageSpec(name, root / notebook.strip(), needed, base, perhaps)
     for spec in specs.values():
         for name in spec.reads():
-            if name not in specs: raise SettingsError(f"settings.ini [stages] {spec.name}: unknown input {name!r}; {nearest(name, specs)}")
-    try: order = list(TopologicalSorter({s.name: s.reads() for s in specs.values()}).static_order())
-    except CycleError as e: raise SettingsError(f"settings.ini [stages]: stages read each other in a circle: {' → '.join(e.args[1])}") from None
+            if name not in specs:
+                raise SettingsError(
+                    f"settings.ini [stages] {spec.name}: unknown input {name!r}; {nearest(name, specs)}"
+                )
+    try:
+        order = list(TopologicalSorter({s.name: s.reads() for s in specs.values()}).static_order())
+    except CycleError as e:
+        raise SettingsError(
+            f"settings.ini [stages]: stages read each other in a circle: {' → '.join(e.args[1])}"
+        ) from None
     return {name: specs[name] for name in order}
 
 # %% ../../nbs/0_study/00_settings.ipynb #bf39052f
@@ -145,6 +182,7 @@ WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no":
 @dataclass(frozen=True)
 class Parameter:
     "One line of a parameters cell"
+
     name: str  # what it is called
     type: str  # int, float, bool, str, list, list[int], …
     default: object  # its value where nobody says otherwise
@@ -157,11 +195,16 @@ def cast(
 ):  # the value, with that type
     "Check that `value` is a `kind`; whole numbers are welcome as floats, nothing else is bent"
     outer, _, inner = kind.partition("[")
-    if outer == "float" and type(value) is int: value = float(value)
-    if outer == "list" and type(value) is tuple: value = list(value)
-    if outer not in TYPES or type(value) is not TYPES[outer]: raise TypeError(kind)
-    if outer == "float" and not math.isfinite(value): raise TypeError(kind)
-    if outer == "list": return [cast(v, inner[:-1] or type(v).__name__) for v in value]
+    if outer == "float" and type(value) is int:
+        value = float(value)
+    if outer == "list" and type(value) is tuple:
+        value = list(value)
+    if outer not in TYPES or type(value) is not TYPES[outer]:
+        raise TypeError(kind)
+    if outer == "float" and not math.isfinite(value):
+        raise TypeError(kind)
+    if outer == "list":
+        return [cast(v, inner[:-1] or type(v).__name__) for v in value]
     return value
 
 # %% ../../nbs/0_study/00_settings.ipynb #394ad5c2
@@ -170,23 +213,33 @@ def convert(
     kind: str,  # the type asked for
 ):  # the value
     "Turn a text into a value of type `kind`; ValueError or TypeError where it is none"
-    if kind == "str": return text
-    if kind == "bool": return WORDS[text.strip().lower()] if text.strip().lower() in WORDS else cast(text, kind)
-    if kind == "list[str]" and not text.startswith("["): return [t.strip() for t in text.split(",") if t.strip()]
-    if kind.startswith("list") and not text.startswith("["): text = f"[{text}]"
-    try: return cast(ast.literal_eval(text), kind)
-    except (SyntaxError, MemoryError, RecursionError): raise ValueError(text) from None
+    if kind == "str":
+        return text
+    if kind == "bool":
+        return WORDS[text.strip().lower()] if text.strip().lower() in WORDS else cast(text, kind)
+    if kind == "list[str]" and not text.startswith("["):
+        return [t.strip() for t in text.split(",") if t.strip()]
+    if kind.startswith("list") and not text.startswith("["):
+        text = f"[{text}]"
+    try:
+        return cast(ast.literal_eval(text), kind)
+    except (SyntaxError, MemoryError, RecursionError):
+        raise ValueError(text) from None
 
 # %% ../../nbs/0_study/00_settings.ipynb #0c06c647
 def _parameters_cell(
     notebook: Path,  # a stage notebook
 ) -> str:  # the source of its parameters cell
     "Find the one cell tagged `parameters`"
-    if not notebook.is_file(): raise SettingsError(f"{notebook} is not there, but settings.ini [stages] names it")
-    try: cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    except (ValueError, KeyError, TypeError): raise SettingsError(f"{notebook} is not a notebook; restore it from git") from None
+    if not notebook.is_file():
+        raise SettingsError(f"{notebook} is not there, but settings.ini [stages] names it")
+    try:
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    except (ValueError, KeyError, TypeError):
+        raise SettingsError(f"{notebook} is not a notebook; restore it from git") from None
     found = ["".join(c["source"]) for c in cells if "parameters" in c["metadata"].get("tags", [])]
-    if len(found) != 1: raise SettingsError(f"{notebook} has {len(found)} cells tagged 'parameters'; a stage notebook has exactly one")
+    if len(found) != 1:
+        raise SettingsError(f"{notebook} has {len(found)} cells tagged 'parameters'; a stage notebook has exactly one")
     return found[0]
 
 # %% ../../nbs/0_study/00_settings.ipynb #c9b2aaaa
@@ -196,9 +249,14 @@ def _parameter(
     help: str,  # the comment beside it
 ) -> Parameter:
     "Read one annotated assignment"
-    try: return Parameter(node.target.id, kind := ast.unparse(node.annotation), cast(ast.literal_eval(node.value), kind), help)
+    try:
+        return Parameter(
+            node.target.id, kind := ast.unparse(node.annotation), cast(ast.literal_eval(node.value), kind), help
+        )
     except (AttributeError, ValueError, TypeError):
-        raise SettingsError(f"{notebook}, parameters cell: `{ast.unparse(node)}` should read `name: type = value  # help`, with a plain value and one of the types {', '.join(TYPES)}") from None
+        raise SettingsError(
+            f"{notebook}, parameters cell: `{ast.unparse(node)}` should read `name: type = value  # help`, with a plain value and one of the types {', '.join(TYPES)}"
+        ) from None
 
 # %% ../../nbs/0_study/00_settings.ipynb #53fd8c53
 def read_parameters(
@@ -206,11 +264,14 @@ def read_parameters(
 ) -> dict[str, Parameter]:  # name → parameter, without `run`
     "Read the parameters cell of a notebook without running it"
     source = _parameters_cell(notebook)
-    try: tree, tokens = ast.parse(source), list(tokenize.generate_tokens(io.StringIO(source).readline))
-    except SyntaxError as e: raise SettingsError(f"{notebook}: the parameters cell cannot be read: {e}") from None
+    try:
+        tree, tokens = ast.parse(source), list(tokenize.generate_tokens(io.StringIO(source).readline))
+    except SyntaxError as e:
+        raise SettingsError(f"{notebook}: the parameters cell cannot be read: {e}") from None
     comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
     found = [_parameter(node, notebook, comments.get(node.end_lineno, "")) for node in tree.body]
-    if not found or found[0].name != "run": raise SettingsError(f"{notebook}: the parameters cell must begin with `run: str = \"\"`")
+    if not found or found[0].name != "run":
+        raise SettingsError(f'{notebook}: the parameters cell must begin with `run: str = ""`')
     return {p.name: p for p in found[1:]}
 
 # %% ../../nbs/0_study/00_settings.ipynb #c5812300
@@ -219,7 +280,8 @@ def parameters(
 ) -> dict[str, Parameter]:  # name → parameter
     "The parameters that a stage has"
     known = stages()
-    if stage not in known: raise SettingsError(f"unknown stage {stage!r}; {nearest(stage, known)}")
+    if stage not in known:
+        raise SettingsError(f"unknown stage {stage!r}; {nearest(stage, known)}")
     return read_parameters(known[stage].notebook)
 
 # %% ../../nbs/0_study/00_settings.ipynb #7e071307
@@ -230,6 +292,7 @@ SCALES = ("micro", "real", "random-weights")
 @dataclass(frozen=True)
 class Settings:
     "A preset with its overrides: complete, typed and checked"
+
     preset: str  # its name
     scale: str  # micro, real or random-weights
     title: str  # a line for the report
@@ -248,8 +311,10 @@ def _entries(
 ) -> dict[str, str]:  # key → text
     "The keys of a preset over those of the presets it extends"
     parser, known = _read_settings(), presets()
-    if preset not in known: raise SettingsError(f"unknown preset {preset!r}; {nearest(preset, known)}")
-    if preset in seen: raise SettingsError(f"settings.ini: presets extend each other in a circle: {' → '.join([*seen, preset])}")
+    if preset not in known:
+        raise SettingsError(f"unknown preset {preset!r}; {nearest(preset, known)}")
+    if preset in seen:
+        raise SettingsError(f"settings.ini: presets extend each other in a circle: {' → '.join([*seen, preset])}")
     own = dict(parser.items(preset))
     base = _entries(own["extends"], (*seen, preset)) if "extends" in own else {}
     return base | own
@@ -261,11 +326,16 @@ def inputs_of(
 ) -> list[str]:  # these and all they stand on, in the order in which they can run
     "Add to `names` every stage they read from, directly or not"
     known, wanted = stages(), set()
+
     def add(name):
-        if name not in known: raise SettingsError(f"unknown stage {name!r}; {nearest(name, known)}")
+        if name not in known:
+            raise SettingsError(f"unknown stage {name!r}; {nearest(name, known)}")
         wanted.add(name)
-        for other in known[name].reads(among): add(other)
-    for name in names: add(name)
+        for other in known[name].reads(among):
+            add(other)
+
+    for name in names:
+        add(name)
     return [name for name in known if name in wanted]
 
 # %% ../../nbs/0_study/00_settings.ipynb #535e0fc1
@@ -279,16 +349,28 @@ def _assign(
     "Check one `stage.parameter = text` and put it where it belongs"
     stage, dot, name = key.partition(".")
     known = stages()
-    if not dot: raise SettingsError(f"{where}: unknown key {key!r}; {nearest(key, RESERVED)} (parameters are written stage.parameter)")
-    if stage not in known: raise SettingsError(f"{where}: unknown stage {stage!r} in {key!r}; {nearest(stage, known)}")
+    if not dot:
+        raise SettingsError(
+            f"{where}: unknown key {key!r}; {nearest(key, RESERVED)} (parameters are written stage.parameter)"
+        )
+    if stage not in known:
+        raise SettingsError(f"{where}: unknown stage {stage!r} in {key!r}; {nearest(stage, known)}")
     if stage not in values:
-        if strict: raise SettingsError(f"{where}: stage {stage!r} is not part of this run; {nearest(stage, values)}")
-        if not known[stage].notebook.is_file(): return
+        if strict:
+            raise SettingsError(f"{where}: stage {stage!r} is not part of this run; {nearest(stage, values)}")
+        if not known[stage].notebook.is_file():
+            return
     found = read_parameters(known[stage].notebook)
-    if name not in found: raise SettingsError(f"{where}: stage {stage!r} has no parameter {name!r}; {nearest(name, found)}")
-    try: value = convert(text, found[name].type)
-    except (ValueError, TypeError): raise SettingsError(f"{where}: {key} = {text!r} is not of type {found[name].type} ({found[name].help})") from None
-    if stage in values: values[stage][name] = value
+    if name not in found:
+        raise SettingsError(f"{where}: stage {stage!r} has no parameter {name!r}; {nearest(name, found)}")
+    try:
+        value = convert(text, found[name].type)
+    except (ValueError, TypeError):
+        raise SettingsError(
+            f"{where}: {key} = {text!r} is not of type {found[name].type} ({found[name].help})"
+        ) from None
+    if stage in values:
+        values[stage][name] = value
 
 # %% ../../nbs/0_study/00_settings.ipynb #c34e2a4e
 def _spread(
@@ -297,8 +379,13 @@ def _spread(
 ) -> dict:  # the same, with entries for variants before them
     "Add what a stage's variants take over from it"
     known = stages()
-    taken = {f"{name}.{key.partition('.')[2]}": what for name in names if known[name].base != name
-             for key, what in said.items() if key.partition(".")[0] == known[name].base}
+    taken = {
+        f"{name}.{key.partition('.')[2]}": what
+        for name in names
+        if known[name].base != name
+        for key, what in said.items()
+        if key.partition(".")[0] == known[name].base
+    }
     return taken | said
 
 # %% ../../nbs/0_study/00_settings.ipynb #52efc629
@@ -310,13 +397,17 @@ def resolve(
     "Turn a preset and overrides into complete, checked values; refuse anything unknown"
     entries = _entries(preset)
     names = inputs_of(entries.get("stages", " ".join(stages())).replace(",", " ").split())
-    if only: names = inputs_of(only, names)
-    if (scale := entries.get("scale", "micro")) not in SCALES: raise SettingsError(f"settings.ini [{preset}]: unknown scale {scale!r}; {nearest(scale, SCALES)}")
+    if only:
+        names = inputs_of(only, names)
+    if (scale := entries.get("scale", "micro")) not in SCALES:
+        raise SettingsError(f"settings.ini [{preset}]: unknown scale {scale!r}; {nearest(scale, SCALES)}")
     values = {name: {p.name: p.default for p in parameters(name).values()} for name in names}
     said = {key: (text, f"settings.ini [{preset}]", False) for key, text in entries.items() if key not in RESERVED}
     for override in overrides:
         key, equals, text = override.partition("=")
-        if not equals: raise SettingsError(f"-p {override}: write it as stage.parameter=value")
+        if not equals:
+            raise SettingsError(f"-p {override}: write it as stage.parameter=value")
         said[key.strip()] = text.strip(), f"-p {override}", True
-    for key, about in _spread(said, names).items(): _assign(values, key, *about)
+    for key, about in _spread(said, names).items():
+        _assign(values, key, *about)
     return Settings(preset, scale, entries.get("title", preset), names, values)

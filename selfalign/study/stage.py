@@ -10,70 +10,108 @@ import csv, os, re, shutil, subprocess, sys, time
 from contextlib import contextmanager
 from pathlib import Path
 from fastcore.basics import patch
-from .files import StageError, atomic_write, file_hash, git_state, hardware, now, peak_memory_gb, publish, read_json, tree_hash, versions, write_json
+from selfalign.study.files import (
+    StageError,
+    atomic_write,
+    file_hash,
+    git_state,
+    hardware,
+    now,
+    peak_memory_gb,
+    publish,
+    read_json,
+    tree_hash,
+    versions,
+    write_json,
+)
 from .settings import find_root, nearest, stages
 
 # %% ../../nbs/0_study/01_stage.ipynb #52d902ee
 def runs_folder() -> Path:  # <root>/data/runs
     "Where all runs live"
-    return find_root()/"data"/"runs"
+    return find_root() / "data" / "runs"
 
 # %% ../../nbs/0_study/01_stage.ipynb #6eceded6
 class Stage:
     "One stage's work: its folder, what it reads, what it leaves"
-    def __init__(self,
+
+    def __init__(
+        self,
         name: str,  # as in settings.ini [stages]
         run: str = "",  # run folder, perhaps with `:variant`; empty: a small run of its own
     ):
         known, (run, _, variant) = stages(), run.partition(":")
-        if (name := variant or name) not in known: raise StageError(f"unknown stage {name!r}; {nearest(name, known)}")
+        if (name := variant or name) not in known:
+            raise StageError(f"unknown stage {name!r}; {nearest(name, known)}")
         self.name, self.spec, self.by_hand = name, known[name], not run
         self.variant = name.removeprefix(known[name].base)
         self._inputs = {known[i].base: i for i in reversed(known[name].reads())}
         self.chapter = re.sub(r"^\d+_", "", self.spec.notebook.parent.name).replace("_", "-")
-        self.run = runs_folder()/"_hand" if self.by_hand else find_root()/run
+        self.run = runs_folder() / "_hand" if self.by_hand else find_root() / run
         self._results, self._figures, self._problems, self._place, self._started = {}, {}, [], None, time.time()
         self._prepare_by_hand() if self.by_hand else self._prepare_in_run()
 
-    def __repr__(self): return f"Stage({self.name!r}) in {os.path.relpath(self.folder, find_root())}"
+    def __repr__(self):
+        return f"Stage({self.name!r}) in {os.path.relpath(self.folder, find_root())}"
 
 # %% ../../nbs/0_study/01_stage.ipynb #7ef45f1a
 @patch
-def _hold(self:Stage,
+def _hold(
+    self: Stage,
     seconds: float,  # how long to wait
 ) -> bool:  # whether we have it
     "Take the lock of this stage's folder"
     from filelock import FileLock, Timeout
+
     self.run.mkdir(parents=True, exist_ok=True)
-    self._lock = FileLock(self.run/f".{self._place}.lock")
-    try: return bool(self._lock.acquire(timeout=seconds))
-    except Timeout: return False
+    self._lock = FileLock(self.run / f".{self._place}.lock")
+    try:
+        return bool(self._lock.acquire(timeout=seconds))
+    except Timeout:
+        return False
 
 # %% ../../nbs/0_study/01_stage.ipynb #d94bb780
 @patch
-def _prepare_by_hand(self:Stage):
+def _prepare_by_hand(self: Stage):
     "Make the inputs with the preset `smoke`, and a fresh scratch folder"
-    if names := self.spec.reads(): make_inputs(names)
+    if names := self.spec.reads():
+        make_inputs(names)
     self._place = self.name
-    if not self._hold(0): self._place = f"{self.name}-{os.getpid()}"
-    self.final, self.folder = self.run/self._place, self.run/f"{self._place}.partial"
-    self.inputs = runs_folder()/"smoke"
-    for old in (self.folder, self.final): shutil.rmtree(old, ignore_errors=True)
+    if not self._hold(0):
+        self._place = f"{self.name}-{os.getpid()}"
+    self.final, self.folder = self.run / self._place, self.run / f"{self._place}.partial"
+    self.inputs = runs_folder() / "smoke"
+    for old in (self.folder, self.final):
+        shutil.rmtree(old, ignore_errors=True)
     self.folder.mkdir(parents=True)
-    self.manifest = dict(name=self.name, run="_hand", preset="smoke", scale="micro", parameters={}, key="", inputs={}, status="running", start=now())
+    self.manifest = dict(
+        name=self.name,
+        run="_hand",
+        preset="smoke",
+        scale="micro",
+        parameters={},
+        key="",
+        inputs={},
+        status="running",
+        start=now(),
+    )
 
 # %% ../../nbs/0_study/01_stage.ipynb #4c989810
 @patch
-def _prepare_in_run(self:Stage):
+def _prepare_in_run(self: Stage):
     "Continue in the folder that the runner has prepared"
     self._place = self.name
-    if not self._hold(60): raise StageError(f"another process still works in {self.run/self.name}; wait for it to end and run again")
-    self.final, self.folder, self.inputs = self.run/self.name, self.run/f"{self.name}.partial", self.run
-    self.manifest = read_json(self.folder/"stage.json")
-    if self.manifest is None: raise StageError(f"{self.folder} was not prepared; stages are started with `selfalign run`")
-    for stale in self.folder.rglob(".tmp-*"): stale.unlink()
-    for name in ("results.csv", "figures.json", ".progress"): (self.folder/name).unlink(missing_ok=True)
-    shutil.rmtree(self.folder/"figures", ignore_errors=True)
+    if not self._hold(60):
+        raise StageError(f"another process still works in {self.run / self.name}; wait for it to end and run again")
+    self.final, self.folder, self.inputs = self.run / self.name, self.run / f"{self.name}.partial", self.run
+    self.manifest = read_json(self.folder / "stage.json")
+    if self.manifest is None:
+        raise StageError(f"{self.folder} was not prepared; stages are started with `selfalign run`")
+    for stale in self.folder.rglob(".tmp-*"):
+        stale.unlink()
+    for name in ("results.csv", "figures.json", ".progress"):
+        (self.folder / name).unlink(missing_ok=True)
+    shutil.rmtree(self.folder / "figures", ignore_errors=True)
 
 # %% ../../nbs/0_study/01_stage.ipynb #fc589827
 def make_inputs(
@@ -81,78 +119,104 @@ def make_inputs(
 ):
     "Run stages of the preset `smoke`, unless they are there and up to date"
     code = "import sys\nfrom selfalign.study.runner import StudyError, run_smoke\ntry: run_smoke(sys.argv[1:])\nexcept StudyError as e: sys.exit(str(e))"
-    done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, encoding="utf-8", env=os.environ | {"SELFALIGN_ROOT": str(find_root())})
-    if done.returncode: raise StageError(f"the inputs {', '.join(names)} could not be made:\n{(done.stderr or done.stdout)[-3000:]}")
+    done = subprocess.run(
+        [sys.executable, "-c", code, *names],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env=os.environ | {"SELFALIGN_ROOT": str(find_root())},
+    )
+    if done.returncode:
+        raise StageError(f"the inputs {', '.join(names)} could not be made:\n{(done.stderr or done.stdout)[-3000:]}")
 
 # %% ../../nbs/0_study/01_stage.ipynb #3255662b
 @patch
-def has(self:Stage,
+def has(
+    self: Stage,
     name: str,  # an optional input
 ) -> bool:  # by hand, all of them are there
     "Whether this run has an optional input"
     return self.by_hand or self._inputs.get(name, name) in self.manifest["inputs"]
 
+
 @patch
-def input(self:Stage,
+def input(
+    self: Stage,
     name: str,  # an earlier stage
 ) -> Path:  # its finished folder
     "The folder of an input stage"
     name = self._inputs.get(name, name)
-    if name not in (known := self.spec.reads()): raise StageError(f"{self.name} does not list {name!r} among its inputs in settings.ini [stages]; {nearest(name, known)}")
-    if not (self.inputs/name/"stage.json").is_file(): raise StageError(f"{self.inputs/name} is not finished; run the stage {name!r} first")
-    return self.inputs/name
+    if name not in (known := self.spec.reads()):
+        raise StageError(
+            f"{self.name} does not list {name!r} among its inputs in settings.ini [stages]; {nearest(name, known)}"
+        )
+    if not (self.inputs / name / "stage.json").is_file():
+        raise StageError(f"{self.inputs / name} is not finished; run the stage {name!r} first")
+    return self.inputs / name
 
 # %% ../../nbs/0_study/01_stage.ipynb #1da11ccb
 @patch
-def read(self:Stage,
+def read(
+    self: Stage,
     name: str,  # an earlier stage
     table: str,  # a table it wrote
 ):  # a DataFrame
     "Read a table of an input stage"
     import pandas as pd
-    path = self.input(name)/"tables"/f"{table}.parquet"
-    if not path.is_file(): raise StageError(f"{name} left no table {table!r}; {nearest(table, [p.stem for p in path.parent.glob('*.parquet')])}")
+
+    path = self.input(name) / "tables" / f"{table}.parquet"
+    if not path.is_file():
+        raise StageError(
+            f"{name} left no table {table!r}; {nearest(table, [p.stem for p in path.parent.glob('*.parquet')])}"
+        )
     return pd.read_parquet(path)
 
 # %% ../../nbs/0_study/01_stage.ipynb #de650b75
 @patch
-def write(self:Stage,
+def write(
+    self: Stage,
     table: str,  # its name
     df,  # a DataFrame
 ) -> Path:  # where it is
     "Write a table into this stage's folder"
-    path = self.folder/"tables"/f"{table}.parquet"
-    with atomic_write(path) as beside: df.to_parquet(beside, index=False)
+    path = self.folder / "tables" / f"{table}.parquet"
+    with atomic_write(path) as beside:
+        df.to_parquet(beside, index=False)
     return path
 
 # %% ../../nbs/0_study/01_stage.ipynb #0c88c115
 @patch
-def _shard_path(self:Stage,
+def _shard_path(
+    self: Stage,
     index: int,  # which shard
     name: str = "",  # which series of shards, where a stage has several
 ) -> Path:
     "Where a shard is, or will be"
-    return self.folder/"shards"/name/f"{index:06d}.parquet"
+    return self.folder / "shards" / name / f"{index:06d}.parquet"
 
 # %% ../../nbs/0_study/01_stage.ipynb #e64a2111
 @patch
-def shards(self:Stage,
+def shards(
+    self: Stage,
     total: int,  # how many rows there are in all
     size: int,  # rows a shard
     name: str = "",  # which series of shards, where a stage has several
 ):  # pairs of index and slice
     "Go through the shards that are still missing, with a progress bar"
     from tqdm.auto import tqdm
-    count = -(-total//size)
+
+    count = -(-total // size)
     for index in tqdm(range(count), desc=name or self.name, disable=not self.by_hand):
-        (self.folder/".progress").write_text(f"{index}/{count}", encoding="utf-8")
-        if not self._shard_path(index, name).exists(): yield index, slice(index*size, min((index+1)*size, total))
-    (self.folder/".progress").unlink(missing_ok=True)
+        (self.folder / ".progress").write_text(f"{index}/{count}", encoding="utf-8")
+        if not self._shard_path(index, name).exists():
+            yield index, slice(index * size, min((index + 1) * size, total))
+    (self.folder / ".progress").unlink(missing_ok=True)
 
 # %% ../../nbs/0_study/01_stage.ipynb #fff97ec0
 @patch
 @contextmanager
-def shard(self:Stage,
+def shard(
+    self: Stage,
     index: int,  # which shard
     name: str = "",  # which series of shards
 ):  # gives the path to write the shard's table to
@@ -162,16 +226,19 @@ def shard(self:Stage,
         with atomic_write(path) as beside:
             yield beside
             write_json(path.with_suffix(".problems.json"), self._problems)
-    finally: self._problems = before
+    finally:
+        self._problems = before
 
 # %% ../../nbs/0_study/01_stage.ipynb #a238be87
 @patch
-def collect(self:Stage,
+def collect(
+    self: Stage,
     name: str = "",  # which series of shards
 ):  # a DataFrame
     "All finished shards, in order, as one table"
     import pandas as pd
-    files = sorted((self.folder/"shards"/name).glob("*.parquet"))
+
+    files = sorted((self.folder / "shards" / name).glob("*.parquet"))
     return pd.concat([pd.read_parquet(f) for f in files], ignore_index=True) if files else pd.DataFrame()
 
 # %% ../../nbs/0_study/01_stage.ipynb #2d63628f
@@ -181,7 +248,9 @@ UNITS = ("fraction", "count", "seconds", "gb", "ratio", "score")
 
 # %% ../../nbs/0_study/01_stage.ipynb #cb4a570d
 @patch
-def result(self:Stage, *,
+def result(
+    self: Stage,
+    *,
     table: str,  # which table of the report
     row: str,  # which row of it
     metric: str,  # which column
@@ -196,15 +265,32 @@ def result(self:Stage, *,
     chapter: str = "",  # default: the chapter this notebook belongs to
 ):
     "Record one number"
-    if unit not in UNITS: raise StageError(f"unknown unit {unit!r}; {nearest(unit, UNITS)}")
-    if better not in ("", "up", "down"): raise StageError(f"better is 'up', 'down' or '', not {better!r}")
+    if unit not in UNITS:
+        raise StageError(f"unknown unit {unit!r}; {nearest(unit, UNITS)}")
+    if better not in ("", "up", "down"):
+        raise StageError(f"better is 'up', 'down' or '', not {better!r}")
     numbers = dict(value=value, low=low, high=high, chance=chance)
-    try: numbers = {k: v if v is None and k != "value" else float(v) for k, v in numbers.items()}
-    except (TypeError, ValueError): raise StageError(f"{table}/{row}/{metric}: value, low, high and chance are numbers, not {numbers}") from None
+    try:
+        numbers = {k: v if v is None and k != "value" else float(v) for k, v in numbers.items()}
+    except (TypeError, ValueError):
+        raise StageError(f"{table}/{row}/{metric}: value, low, high and chance are numbers, not {numbers}") from None
     who = {c: self.manifest[c] for c in ("run", "preset", "scale")}
-    found = who | dict(chapter=chapter or self.chapter, table=table + self.variant, row=row, metric=metric, unit=unit, n=n, seeds=seeds, better=better) | numbers
+    found = (
+        who
+        | dict(
+            chapter=chapter or self.chapter,
+            table=table + self.variant,
+            row=row,
+            metric=metric,
+            unit=unit,
+            n=n,
+            seeds=seeds,
+            better=better,
+        )
+        | numbers
+    )
     self._results[found["chapter"], found["table"], row, metric] = found
-    write_results(self.folder/"results.csv", self._results.values())
+    write_results(self.folder / "results.csv", self._results.values())
 
 # %% ../../nbs/0_study/01_stage.ipynb #93357af9
 def write_results(
@@ -219,7 +305,8 @@ def write_results(
 
 # %% ../../nbs/0_study/01_stage.ipynb #54e49c10
 @patch
-def figure(self:Stage,
+def figure(
+    self: Stage,
     fig,  # a matplotlib figure
     name: str,  # its file name, without ending
     title: str = "",  # a short heading; default: the name
@@ -228,9 +315,15 @@ def figure(self:Stage,
 ):  # the same figure, so that the notebook shows it
     "Save a figure and record it for the report"
     from selfalign.study.figures import save_figure
-    files = save_figure(fig, self.folder/"figures", name, data)
-    self._figures[name] = dict(name=name, title=(title or name) + f" ({self.variant[1:]})"*bool(self.variant), caption=caption, files=[f"figures/{f.name}" for f in files])
-    write_json(self.folder/"figures.json", list(self._figures.values()))
+
+    files = save_figure(fig, self.folder / "figures", name, data)
+    self._figures[name] = dict(
+        name=name,
+        title=(title or name) + f" ({self.variant[1:]})" * bool(self.variant),
+        caption=caption,
+        files=[f"figures/{f.name}" for f in files],
+    )
+    write_json(self.folder / "figures.json", list(self._figures.values()))
     return fig
 
 # %% ../../nbs/0_study/01_stage.ipynb #84ba57e0
@@ -238,7 +331,8 @@ PROBLEM_COLUMNS = ["file", "row", "what", "remedy"]
 
 # %% ../../nbs/0_study/01_stage.ipynb #47080079
 @patch
-def problem(self:Stage,
+def problem(
+    self: Stage,
     file: str = "",  # where
     row: str = "",  # key or number of the row
     what: str = "",  # what is wrong
@@ -249,23 +343,33 @@ def problem(self:Stage,
 
 # %% ../../nbs/0_study/01_stage.ipynb #921d667a
 @patch
-def problems(self:Stage):  # a DataFrame: file, row, what, remedy
+def problems(self: Stage):  # a DataFrame: file, row, what, remedy
     "All problems listed so far, those of finished shards first"
     import pandas as pd
-    stored = [p for f in sorted((self.folder/"shards").rglob("*.problems.json")) for p in read_json(f, [])]
+
+    stored = [p for f in sorted((self.folder / "shards").rglob("*.problems.json")) for p in read_json(f, [])]
     return pd.DataFrame(stored + self._problems, columns=PROBLEM_COLUMNS, dtype="str")
 
 # %% ../../nbs/0_study/01_stage.ipynb #9bb9ca3d
 @patch
-def finish(self:Stage):
+def finish(self: Stage):
     "Write problems and manifest; by hand, also give the folder its final name"
     self.write("problems", self.problems())
-    if not self._results: write_results(self.folder/"results.csv", [])
-    if not self._figures: write_json(self.folder/"figures.json", [])
-    self.manifest |= dict(versions=versions(), git=git_state(), hardware=hardware(), seconds=round(time.time()-self._started, 1),
-                          peak_memory_gb=peak_memory_gb(), status="finished")
-    write_json(self.folder/"stage.json", self.manifest)
-    if not self.by_hand: return
+    if not self._results:
+        write_results(self.folder / "results.csv", [])
+    if not self._figures:
+        write_json(self.folder / "figures.json", [])
+    self.manifest |= dict(
+        versions=versions(),
+        git=git_state(),
+        hardware=hardware(),
+        seconds=round(time.time() - self._started, 1),
+        peak_memory_gb=peak_memory_gb(),
+        status="finished",
+    )
+    write_json(self.folder / "stage.json", self.manifest)
+    if not self.by_hand:
+        return
     publish(self.folder, self.final)
     self.folder = self.final
     self._lock.release()

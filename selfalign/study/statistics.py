@@ -18,6 +18,7 @@ class StatisticsError(StudyError):
 # %% ../../nbs/0_study/03_statistics.ipynb #fe67e3d9
 class Interval(NamedTuple):
     "A number and where it may lie"
+
     value: float  # the estimate
     low: float  # lower end
     high: float  # upper end
@@ -30,8 +31,12 @@ def _numbers(
 ) -> np.ndarray:  # float64, without gaps
     "Values as an array; an empty one or missing values are an error, not a zero"
     array = np.asarray(values, dtype=float)
-    if array.size == 0: raise StatisticsError("no values: nothing can be said about an empty set")
-    if not np.isfinite(array).all(): raise StatisticsError(f"{(~np.isfinite(array)).sum()} of {array.size} values are missing or infinite; leave them out or count them as wrong, but say so")
+    if array.size == 0:
+        raise StatisticsError("no values: nothing can be said about an empty set")
+    if not np.isfinite(array).all():
+        raise StatisticsError(
+            f"{(~np.isfinite(array)).sum()} of {array.size} values are missing or infinite; leave them out or count them as wrong, but say so"
+        )
     return array
 
 # %% ../../nbs/0_study/03_statistics.ipynb #9c55eb24
@@ -41,9 +46,11 @@ def proportion(
 ) -> Interval:
     "A share with its Wilson interval; for items that are independent of each other"
     from statsmodels.stats.proportion import proportion_confint
+
     correct = _numbers(correct)
-    if not np.isin(correct, (0, 1)).all(): raise StatisticsError("a share needs true or false for each item")
-    low, high = proportion_confint(correct.sum(), len(correct), alpha=1-level, method="wilson")
+    if not np.isin(correct, (0, 1)).all():
+        raise StatisticsError("a share needs true or false for each item")
+    low, high = proportion_confint(correct.sum(), len(correct), alpha=1 - level, method="wilson")
     share = float(correct.mean())
     return Interval(share, min(float(low), share), max(float(high), share), len(correct))
 
@@ -53,8 +60,10 @@ def _group(
     n: int,  # items
 ) -> tuple[np.ndarray, int]:  # cluster number of each item, how many clusters
     "Number the clusters; without labels each item is its own"
-    if clusters is None: return np.arange(n), n
-    if len(clusters) != n: raise StatisticsError(f"{len(clusters)} cluster labels for {n} values")
+    if clusters is None:
+        return np.arange(n), n
+    if len(clusters) != n:
+        raise StatisticsError(f"{len(clusters)} cluster labels for {n} values")
     labels, number = np.unique(np.asarray(clusters), return_inverse=True)
     return number, len(labels)
 
@@ -68,10 +77,10 @@ def _resampled_means(
 ) -> np.ndarray:  # one mean a repeat
     "Means of resampled clusters, computed in blocks of bounded memory"
     sums, sizes = np.bincount(number, values, count), np.bincount(number, minlength=count)
-    block, means = max(1, 2_000_000//count), []
+    block, means = max(1, 2_000_000 // count), []
     for start in range(0, repeats, block):
-        drawn = rng.integers(0, count, (min(block, repeats-start), count))
-        means.append(sums[drawn].sum(1)/sizes[drawn].sum(1))
+        drawn = rng.integers(0, count, (min(block, repeats - start), count))
+        means.append(sums[drawn].sum(1) / sizes[drawn].sum(1))
     return np.concatenate(means)
 
 # %% ../../nbs/0_study/03_statistics.ipynb #221840ff
@@ -86,7 +95,9 @@ def _resampled(
     "A statistic on resampled clusters"
     order = np.argsort(number, kind="stable")
     members = np.split(order, np.cumsum(np.bincount(number, minlength=count))[:-1])
-    return np.array([statistic(values[np.concatenate([members[c] for c in rng.integers(0, count, count)])]) for _ in range(repeats)])
+    return np.array(
+        [statistic(values[np.concatenate([members[c] for c in rng.integers(0, count, count)])]) for _ in range(repeats)]
+    )
 
 # %% ../../nbs/0_study/03_statistics.ipynb #c2d4d317
 def bootstrap(
@@ -101,9 +112,15 @@ def bootstrap(
     values = _numbers(values)
     number, count = _group(clusters, len(values))
     rng = np.random.default_rng(seed)
-    drawn = _resampled_means(values, number, count, repeats, rng) if statistic is None else _resampled(values, number, count, repeats, rng, statistic)
-    low, high = np.nanquantile(drawn, [(1-level)/2, (1+level)/2])
-    return Interval(float(np.mean(values) if statistic is None else statistic(values)), float(low), float(high), len(values))
+    drawn = (
+        _resampled_means(values, number, count, repeats, rng)
+        if statistic is None
+        else _resampled(values, number, count, repeats, rng, statistic)
+    )
+    low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(
+        float(np.mean(values) if statistic is None else statistic(values)), float(low), float(high), len(values)
+    )
 
 # %% ../../nbs/0_study/03_statistics.ipynb #d32a1e16
 def paired_difference(
@@ -114,12 +131,14 @@ def paired_difference(
 ) -> Interval:
     "Mean of a − b with its cluster-bootstrap interval"
     a, b = _numbers(a), _numbers(b)
-    if a.shape != b.shape: raise StatisticsError(f"paired values must come in pairs: {len(a)} against {len(b)}")
-    return bootstrap(a-b, clusters, **kwargs)
+    if a.shape != b.shape:
+        raise StatisticsError(f"paired values must come in pairs: {len(a)} against {len(b)}")
+    return bootstrap(a - b, clusters, **kwargs)
 
 # %% ../../nbs/0_study/03_statistics.ipynb #61a15c3b
 class McNemar(NamedTuple):
     "Where two arms disagree"
+
     only_a: int  # items that only a has right
     only_b: int  # items that only b has right
     p: float  # chance of a disagreement at least as lopsided, if the arms are equal
@@ -131,8 +150,10 @@ def mcnemar(
 ) -> McNemar:
     "Exact McNemar test of two arms on the same items"
     from statsmodels.stats.contingency_tables import mcnemar as test
+
     a, b = _numbers(a).astype(bool), _numbers(b).astype(bool)
-    if a.shape != b.shape: raise StatisticsError(f"paired answers must come in pairs: {len(a)} against {len(b)}")
+    if a.shape != b.shape:
+        raise StatisticsError(f"paired answers must come in pairs: {len(a)} against {len(b)}")
     table = [[int((a & b).sum()), int((a & ~b).sum())], [int((~a & b).sum()), int((~a & ~b).sum())]]
     return McNemar(table[0][1], table[1][0], float(test(table, exact=True).pvalue))
 
@@ -142,6 +163,7 @@ def holm(
 ) -> np.ndarray:  # corrected, in the same order
     "Holm's correction"
     from statsmodels.stats.multitest import multipletests
+
     return multipletests(_numbers(p), method="holm")[1]
 
 # %% ../../nbs/0_study/03_statistics.ipynb #aecebc01
@@ -151,10 +173,12 @@ def seeds_interval(
 ) -> Interval:
     "Mean over seeds with its t interval"
     from scipy import stats
+
     values = _numbers(values)
-    if len(values) < 2: raise StatisticsError("one seed has no spread; an interval over seeds needs at least two")
-    half = stats.t.ppf((1+level)/2, len(values)-1)*values.std(ddof=1)/np.sqrt(len(values))
-    return Interval(*map(float, (values.mean(), values.mean()-half, values.mean()+half)), len(values), len(values))
+    if len(values) < 2:
+        raise StatisticsError("one seed has no spread; an interval over seeds needs at least two")
+    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return Interval(*map(float, (values.mean(), values.mean() - half, values.mean() + half)), len(values), len(values))
 
 # %% ../../nbs/0_study/03_statistics.ipynb #3c9a83fb
 def _two_variances(
@@ -163,13 +187,16 @@ def _two_variances(
 ):  # mean, standard error, degrees of freedom
     "The uncertainty of a grand mean, from seeds and from items"
     table = _numbers(table)
-    if table.ndim != 2 or min(table.shape) < 2: raise StatisticsError(f"needs at least two seeds (rows) and two items (columns), not a table of shape {table.shape}")
+    if table.ndim != 2 or min(table.shape) < 2:
+        raise StatisticsError(
+            f"needs at least two seeds (rows) and two items (columns), not a table of shape {table.shape}"
+        )
     seeds, n = table.shape
     number, count = _group(clusters, n)
-    sums = np.bincount(number, table.mean(0)-table.mean(), count)
-    of_seeds, of_items = table.mean(1).var(ddof=1)/seeds, (sums**2).sum()/n**2*count/max(count-1, 1)
+    sums = np.bincount(number, table.mean(0) - table.mean(), count)
+    of_seeds, of_items = table.mean(1).var(ddof=1) / seeds, (sums**2).sum() / n**2 * count / max(count - 1, 1)
     total = of_seeds + of_items
-    df = total**2/(of_seeds**2/(seeds-1) + of_items**2/max(count-1, 1)) if total else 1
+    df = total**2 / (of_seeds**2 / (seeds - 1) + of_items**2 / max(count - 1, 1)) if total else 1
     return table.mean(), np.sqrt(total), df
 
 # %% ../../nbs/0_study/03_statistics.ipynb #5c5c9940
@@ -180,9 +207,10 @@ def _mean_and_p(
 ):  # the interval of the mean, and the p-value of zero
     "Student's t with both sources of uncertainty"
     from scipy import stats
+
     mean, error, df = _two_variances(table, clusters)
-    half, p = stats.t.ppf((1+level)/2, df)*error, 2*stats.t.sf(abs(mean)/error, df) if error else mean == 0
-    return Interval(*map(float, (mean, mean-half, mean+half)), np.shape(table)[1], len(table)), float(p)
+    half, p = stats.t.ppf((1 + level) / 2, df) * error, 2 * stats.t.sf(abs(mean) / error, df) if error else mean == 0
+    return Interval(*map(float, (mean, mean - half, mean + half)), np.shape(table)[1], len(table)), float(p)
 
 # %% ../../nbs/0_study/03_statistics.ipynb #909b818e
 def items_and_seeds(
@@ -202,13 +230,15 @@ def paired_seeds(
 ) -> tuple[Interval, float]:  # mean of a − b, and the p-value of no difference
     "Difference of two arms with its uncertainty over items and seeds"
     a, b = (np.atleast_2d(_numbers(x)) for x in (a, b))
-    if a.shape[1] != b.shape[1]: raise StatisticsError(f"paired answers must come in pairs: {a.shape[1]} items against {b.shape[1]}")
+    if a.shape[1] != b.shape[1]:
+        raise StatisticsError(f"paired answers must come in pairs: {a.shape[1]} items against {b.shape[1]}")
     seeds = min(len(x) for x in (a, b) if len(x) > 1 or len(a) == len(b) == 1)
     table = a[:seeds] - b[:seeds]
     if len(table) == 1:
         from statsmodels.stats.weightstats import DescrStatsW
+
         number, count = _group(clusters, table.shape[1])
-        means = DescrStatsW(np.bincount(number, table[0], count)*count/table.shape[1])
+        means = DescrStatsW(np.bincount(number, table[0], count) * count / table.shape[1])
         p = float(means.ttest_mean(0)[1]) if means.std else float(means.mean == 0)
-        return Interval(float(means.mean), *map(float, means.tconfint_mean(1-level)), table.shape[1]), p
+        return Interval(float(means.mean), *map(float, means.tconfint_mean(1 - level)), table.shape[1]), p
     return _mean_and_p(table, clusters, level)
