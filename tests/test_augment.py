@@ -1,4 +1,4 @@
-"Other words for the same picture: what stays true, what becomes false, and what is not touched."
+"Other words for the same image: what stays true, what becomes false, and what is not touched."
 
 import re
 from collections import Counter

@@ -1,7 +1,7 @@
 """Bad files over all readers: each is refused with a remedy, or listed with file and row while the good pairs around it stay.
 
 Every case writes one bad file into a collection that is good otherwise. Cases are generated from tables of what can be wrong
-with captions, paths, pictures and the files themselves; hypothesis adds random and mutated files."""
+with captions, paths, images and the files themselves; hypothesis adds random and mutated files."""
 
 import gzip, hashlib, io, json, os, re, struct, tarfile, tempfile, zlib
 from collections import Counter
@@ -22,7 +22,7 @@ def encoded(kind="JPEG", mode="RGB", size=(24, 16), seed=0, **kw):
     return out.getvalue()
 
 
-PICTURE = encoded()
+IMAGE = encoded()
 GOOD = [("k1", "one.jpg", "a good cat"), ("k2", "two.jpg", "a good dog"), ("k3", "three.jpg", "a good cow")]
 CAPTIONS = {c for _, _, c in GOOD}
 
@@ -100,8 +100,8 @@ def tar_bytes(members):
     return out.getvalue()
 
 
-def sample(k, picture=PICTURE, caption=b""):
-    return [(f"{k}.jpg", picture), (f"{k}.txt", caption)]
+def sample(k, image=IMAGE, caption=b""):
+    return [(f"{k}.jpg", image), (f"{k}.txt", caption)]
 
 
 def shard(*extra):
@@ -114,7 +114,7 @@ def cells(rows, **kw):
 
 
 def good_cells(*extra):
-    return cells([(dict(bytes=PICTURE, path="x.jpg"), c) for *_, c in GOOD] + list(extra))
+    return cells([(dict(bytes=IMAGE, path="x.jpg"), c) for *_, c in GOOD] + list(extra))
 
 
 def parquet(table, **kw):
@@ -172,7 +172,7 @@ PATHS = {
     "an address": ("https://example.org/x.jpg", "address|leaves|plain file"),
     "NUL": ("a\0.jpg", "leaves the folder"),
     "endless": ("x" * 2000, "too long"),
-    "empty": ("", "no picture|no name"),
+    "empty": ("", "no image|no name"),
     "not there": ("gone.jpg", "not there"),
     "a folder": ("inside", "no plain file"),
     "a link that leads out": ("link.jpg", "leaves"),
@@ -194,17 +194,17 @@ def bomb(side):
     )
 
 
-PICTURES = {
+IMAGES = {
     "empty": (b"", "the file is empty"),
     "cut off": (encoded(size=(200, 200))[:3000], "damaged"),
-    "a web page": (b"<html>404 not found</html>", "not a picture"),
-    "random": (bytes(range(256)) * 4, "not a picture"),
+    "a web page": (b"<html>404 not found</html>", "not an image"),
+    "random": (bytes(range(256)) * 4, "not an image"),
     "a bomb": (bomb(60_000), "pixels"),
     "enormous": (bomb(2**31 - 1), "pixels"),
-    "only a header": (PICTURE[:4], "not a picture|damaged"),
-    "Postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n", "not a picture"),
-    "SVG": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "not a picture"),
-    "a pickle": (b"\x80\x04\x95\x10\x00\x00", "not a picture"),
+    "only a header": (IMAGE[:4], "not an image|damaged"),
+    "Postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n", "not an image"),
+    "SVG": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "not an image"),
+    "a pickle": (b"\x80\x04\x95\x10\x00\x00", "not an image"),
 }
 USED = {
     "CMYK": (encoded(mode="CMYK"), "CMYK"),
@@ -214,21 +214,21 @@ USED = {
 deep = io.BytesIO()
 Image.fromarray(np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)).save(deep, "PNG")
 USED["16 bits"] = (deep.getvalue(), "scaled to 8 bits")
-for what, (data, said) in {**PICTURES, **USED}.items():
+for what, (data, said) in {**IMAGES, **USED}.items():
     for reader, (name, form) in FORMS.items():
-        case(reader, f"picture: {what}", "bad.jpg", data, said)
-    case("folder", f"picture: {what}", "bad.jpg", data, said)
-    case("webdataset", f"picture: {what}", "0.tar", shard(*sample("bad", data, b"a bad one")), said)
+        case(reader, f"image: {what}", "bad.jpg", data, said)
+    case("folder", f"image: {what}", "bad.jpg", data, said)
+    case("webdataset", f"image: {what}", "0.tar", shard(*sample("bad", data, b"a bad one")), said)
     case(
         "parquet",
-        f"picture: {what}",
+        f"image: {what}",
         "0.parquet",
         parquet(good_cells((dict(bytes=data, path="bad.jpg"), "a bad one"))),
         said if what != "mislabelled" else "",
     )
     case(
         "arrow",
-        f"picture: {what}",
+        f"image: {what}",
         "0.arrow",
         arrow(good_cells((dict(bytes=data, path="bad.jpg"), "a bad one"))),
         said if what != "mislabelled" else "",
@@ -265,7 +265,7 @@ for reader in JSON:
             f"entry: {what}",
             name,
             entries(reader, bad),
-            "no (key|picture|caption)|is empty|not there|a caption without",
+            "no (key|image|caption)|is empty|not there|a caption without",
         )
     for what, bad in {
         "deeply nested": b"[" * 100_000,
@@ -338,7 +338,7 @@ for reader in TABLES:
         "too few cells": (b"x", "wrong number of cells"),
         "too many cells": (sep.join([b"x"] * 9), "wrong number of cells"),
         "other separators": (b"a;b;c", "wrong number of cells"),
-        "only separators": (sep * 2, "no (picture|key|caption)"),
+        "only separators": (sep * 2, "no (image|key|caption)"),
         "quotation mark never closed": (b'"never' + sep + b"x", "quotation mark"),
         "marks that do not match": (sep.join([b'"a"b', b"x", b"y"]), "quotation marks|no row|cells"),
         "binary": (bytes(range(1, 9)) + b"\xff\xfe", "wrong number of cells"),
@@ -354,7 +354,7 @@ for reader in TABLES:
         "without names": (b"\n".join(rest), "no column|no pair|addresses"),
         "UTF-16": (good.decode().encode("utf-16"), "UTF-16"),
         "gzip": (gzip.compress(good, mtime=0), "compressed"),
-        "no picture column": (
+        "no image column": (
             good.replace(b"image", b"x").replace(b"file", b"x").replace(b"Image Path", b"x"),
             "for the image|to hold the image|Image Path",
         ),
@@ -370,10 +370,10 @@ for reader in TABLES:
     case(reader, "a folder in its place", name, "folder", "nothing known in it", stay=False)
     case(
         reader,
-        "same picture, same caption",
+        "same image, same caption",
         name,
         good + rest[0] + b"\n",
-        "duplicate|same picture with the same caption",
+        "duplicate|same image with the same caption",
     )
 for reader, head in (
     ("csv", "image,title,text\n"),
@@ -419,7 +419,7 @@ for what, (bad, said) in {
     "deeply nested": (b"[" * 100_000, "damaged JSON"),
     "two in a line": (second + second, "damaged JSON"),
     "nothing in it": (b"{}", "is empty"),
-    "NaN": (b'{"key": NaN, "file_name": NaN, "text": NaN}', "no picture"),
+    "NaN": (b'{"key": NaN, "file_name": NaN, "text": NaN}', "no image"),
     "a very long line": (b'"' + b"x" * 5_000_000 + b'"', "too long"),
     "binary": (b"\xff\x00\x01", "damaged JSON"),
     "key twice": (plain(dict(key="k1", file_name="bad.jpg", text="x")), "duplicate key"),
@@ -477,26 +477,26 @@ def link(name, to, kind=tarfile.SYMTYPE):
 
 
 for what, (extra, said) in {
-    "up": ([("../../evil.jpg", PICTURE)], "leaves the archive"),
-    "absolute": ([("/etc/evil.jpg", PICTURE)], "leaves the archive"),
-    "backslash": ([("a\\b.jpg", PICTURE)], "leaves the archive"),
+    "up": ([("../../evil.jpg", IMAGE)], "leaves the archive"),
+    "absolute": ([("/etc/evil.jpg", IMAGE)], "leaves the archive"),
+    "backslash": ([("a\\b.jpg", IMAGE)], "leaves the archive"),
     "link": ([link("bad.jpg", "/etc/passwd")], "it is a link"),
     "hard link": ([link("bad.jpg", "../x", tarfile.LNKTYPE)], "it is a link"),
     "device": ([link("bad.jpg", "", tarfile.CHRTYPE)], "no plain file"),
     "pipe": ([link("bad.jpg", "", tarfile.FIFOTYPE)], "no plain file"),
-    "no caption": ([("bad.jpg", PICTURE)], "no caption"),
-    "no picture": ([("bad.txt", b"x")], "no picture"),
-    "name twice": ([("k1.jpg", PICTURE)], "comes twice"),
-    "JSON is a list": (sample("bad", PICTURE, b"x") + [("bad.json", b"[1]")], "unreadable JSON"),
-    "JSON nested": (sample("bad", PICTURE, b"x") + [("bad.json", b"[" * 100_000)], "unreadable JSON"),
-    "JSON cut": (sample("bad", PICTURE, b"x") + [("bad.json", b'{"a":')], "unreadable JSON"),
-    "caption of 2 MB": (sample("bad", PICTURE, b"x" * 2_000_000), "more than"),
-    "caption not UTF-8": (sample("bad", PICTURE, b"caf\xe9"), "UTF-8"),
-    "caption empty": (sample("bad", PICTURE, b""), "no caption"),
-    "caption of escapes": (sample("bad", PICTURE, b"\x1b[2Jcat"), "terminal escapes"),
-    "caption in JSON is a number": ([("bad.jpg", PICTURE), ("bad.json", b'{"caption": 5}')], "no caption"),
+    "no caption": ([("bad.jpg", IMAGE)], "no caption"),
+    "no image": ([("bad.txt", b"x")], "no image"),
+    "name twice": ([("k1.jpg", IMAGE)], "comes twice"),
+    "JSON is a list": (sample("bad", IMAGE, b"x") + [("bad.json", b"[1]")], "unreadable JSON"),
+    "JSON nested": (sample("bad", IMAGE, b"x") + [("bad.json", b"[" * 100_000)], "unreadable JSON"),
+    "JSON cut": (sample("bad", IMAGE, b"x") + [("bad.json", b'{"a":')], "unreadable JSON"),
+    "caption of 2 MB": (sample("bad", IMAGE, b"x" * 2_000_000), "more than"),
+    "caption not UTF-8": (sample("bad", IMAGE, b"caf\xe9"), "UTF-8"),
+    "caption empty": (sample("bad", IMAGE, b""), "no caption"),
+    "caption of escapes": (sample("bad", IMAGE, b"\x1b[2Jcat"), "terminal escapes"),
+    "caption in JSON is a number": ([("bad.jpg", IMAGE), ("bad.json", b'{"caption": 5}')], "no caption"),
     "captions are numbers": (
-        sample("bad", PICTURE, b"<b>x</b>") + [("bad.json", b'{"captions": [1, 2], "scene": [3]}')],
+        sample("bad", IMAGE, b"<b>x</b>") + [("bad.json", b'{"captions": [1, 2], "scene": [3]}')],
         "HTML",
     ),
 }.items():
@@ -508,7 +508,7 @@ for what, (bad, said, stay) in {
     "words": (b"no tar at all" * 100, "damaged", False),
     "gzip": (gzip.compress(shard(), mtime=0), "damaged", False),
     "no members": (tar_bytes([]), "no pair", False),
-    "only text": (tar_bytes([("a.txt", b"x")]), "no picture", False),
+    "only text": (tar_bytes([("a.txt", b"x")]), "no image", False),
     "header broken": (shard()[:512].replace(b"ustar", b"xxxxx").replace(b"0", b"9") + shard()[512:], "damaged", False),
 }.items():
     case("webdataset", f"file: {what}", "0.tar", bad, said, stay)
@@ -523,7 +523,7 @@ for what, bad in {
     "only its sign": b"PAR1PAR1",
     "words": b"no parquet" * 30,
     "end broken": whole[:-60] + b"\xff" * 52 + whole[-8:],
-    "no picture column": parquet(pa.table(dict(text=["a"]))),
+    "no image column": parquet(pa.table(dict(text=["a"]))),
     "no caption column": parquet(good_cells().drop_columns("text")),
     "no rows": parquet(good_cells().slice(0, 0)),
     "numbers": parquet(pa.table(dict(image=[1, 2], text=["a", "b"]))),
@@ -532,10 +532,10 @@ for what, bad in {
 }.items():
     case("parquet", f"file: {what}", "0.parquet", bad, "", stay=False)
 for what, (bad, said) in {
-    "null picture": ((None, "a bad one"), "no picture"),
-    "no bytes": ((dict(bytes=None, path="/etc/passwd"), "a bad one"), "no picture"),
-    "null caption": ((dict(bytes=PICTURE, path="x"), None), "no caption"),
-    "escapes": ((dict(bytes=PICTURE, path="x"), "\x1b[31mcat"), "terminal escapes"),
+    "null image": ((None, "a bad one"), "no image"),
+    "no bytes": ((dict(bytes=None, path="/etc/passwd"), "a bad one"), "no image"),
+    "null caption": ((dict(bytes=IMAGE, path="x"), None), "no caption"),
+    "escapes": ((dict(bytes=IMAGE, path="x"), "\x1b[31mcat"), "terminal escapes"),
 }.items():
     case("parquet", f"row: {what}", "0.parquet", parquet(good_cells(bad)), said)
     case("arrow", f"row: {what}", "0.arrow", arrow(good_cells(bad)), said)
@@ -553,17 +553,17 @@ for what, bad in {
     case("arrow", f"file: {what}", "0.arrow", bad, "", stay=False)
 
 for what, (name, bad, said) in {
-    "picture alone": ("alone.jpg", PICTURE, "no caption"),
-    "caption alone": ("alone.txt", b"a text", "without a picture"),
+    "image alone": ("alone.jpg", IMAGE, "no caption"),
+    "caption alone": ("alone.txt", b"a text", "without an image"),
     "caption empty": ("bad.txt", b"", "no caption"),
     "caption not UTF-8": ("bad.txt", b"caf\xe9", "UTF-8"),
     "caption of NULs": ("bad.txt", b"\0" * 50, "no caption"),
-    "two pictures": ("one.png", PICTURE, "key"),
+    "two images": ("one.png", IMAGE, "key"),
     "caption of 10 000 words": ("bad.txt", b"word " * 10_000, "10000 words"),
     "caption is binary": ("bad.txt", bytes(range(256)), "UTF-8|control"),
     "caption leads out": ("bad.txt", "link", "no caption"),
-    "picture leads out": ("bad.jpg", "link", "leaves"),
-    "picture is a folder": ("one.txt.d", "folder", ""),
+    "image leads out": ("bad.jpg", "link", "leaves"),
+    "image is a folder": ("one.txt.d", "folder", ""),
 }.items():
     if said:
         case("folder", f"file: {what}", name, bad, said)
@@ -587,7 +587,7 @@ def collection(folder, reader, name, content):
     if reader in FORMS:
         own, form = FORMS[reader]
         for _, image, _ in [*GOOD, ("", "bad.jpg", "")]:
-            (folder / image).write_bytes(PICTURE)
+            (folder / image).write_bytes(IMAGE)
         (folder / "inside").mkdir()
         (folder / "link.jpg").symlink_to("/etc/hostname")
         if name == "bad.jpg":
@@ -599,7 +599,7 @@ def collection(folder, reader, name, content):
             put(folder / name, content)
             return f"folder:{folder}"
         for _, image, caption in [*GOOD, ("", "bad.jpg", "a bad one")]:
-            (folder / image).write_bytes(PICTURE)
+            (folder / image).write_bytes(IMAGE)
             (folder / image).with_suffix(".txt").write_text(caption)
         put(folder / name, content)
         return f"folder:{folder}"
@@ -727,7 +727,7 @@ def test_random(reader, content):
 def test_found_by_looking(tmp_path, reader):
     "The good collections are recognised by their folder, and every pair opens."
     for _, image, caption in GOOD:
-        (tmp_path / image).write_bytes(PICTURE)
+        (tmp_path / image).write_bytes(IMAGE)
     if reader == "folder":
         [(tmp_path / i).with_suffix(".txt").write_text(c) for _, i, c in GOOD]
     else:
@@ -746,7 +746,7 @@ def test_two_things_are_not_guessed(tmp_path):
 def test_a_million_problems_are_a_short_list():
     problems = Problems()
     for i in range(3000):
-        problems.add("a.json", i, f"the picture is not there: {i}", "fetch it")
+        problems.add("a.json", i, f"the image is not there: {i}", "fetch it")
     problems.add("a.json", 1, "no caption", "write one")
     assert (
         len(problems) == Problems.limit + 2

@@ -57,7 +57,7 @@ def said(problems):
 
 
 def class_folder(home, sizes):
-    "A folder of class folders with so many pictures each."
+    "A folder of class folders with so many images each."
     seeds = itertools.count()
     for name, n in sizes.items():
         (home / name).mkdir(parents=True)
@@ -88,7 +88,7 @@ def test_folders_are_read_as_torchvision_reads_them(tmp_path):
     noise(99).save(home / "b/deep/x.JPG")
     theirs, q = ImageFolder(home), cl.read_classification(home)
     assert list(q.classes) == theirs.classes == ["10", "2", "b"]
-    assert sorted((q.pictures[i].as_posix(), t) for i, t in zip(q.items.image, q.items.truth)) == sorted(
+    assert sorted((q.images[i].as_posix(), t) for i, t in zip(q.items.image, q.items.truth)) == sorted(
         (p.replace("\\", "/"), t) for p, t in theirs.samples
     )
 
@@ -118,7 +118,7 @@ def test_ranks_are_those_of_the_plain_loop(tmp_path, batch):
     p = p[p["mode"] == "looking"]
     assert not problems and len(p) == 21 and p.key.is_unique
     for row in p.itertuples():
-        cosine = names @ stub.encode_image([Image.open(q.pictures[row.image])])[0].astype(float)
+        cosine = names @ stub.encode_image([Image.open(q.images[row.image])])[0].astype(float)
         order = np.argsort(-cosine)
         assert (
             row.predicted == q.classes[order[0]]
@@ -193,7 +193,7 @@ def test_damaged_class_folders(tmp_path):
     p, problems = cl.ask_classification(q, Stub())
     p = p[p["mode"] == "looking"]
     assert len(p) == 4 and len(q.items) == 5 and len(problems) == 4
-    for what in ("not a picture by its ending", "a link", "a class without pictures", "damaged PNG"):
+    for what in ("not an image by its ending", "a link", "a class without images", "damaged PNG"):
         assert what in said(problems)
     assert coverage(q, p).set_index("file").answered.to_dict() == {"a": 2, "b": 2, "empty": 0}
 
@@ -224,7 +224,7 @@ def test_folders_that_cannot_be_used(tmp_path):
         cl.read_classification(tmp_path / "gone.txt", class_folder(tmp_path / "one", {"cat": 1}))
     with pytest.raises(BenchmarkError, match="holds no class folders"):
         cl.read_classification(tmp_path / "none")
-    with pytest.raises(BenchmarkError, match="no pictures in 2 class folders"):
+    with pytest.raises(BenchmarkError, match="no images in 2 class folders"):
         cl.read_classification(class_folder(tmp_path / "bare", {"cat": 0, "dog": 0}))
     with pytest.raises(BenchmarkError, match="dig bears no name.*did you mean 'dog'"):
         cl.read_classification(tmp_path / "names.txt", class_folder(tmp_path / "typo", {"cat": 1, "dig": 1}))
@@ -235,7 +235,7 @@ def test_folders_that_cannot_be_used(tmp_path):
     with pytest.raises(BenchmarkError, match="cat is a link"):
         cl.read_classification(tmp_path / "linked")
     (tmp_path / "one/cat/0.png").write_bytes(b"")
-    with pytest.raises(BenchmarkError, match="none of the 1 pictures can be opened"):
+    with pytest.raises(BenchmarkError, match="none of the 1 images can be opened"):
         cl.ask_classification(cl.read_classification(tmp_path / "one"), Stub())
 
 
@@ -272,7 +272,7 @@ def test_kendall_is_its_definition(seed, variant):
 
 
 def flickr(home, expert="", crowd="", tokens="", n=4):
-    "The three files and n pictures, each with two captions."
+    "The three files and n images, each with two captions."
     (home / "Flicker8k_Dataset").mkdir(parents=True)
     for i in range(n):
         noise(i).save(home / f"Flicker8k_Dataset/{i}.jpg")
@@ -354,12 +354,10 @@ def test_rows_and_their_numbers(tmp_path):
     )
 
 
-def test_scores_with_and_without_the_picture(tmp_path):
+def test_scores_with_and_without_the_image(tmp_path):
     q, stub = ha.read_human_agreement(flickr(tmp_path, EXPERT), prompt="{}"), Stub()
     p, _ = ha.ask_human_agreement(q, stub)
-    images = {
-        n: stub.encode_image([Image.open(path).convert("RGB")])[0].astype(float) for n, path in q.pictures.items()
-    }
+    images = {n: stub.encode_image([Image.open(path).convert("RGB")])[0].astype(float) for n, path in q.images.items()}
     for key, rows in p.set_index("mode").groupby("key"):
         row = rows.loc["looking"]
         text = stub.encode_text([row.caption])[0].astype(float)
@@ -463,15 +461,15 @@ def test_agreement_files_that_are_not_there(tmp_path):
         ha.read_human_agreement(home, prompt="a photo")
 
 
-def test_judged_pictures_that_are_links(tmp_path):
+def test_judged_images_that_are_links(tmp_path):
     home = flickr(tmp_path, GOOD + "3.jpg\t1.jpg#0\t1\t2\t3\n")
     (home / "Flicker8k_Dataset/3.jpg").unlink()
     (home / "Flicker8k_Dataset/3.jpg").symlink_to(home / "Flicker8k_Dataset/0.jpg")
     q = ha.read_human_agreement(home)
-    assert list(q.pictures) == ["0.jpg"] and "2 3.jpg is a link" in said(q.problems)
+    assert list(q.images) == ["0.jpg"] and "2 3.jpg is a link" in said(q.problems)
 
 
-def test_judged_pictures_that_are_not_there(tmp_path):
+def test_judged_images_that_are_not_there(tmp_path):
     home = flickr(tmp_path, EXPERT)
     (home / "Flicker8k_Dataset/0.jpg").unlink()
     (home / "Flicker8k_Dataset/1.jpg").write_bytes(b"")
@@ -480,7 +478,7 @@ def test_judged_pictures_that_are_not_there(tmp_path):
     p = p[p["mode"] == "looking"]
     assert (
         set(p.image) == {"2.jpg", "3.jpg"}
-        and "the picture is not there (items that ask about it: 3)" in said(problems)
+        and "the image is not there (items that ask about it: 3)" in said(problems)
         and "the file is empty" in said(problems)
     )
     assert coverage(q, p).set_index("file").share.to_dict() == {
@@ -533,7 +531,7 @@ def test_hash_from_the_definition():
 
 @pytest.mark.parametrize("name", [n for n in pc.disguises if n != "cropped 5 %"])
 def test_planted_copies(name):
-    "Smooth pictures: every disguise but a cut stays near, unrelated pictures stay far."
+    "Smooth images: every disguise but a cut stays near, unrelated images stay far."
     train = lk.fingerprints({f"t{i}": smooth(i) for i in range(40)})
     test = lk.fingerprints(
         {f"copy {i}": pc.disguises[name](smooth(i)) for i in range(20)}
@@ -549,11 +547,11 @@ def test_planted_copies(name):
 
 
 def test_sensitivity_counts(tmp_path):
-    pictures = {f"t{i}": smooth(i) for i in range(10)}
-    train = lk.fingerprints(pictures, Stub())
+    images = {f"t{i}": smooth(i) for i in range(10)}
+    train = lk.fingerprints(images, Stub())
     t = (
         pc.sensitivity(
-            pictures, {f"o{i}": smooth(50 + i) for i in range(5)}, train, Stub(), most=(0, 64), least=(0.999, -1.0)
+            images, {f"o{i}": smooth(50 + i) for i in range(5)}, train, Stub(), most=(0, 64), least=(0.999, -1.0)
         )
         .set_index(["check", "threshold", "disguise"])
         .found
@@ -566,7 +564,7 @@ def test_sensitivity_counts(tmp_path):
     assert t["hash", 0, "false alarm"] == 0 and t["embedding", -1.0, "false alarm"] == 1
 
 
-def test_pictures_that_cannot_be_checked(tmp_path):
+def test_images_that_cannot_be_checked(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"\x89PNG")
     noise(0).save(tmp_path / "good.png")
     made = lk.fingerprints(
@@ -587,8 +585,8 @@ def test_pictures_that_cannot_be_checked(tmp_path):
 
 
 def test_fingerprints_do_not_depend_on_the_batch():
-    pictures = {f"{i}": smooth(i) for i in range(7)}
-    a, b = lk.fingerprints(pictures, Stub(), batch=2), lk.fingerprints(pictures, Stub())
+    images = {f"{i}": smooth(i) for i in range(7)}
+    a, b = lk.fingerprints(images, Stub(), batch=2), lk.fingerprints(images, Stub())
     assert (
         a.names == b.names
         and (a.hashes == b.hashes).all()
@@ -622,13 +620,13 @@ def test_portions_find_the_same(portion):
         and len(found) >= 5
         and [p["file"] for p in problems] == [f"x{i}" for i in range(8)]
     )
-    with pytest.raises(BenchmarkError, match="none of 1 pictures"):
+    with pytest.raises(BenchmarkError, match="none of 1 images"):
         lk.near_copies(ours, {"x": Path("gone.png")}, Stub())
 
 
 def test_what_is_compared_is_what_both_have():
-    pictures = {"a": smooth(0)}
-    s, found, _ = lk.find_leaks(pictures, {"a": "x"}, {"b": smooth(0)}, {})
+    images = {"a": smooth(0)}
+    s, found, _ = lk.find_leaks(images, {"a": "x"}, {"b": smooth(0)}, {})
     assert s.check.tolist() == ["hash", "mirrored hash", "any"] and found.check.tolist()[0] == "hash"
     assert lk.find_leaks({}, {"a": "A dog"}, {"b": smooth(0)}, {"b": "a dog."})[0].values.tolist()[0][:4] == [
         "caption",
@@ -637,7 +635,7 @@ def test_what_is_compared_is_what_both_have():
         1.0,
     ]
     with pytest.raises(BenchmarkError, match="nothing can be compared"):
-        lk.find_leaks(pictures, {}, {}, {"b": "x"})
+        lk.find_leaks(images, {}, {}, {"b": "x"})
 
 
 def test_captions_seen_before():
@@ -656,7 +654,7 @@ def test_captions_seen_before():
     assert none.share.tolist() == [0.0, 0.0] and none.high.tolist() == pytest.approx([0.01265] * 2, abs=1e-4), (
         "nothing found is not nothing there"
     )
-    with pytest.raises(BenchmarkError, match="no test pictures"):
+    with pytest.raises(BenchmarkError, match="no test images"):
         lk.leakage_summary(found, [])
 
 
@@ -693,7 +691,7 @@ def test_nothing_in_common(tmp_path):
         and list(pairs) == ["test", "train", "agree", "hash", "mirrored hash", "embedding", "words"]
     )
     (tmp_path / "train/x.png").unlink()
-    with pytest.raises(BenchmarkError, match="neither pictures nor tar archives"):
+    with pytest.raises(BenchmarkError, match="neither images nor tar archives"):
         ov.overlap(str(tmp_path / "train"), str(tmp_path / "test"))
 
 

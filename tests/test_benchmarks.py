@@ -15,7 +15,7 @@ class Stub:
     "An encoder that gives the same thing the same unit vector, and counts what it is asked."
 
     def __init__(self, dimension=8):
-        self.dimension, self.pictures, self.texts = dimension, [], []
+        self.dimension, self.images, self.texts = dimension, [], []
 
     def _vectors(self, seeds):
         x = np.stack(
@@ -27,7 +27,7 @@ class Stub:
         return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
 
     def encode_image(self, images):
-        self.pictures += images
+        self.images += images
         return self._vectors([i.tobytes() for i in images])
 
     def encode_text(self, texts):
@@ -35,12 +35,12 @@ class Stub:
         return self._vectors([t.encode() for t in texts])
 
 
-def picture(i):
+def photo(i):
     return Image.new("RGB", (4, 4), (i % 256, i // 256, 90))
 
 
-def toy(n=40, pictures=7, texts=5, seed=0):
-    "Items that share pictures and texts."
+def toy(n=40, images=7, texts=5, seed=0):
+    "Items that share images and texts."
     rng = np.random.default_rng(seed)
     pairs = [rng.choice(texts, 2, replace=False) for _ in range(n)]
     items = pd.DataFrame(
@@ -49,14 +49,14 @@ def toy(n=40, pictures=7, texts=5, seed=0):
                 key=f"{i}",
                 category=f"c{i % 3}",
                 file=f"f{i % 2}",
-                image=f"p{rng.integers(pictures)}",
+                image=f"p{rng.integers(images)}",
                 positive=f"text {p}",
                 negative=f"text {q}",
             )
             for i, (p, q) in enumerate(pairs)
         ]
     )
-    return Benchmark(items, {f"p{i}": picture(i) for i in range(pictures)})
+    return Benchmark(items, {f"p{i}": photo(i) for i in range(images)})
 
 
 # --- items -------------------------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ def toy(n=40, pictures=7, texts=5, seed=0):
 def test_each_distinct_thing_is_encoded_once(batch):
     stub, b = Stub(), toy()
     it.encode(b, stub, batch=batch)
-    assert len(stub.pictures) == b.items.image.nunique() and sorted(stub.texts) == sorted(
+    assert len(stub.images) == b.items.image.nunique() and sorted(stub.texts) == sorted(
         {*b.items.positive, *b.items.negative}
     )
 
@@ -76,7 +76,7 @@ def test_same_answers_as_the_plain_loop(batch):
     b, stub = toy(), Stub()
     fast = it.predict(it.encode(b, stub, batch=batch))
     for row in fast.itertuples():
-        image, texts = stub.encode_image([b.pictures[row.image]])[0], stub.encode_text([row.positive, row.negative])
+        image, texts = stub.encode_image([b.images[row.image]])[0], stub.encode_text([row.positive, row.negative])
         p, n = texts.astype(np.float64) @ image.astype(np.float64)
         assert (row.score_positive, row.score_negative) == pytest.approx((p, n), abs=1e-12) and row.correct == (p > n)
     assert fast.key.tolist() == b.items.key.tolist(), "in the order of the items"
@@ -88,10 +88,7 @@ def test_a_real_encoder_gives_the_plain_loops_scores(tiny_clip):
     clip, b = load_dual_encoder(f"open_clip:{tiny_clip}"), toy(12)
     fast, problems = it.evaluate(b, clip)
     loop = [
-        [
-            float(clip.encode_image([b.pictures[r.image]])[0] @ clip.encode_text([t])[0])
-            for t in (r.positive, r.negative)
-        ]
+        [float(clip.encode_image([b.images[r.image]])[0] @ clip.encode_text([t])[0]) for t in (r.positive, r.negative)]
         for r in b.items.itertuples()
     ]
     assert (
@@ -124,12 +121,12 @@ def spoiled(tmp_path):
     gone = {"p0": tmp_path / "gone.png", "p1": tmp_path / "bad.png", "p2": tmp_path / "empty.png"}
     return replace(
         b,
-        pictures={k: v for k, v in (b.pictures | gone).items() if k != "p3"},
+        images={k: v for k, v in (b.images | gone).items() if k != "p3"},
         expected={"f0": 20, "f1": 20, "never read": 0},
     )
 
 
-def test_missing_pictures_are_listed_and_counted(tmp_path):
+def test_missing_images_are_listed_and_counted(tmp_path):
     b = spoiled(tmp_path)
     p, problems = it.evaluate(b, Stub())
     assert [x["file"] for x in problems] == ["p0", "p1", "p2", "p3"] and all(x["remedy"] for x in problems)
@@ -145,17 +142,17 @@ def test_missing_pictures_are_listed_and_counted(tmp_path):
     it.require_coverage(b, p, least=0)
 
 
-def test_pictures_in_memory_are_the_same_pictures(tmp_path):
+def test_images_in_memory_are_the_same_images(tmp_path):
     b = spoiled(tmp_path)
     (p, wrong), (q, again) = it.evaluate(b, Stub()), it.evaluate(it.in_memory(b), Stub())
     pd.testing.assert_frame_equal(p, q)
     assert wrong == again
 
 
-def test_no_picture_at_all(tmp_path):
+def test_no_image_at_all(tmp_path):
     b = toy()
-    b.pictures = {k: tmp_path / k for k in b.pictures}
-    with pytest.raises(BenchmarkError, match="none of the 7 pictures can be opened.*put it at"):
+    b.images = {k: tmp_path / k for k in b.images}
+    with pytest.raises(BenchmarkError, match="none of the 7 images can be opened.*put it at"):
         it.evaluate(b, Stub())
 
 
@@ -184,7 +181,7 @@ def test_accuracy_is_clustered():
     assert (
         wide.value == narrow.value == 0.5
         and wide.high - wide.low > 2.5 * (narrow.high - narrow.low)
-        and wide.pictures == 20
+        and wide.images == 20
     )
 
 
@@ -200,11 +197,11 @@ def test_mean_of_others_by_hand():
         a.mean_of_others(x[:1])
 
 
-def test_blind_does_not_see_its_own_picture():
-    "Another picture in the item's place changes nothing."
+def test_blind_does_not_see_its_own_image():
+    "Another image in the item's place changes nothing."
     b = toy()
     stub = Stub()
-    other = replace(b, pictures=b.pictures | {"p0": picture(999)})
+    other = replace(b, images=b.images | {"p0": photo(999)})
     one, two = (a.blind(it.encode(x, stub)).set_index("image").loc[["p0"]] for x in (b, other))
     assert one.score_positive.to_numpy() == pytest.approx(two.score_positive.to_numpy(), abs=1e-6)
 
@@ -215,7 +212,7 @@ def test_derangement(n):
     assert sorted(d) == list(range(n)) and (d != np.arange(n)).all()
 
 
-def test_shuffled_shows_another_picture_of_the_category():
+def test_shuffled_shows_another_image_of_the_category():
     e = it.encode(toy(), Stub())
     p, again, other = a.shuffled(e, 1), a.shuffled(e, 1), a.shuffled(e, 2)
     assert (p.seen != p.image).all() and p.seen.tolist() == again.seen.tolist() != other.seen.tolist()
@@ -225,7 +222,7 @@ def test_shuffled_shows_another_picture_of_the_category():
     stub = Stub()
     assert row.score_positive == pytest.approx(
         float(
-            stub.encode_image([toy().pictures[row.seen]])[0].astype("f8")
+            stub.encode_image([toy().images[row.seen]])[0].astype("f8")
             @ stub.encode_text([row.positive])[0].astype("f8")
         )
     )
@@ -276,17 +273,17 @@ def pair(i, n=1, image=None):
     ]
 
 
-def pictures_for(folder, numbers, root="vg"):
+def images_for(folder, numbers, root="vg"):
     (folder / root / "VG_100K").mkdir(parents=True, exist_ok=True)
     for i in numbers:
-        picture(i).save(folder / root / f"VG_100K/{i}.png")
+        photo(i).save(folder / root / f"VG_100K/{i}.png")
     return folder
 
 
 def test_reads_the_layout(tmp_path):
     write(tmp_path, "Attribute/color/vg", [pair(0), pair(1, 2)], root="vg")
     write(tmp_path, "Object/Size/small/vg_obj", [pair(1)])
-    b = vl.read_checklist(pictures_for(tmp_path, (0, 1)))
+    b = vl.read_checklist(images_for(tmp_path, (0, 1)))
     assert b.items[["category", "file", "dataset", "image"]].values.tolist() == [
         ["Object/Size/small", "Object/Size/small/vg_obj", "vg", "vg/VG_100K/1.png"],
         ["Attribute/color", "Attribute/color/vg", "vg", "vg/VG_100K/0.png"],
@@ -294,13 +291,13 @@ def test_reads_the_layout(tmp_path):
     ]
     stub = Stub()
     p, problems = it.evaluate(b, stub)
-    assert len(p) == 3 and not problems and len(stub.pictures) == 2, "vg and vg/ are one folder"
+    assert len(p) == 3 and not problems and len(stub.images) == 2, "vg and vg/ are one folder"
     assert b.items.positive.tolist() == ["red thing 1", "red thing 0", "red thing 1"] and b.items.key.is_unique
 
 
-def test_pictures_may_lie_elsewhere(tmp_path):
+def test_images_may_lie_elsewhere(tmp_path):
     write(tmp_path / "texts", "Attribute/color/vg", [pair(0)])
-    pictures_for(tmp_path / "photos", (0,))
+    images_for(tmp_path / "photos", (0,))
     assert len(it.evaluate(vl.read_checklist(tmp_path / "texts", tmp_path / "photos"), Stub())[0]) == 1
 
 
@@ -322,7 +319,7 @@ def test_missing_annotations_are_a_problem_and_uncovered(tmp_path):
     write(tmp_path, "Attribute/color/vg", [pair(0)])
     write(tmp_path, "Attribute/color/vaw", [pair(0)])
     (tmp_path / "data/Attribute/color/vaw.json").unlink()
-    b = vl.read_checklist(pictures_for(tmp_path, (0,)))
+    b = vl.read_checklist(images_for(tmp_path, (0,)))
     p, problems = it.evaluate(b, Stub())
     assert [x["what"] for x in problems] == ["data/Attribute/color/vaw.json is not there"]
     with pytest.raises(BenchmarkError, match="Attribute/color/vaw"):
@@ -379,7 +376,7 @@ def test_damaged_or_hostile_corpus_files(tmp_path, content, message):
     ],
 )
 def test_a_bad_row_is_named_and_counts_as_unanswered(tmp_path, row):
-    b = vl.read_checklist(pictures_for(write(tmp_path, "Attribute/color/vg", [pair(0), row]), (0,)))
+    b = vl.read_checklist(images_for(write(tmp_path, "Attribute/color/vg", [pair(0), row]), (0,)))
     assert (
         [(x["file"].endswith("vg.json"), x["row"]) for x in b.problems] == [(True, "1")]
         and len(b) == 1
@@ -399,8 +396,8 @@ def test_texts_are_made_harmless_and_unanswerable_items_are_listed(tmp_path):
     assert ["escapes" in x["what"] or "both texts" in x["what"] for x in b.problems] == [True, True]
 
 
-def test_first_k_takes_items_whose_picture_is_there(tmp_path):
-    pictures_for(write(tmp_path, "Attribute/color/vg", [pair(i) for i in range(6)]), (1, 3, 4, 5))
+def test_first_k_takes_items_whose_image_is_there(tmp_path):
+    images_for(write(tmp_path, "Attribute/color/vg", [pair(i) for i in range(6)]), (1, 3, 4, 5))
     b = vl.read_checklist(tmp_path, first_k=2)
     assert (
         b.items.image.tolist() == ["vg/VG_100K/1.png", "vg/VG_100K/3.png"]
@@ -712,7 +709,7 @@ def test_holds_reads_from_either_end():
 
 
 def _checklist(folder, rows, category="Object/Size/large", name="vg"):
-    "One annotation file in the published layout, no pictures."
+    "One annotation file in the published layout, no images."
     (folder / f"corpus/v1/{category}").mkdir(parents=True, exist_ok=True)
     (folder / "data").mkdir(exist_ok=True)
     (folder / f"corpus/v1/{category}/{name}.yaml").write_text(

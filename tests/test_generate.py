@@ -1,4 +1,4 @@
-"Generate: the same pictures whatever the batch, the memory, or an interruption."
+"Generate: the same images whatever the batch, the memory, or an interruption."
 
 import os, shutil, signal, time
 import numpy as np, pandas as pd, pytest, torch
@@ -11,9 +11,9 @@ from selfalign.self_align.generate import (
     image_to_image,
     is_blank,
     out_of_memory,
-    picture_orders,
-    picture_prompts,
-    picture_seed,
+    image_orders,
+    image_prompts,
+    image_seed,
     set_scheduler,
     split_adapter,
     too_long,
@@ -21,7 +21,7 @@ from selfalign.self_align.generate import (
 from selfalign.study.settings import StudyError
 
 PROMPTS = [f"a {c} {o}" for c in ("red", "blue") for o in ("cat", "boat", "star")]
-SEEDS = [picture_seed(p) for p in PROMPTS]
+SEEDS = [image_seed(p) for p in PROMPTS]
 OPTIONS = dict(num_inference_steps=6, guidance_scale=3.0)
 
 
@@ -36,12 +36,12 @@ def painted(pipe):
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4])
-def test_same_picture_whatever_the_batch(pipe, painted, batch):
+def test_same_image_whatever_the_batch(pipe, painted, batch):
     again = list(Painter(pipe, batch, **OPTIONS)(PROMPTS, SEEDS))
     assert agreement(painted, again) >= 0.999
 
 
-def test_same_picture_whatever_the_order(pipe, painted):
+def test_same_image_whatever_the_order(pipe, painted):
     again = list(Painter(pipe, 4, **OPTIONS)(PROMPTS[::-1], SEEDS[::-1]))
     assert agreement(painted, again[::-1]) >= 0.999
 
@@ -51,7 +51,7 @@ def test_same_batch_same_bits(pipe, painted):
     assert all(a.tobytes() == b.tobytes() for a, b in zip(painted, again))
 
 
-def test_pictures_differ(painted):
+def test_images_differ(painted):
     assert len({p.tobytes() for p in painted}) == len(painted) and not any(map(is_blank, painted))
 
 
@@ -67,7 +67,7 @@ def test_negative_prompt(pipe, painted):
 
 
 class Narrow:
-    "A pipeline that holds so many pictures and no more."
+    "A pipeline that holds so many images and no more."
 
     def __init__(self, pipe, most, error):
         self.pipe, self.most, self.error, self.tried = pipe, most, error, []
@@ -95,7 +95,7 @@ def test_full_memory_halves_the_batch(pipe, painted, error):
     assert narrow.tried == [6, 3, 1, 1, 1, 1, 1, 1] and painter.batch == 1
 
 
-def test_each_picture_begins_with_its_own_original():
+def test_each_image_begins_with_its_own_original():
     from selfalign.data.scenes import make_scene, render
 
     pipe = image_to_image(load_generator("diffusers:data/micro/generator"))
@@ -105,8 +105,8 @@ def test_each_picture_begins_with_its_own_original():
         painter = Painter(pipe, batch, num_inference_steps=10, guidance_scale=2.0, strength=strength)
         return list(painter(*([x[i] for i in order] for x in (PROMPTS, SEEDS, originals))))
 
-    def away(pictures):
-        return np.abs(np.stack(pictures).astype(float) - np.stack(originals)).mean((1, 2, 3))
+    def away(images):
+        return np.abs(np.stack(images).astype(float) - np.stack(originals)).mean((1, 2, 3))
 
     near = begin(6, range(6))
     assert agreement(near, begin(2, range(6))) >= 0.999 and agreement(near[::-1], begin(4, range(6)[::-1])) >= 0.999
@@ -155,7 +155,7 @@ def ip_adapter(tmp_path_factory):
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_each_prompt_is_shown_its_own_picture(ip_adapter, guidance):
+def test_each_prompt_is_shown_its_own_image(ip_adapter, guidance):
     from selfalign.data.scenes import make_scene, render
 
     options, originals = (
@@ -167,7 +167,7 @@ def test_each_prompt_is_shown_its_own_picture(ip_adapter, guidance):
 
     def paint(batch, shown):
         return list(
-            Painter(looking, batch, lambda images: picture_prompts(looking, images, guidance), **options)(
+            Painter(looking, batch, lambda images: image_prompts(looking, images, guidance), **options)(
                 PROMPTS, SEEDS, shown
             )
         )
@@ -205,8 +205,8 @@ def test_what_is_no_ip_adapter(text):
         split_adapter(text)
 
 
-def test_not_even_one_picture_fits(pipe):
-    with pytest.raises(StudyError, match="not even one picture"):
+def test_not_even_one_image_fits(pipe):
+    with pytest.raises(StudyError, match="not even one image"):
         list(Painter(Narrow(pipe, 0, MemoryError()), 4)(PROMPTS, SEEDS))
 
 
@@ -218,11 +218,11 @@ def test_other_errors_are_not_swallowed(pipe):
 
 def test_orders_and_seeds():
     pairs = pairs_table([dict(key=f"p{i}", caption="a cat", subset=i) for i in range(3)])
-    orders = picture_orders(pairs, k=4, seed=1)
+    orders = image_orders(pairs, k=4, seed=1)
     assert len({o["key"] for o in orders}) == len({o["seed"] for o in orders}) == 12 and all(
         0 <= o["seed"] < 2**32 for o in orders
     )
-    assert picture_orders(pairs[1:], k=4, seed=1) == orders[4:] and picture_seed("p0", 0, 1) != picture_seed("p0", 0, 2)
+    assert image_orders(pairs[1:], k=4, seed=1) == orders[4:] and image_seed("p0", 0, 1) != image_seed("p0", 0, 2)
 
 
 def test_captions_cut_short_are_known(pipe):
@@ -232,7 +232,7 @@ def test_captions_cut_short_are_known(pipe):
     assert too_long(pipe, letters) == ids == [False, ids[1], True]
 
 
-def test_diversity_is_the_mean_distance_of_two_pictures_of_a_caption():
+def test_diversity_is_the_mean_distance_of_two_images_of_a_caption():
     from itertools import combinations
     from selfalign.self_align.sweep import diversity
 
@@ -240,7 +240,7 @@ def test_diversity_is_the_mean_distance_of_two_pictures_of_a_caption():
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     of = list("ababcabda")
     found = diversity(x, of)
-    assert list(found.index) == ["a", "b"]  # c and d have one picture each
+    assert list(found.index) == ["a", "b"]  # c and d have one image each
     for name in found.index:
         assert found[name] == pytest.approx(
             np.mean([1 - x[i] @ x[j] for i, j in combinations([i for i, o in enumerate(of) if o == name], 2)])

@@ -5,7 +5,7 @@ from PIL import Image
 from selfalign.models.load import ModelError, check_folder, load_dual_encoder, load_generator, parse_reference
 
 
-def pictures(n=4, size=(64, 64), seed=0):
+def photos(n=4, size=(64, 64), seed=0):
     rng = np.random.default_rng(seed)
     return [Image.fromarray(rng.integers(0, 255, (*size[::-1], 3), dtype=np.uint8)) for _ in range(n)]
 
@@ -20,7 +20,7 @@ def test_open_clip_equals_its_library(tiny_clip):
     encoder = load_dual_encoder(f"open_clip:{tiny_clip}")
     model, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{tiny_clip}")
     tokens = open_clip.get_tokenizer(f"local-dir:{tiny_clip}")(tiny.CAPTIONS)
-    images = pictures(2) + pictures(2, (130, 77)) + pictures(2, (50, 90))
+    images = photos(2) + photos(2, (130, 77)) + photos(2, (50, 90))
     with torch.inference_mode():
         expected = model.eval().encode_image(torch.stack([preprocess(i) for i in images]), normalize=True)
         texts = model.encode_text(tokens, normalize=True)
@@ -43,7 +43,7 @@ def test_transformers_equals_its_library(which, request):
         AutoModel.from_pretrained(folder).eval(),
         AutoTokenizer.from_pretrained(folder),
     )
-    images = pictures(3)
+    images = photos(3)
     tokens = tok(tiny.CAPTIONS, padding="max_length", truncation=True, max_length=16, return_tensors="pt")
     if which == "tiny_judge":
         tokens = {"input_ids": tokens["input_ids"]}
@@ -63,7 +63,7 @@ def test_batches_do_not_matter(tiny_clip, tiny_judge):
             encoder.encode_text(tiny.CAPTIONS, batch=2), encoder.encode_text(tiny.CAPTIONS), atol=1e-6, rtol=1e-5
         )
         torch.testing.assert_close(
-            encoder.encode_image(pictures(5), batch=2), encoder.encode_image(pictures(5)), atol=1e-6, rtol=1e-5
+            encoder.encode_image(photos(5), batch=2), encoder.encode_image(photos(5)), atol=1e-6, rtol=1e-5
         )
         assert encoder.encode_text([]).numel() == 0
 

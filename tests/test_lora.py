@@ -45,7 +45,7 @@ def pixels(n=5, seed=0, size=64):
     return np.random.default_rng(seed).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
 
 
-def pictures(n=5, seed=0):
+def photos(n=5, seed=0):
     return [Image.fromarray(p) for p in pixels(n, seed)]
 
 
@@ -58,7 +58,7 @@ def fresh(tiny_clip, tiny_judge, tiny_hf_clip):
 
 
 def vectors(encoder):
-    return torch.cat([encoder.encode_image(pictures()), encoder.encode_text(TEXTS)])
+    return torch.cat([encoder.encode_image(photos()), encoder.encode_text(TEXTS)])
 
 
 def pretend(adapted, size=0.05):
@@ -252,7 +252,7 @@ def test_prepared_equals_direct(fresh, family):
     wide = [Image.fromarray(pixels(1, 3, 128)[0][:64]) for _ in range(2)]
     for aspect in ("crop", "pad", "squash"):
         assert torch.equal(normalise(e, squares(e, wide, aspect)), e.pixels(wide, aspect))
-    assert torch.equal(squares(e, pixels()), squares(e, pictures())) and torch.equal(
+    assert torch.equal(squares(e, pixels()), squares(e, photos())) and torch.equal(
         squares(e, pixels(2, 0, 80)), squares(e, [Image.fromarray(p) for p in pixels(2, 0, 80)])
     )
     direct = e.encode_text(TEXTS)
@@ -261,8 +261,8 @@ def test_prepared_equals_direct(fresh, family):
     torch.testing.assert_close(e.encode_text(["something new", TEXTS[0]])[1], direct[0], atol=1e-6, rtol=0)
     with torch.no_grad():
         torch.testing.assert_close(
-            torch.cat(pair_vectors(e, squares(e, pictures()), TEXTS)),
-            torch.cat([e.encode_image(pictures()), direct]),
+            torch.cat(pair_vectors(e, squares(e, photos()), TEXTS)),
+            torch.cat([e.encode_image(photos()), direct]),
             atol=1e-6,
             rtol=0,
         )
@@ -282,7 +282,7 @@ def test_loss_is_open_clips(fresh):
 
     e = fresh()
     add_lora(e)
-    square = squares(e, pictures())
+    square = squares(e, photos())
     ours = pair_loss(e, Pairs(square, TEXTS))
     theirs = ClipLoss()(*pair_vectors(e, square, TEXTS), torch.tensor(e.logit_scale))
     torch.testing.assert_close(ours, theirs)
@@ -311,7 +311,7 @@ def test_retrieval():
 
 def test_examined_in_full_precision_whatever_is_around(fresh):
     e = fresh()
-    square = squares(e, pictures())
+    square = squares(e, photos())
     alone = examine(e, square, TEXTS)
     with torch.autocast("cpu", torch.bfloat16):
         assert examine(e, square, TEXTS) == alone
@@ -604,9 +604,7 @@ def test_the_other_family_with_dropout(tiny_judge, tmp_path):
     arm(reference, tmp_path / "b", **change)
     assert equal(weights_of(tmp_path / "a"), weights_of(tmp_path / "b")), "dropout follows from seed and step"
     original = load_dual_encoder(reference)
-    torch.testing.assert_close(
-        one.encoder.encode_image(pictures()), original.encode_image(pictures()), atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(one.encoder.encode_image(photos()), original.encode_image(photos()), atol=1e-6, rtol=0)
     assert (one.encoder.encode_text(TEXTS) - original.encode_text(TEXTS)).abs().max() > 1e-3
 
 

@@ -37,20 +37,20 @@ def test_generator_is_a_stable_diffusion_pipeline_and_runs_image_to_image():
     pipe = StableDiffusionPipeline.from_pretrained(MICRO / "generator", torch_dtype=torch.float32, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     seed = lambda: torch.Generator().manual_seed(0)
-    picture = pipe("a large red cup on the left", num_inference_steps=4, generator=seed()).images[0]
-    assert picture.size == (64, 64) and np.asarray(picture).std() > 5
+    photo = pipe("a large red cup on the left", num_inference_steps=4, generator=seed()).images[0]
+    assert photo.size == (64, 64) and np.asarray(photo).std() > 5
     again = StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
     again.set_progress_bar_config(disable=True)
     near, far = (
         np.asarray(
             again(
-                "a large red cup on the left", image=picture, strength=s, num_inference_steps=10, generator=seed()
+                "a large red cup on the left", image=photo, strength=s, num_inference_steps=10, generator=seed()
             ).images[0],
             float,
         )
         for s in (0.2, 0.9)
     )
-    original = np.asarray(picture, float)
+    original = np.asarray(photo, float)
     assert np.abs(near - original).mean() < np.abs(far - original).mean()
 
 

@@ -1,10 +1,10 @@
-"Less work, the same numbers: texts in chunks, pictures in threads, each distinct thing once. No test asserts a time."
+"Less work, the same numbers: texts in chunks, images in threads, each distinct thing once. No test asserts a time."
 
 import warnings
 import numpy as np, pandas as pd, pytest, torch, tiny
 from collections import Counter
 from PIL import Image
-from selfalign.benchmarks.items import Benchmark, evaluate, open_pictures
+from selfalign.benchmarks.items import Benchmark, evaluate, open_images
 from selfalign.data.captions import web_caption
 from selfalign.data.images import fit_square, in_threads, open_image
 from selfalign.models.adapters import add_lora
@@ -136,7 +136,7 @@ def test_gradients_equal_a_plain_step(encoder, photographs):
     )
 
 
-# --- pictures ----------------------------------------------------------------------------------------------------
+# --- images ----------------------------------------------------------------------------------------------------
 
 
 def test_threads_change_nothing(encoder, photographs):
@@ -155,10 +155,10 @@ def test_problems_as_before(photographs, tmp_path):
     items = pd.DataFrame(
         [dict(key=str(i), category="c", file="f", image=k, positive="x", negative="y") for i, k in enumerate("dcbaeea")]
     )
-    there, problems = open_pictures(Benchmark(items, places))
+    there, problems = open_images(Benchmark(items, places))
     assert list(there) == ["a", "d"] and [p["file"] for p in problems] == ["b", "c", "e"]
     assert (
-        all(word in p["what"] for p, word in zip(problems, ("not there", "damaged", "no such picture")))
+        all(word in p["what"] for p, word in zip(problems, ("not there", "damaged", "no such image")))
         and "2" in problems[2]["what"]
     )
 
@@ -195,14 +195,14 @@ def test_once_is_as_good_as_every_time(encoder, folders, photographs):
             for i, (a, b) in enumerate(rng.choice(20, (30, 2)))
         ]
     )
-    pictures = {f"{i}.jpg": photographs / f"{i}.jpg" for i in range(12)}
+    images = {f"{i}.jpg": photographs / f"{i}.jpg" for i in range(12)}
     with tower_shapes(encoder.model) as seen:
-        found, _ = evaluate(Benchmark(items, pictures), encoder)
-    loop = original_cosines(model.eval(), see, open_clip.get_tokenizer("ViT-B-32"), items, pictures)
+        found, _ = evaluate(Benchmark(items, images), encoder)
+    loop = original_cosines(model.eval(), see, open_clip.get_tokenizer("ViT-B-32"), items, images)
     assert np.abs(found[["score_positive", "score_negative"]].to_numpy() - loop).max() < 1e-5 and np.ptp(loop) > 0.01
     clear = np.abs(loop[:, 0] - loop[:, 1]) > 1e-5
     assert (found.correct.to_numpy() == (loop[:, 0] > loop[:, 1]))[clear].all() and clear.sum() > 20
-    assert seen["picture", 0] == items.image.nunique() and sum(n for (k, _), n in seen.items() if k == "text") == len(
+    assert seen["image", 0] == items.image.nunique() and sum(n for (k, _), n in seen.items() if k == "text") == len(
         {*items.positive, *items.negative}
     )
 
@@ -244,10 +244,10 @@ def test_operations_by_hand(encoder, n):
     assert counted(encoder, Counter({("text", n): 3})) == 3 * shape_operations(encoder, "text", n)
 
 
-def test_a_picture_by_hand(encoder):
+def test_a_image_by_hand(encoder):
     d, n, layers = 64, 17, 2
     assert (
-        shape_operations(encoder, "picture", 0)
+        shape_operations(encoder, "image", 0)
         == 2 * 16 * (3 * 16 * 16) * d + layers * (2 * n * 12 * d * d + 2 * 2 * n * n * d) + 2 * d * 32
     )
 

@@ -5,7 +5,7 @@ import pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 from selfalign.data import streams, tables
-from selfalign.data.readers import SourceError, make_record, read_picture
+from selfalign.data.readers import SourceError, make_record, read_image
 from selfalign.data.sources import look, open_pairs, parse_source
 from selfalign.data.streams import _Json, _list, csv_rows
 from selfalign.data.tables import TablePairs, as_row
@@ -103,7 +103,7 @@ def test_round_trip(tmp_path, format, key):
     assert write_pairs(written, tmp_path / "x", format) == []
     pairs = open_pairs(str(tmp_path / "x"))
     assert [said(r) for r in pairs] == [said(r) for r in written] and pairs.problems == []
-    assert all(read_picture(r["reference"], ".").tobytes() == w["image"].tobytes() for r, w in zip(pairs, written))
+    assert all(read_image(r["reference"], ".").tobytes() == w["image"].tobytes() for r, w in zip(pairs, written))
 
 
 @pytest.mark.parametrize("format", ["webdataset", "metadata"])
@@ -238,15 +238,15 @@ def test_options_are_checked(tmp_path):
 
 
 @pytest.mark.parametrize("format", layouts)
-def test_captions_without_their_pictures(tmp_path, format, monkeypatch):
-    "What is told is what the record says, and no picture is opened for it; not even a damaged one."
+def test_captions_without_their_images(tmp_path, format, monkeypatch):
+    "What is told is what the record says, and no image is opened for it; not even a damaged one."
     from selfalign.data import readers
 
     written = records(4)
     write_pairs(written, tmp_path / "x", format)
     pairs = open_pairs(str(tmp_path / "x"))
     full = [pairs[i] for i in range(4)]
-    monkeypatch.setattr(readers, "open_image", lambda *a, **k: pytest.fail("a picture was opened"))
+    monkeypatch.setattr(readers, "open_image", lambda *a, **k: pytest.fail("an image was opened"))
     for i, r in enumerate(full):
         assert pairs.told(i) == r | dict(image=None, width=None, height=None)
 
@@ -271,13 +271,13 @@ def test_memory_does_not_grow_with_the_pairs(tmp_path):
     assert len(many) == 60_000 and held < 60_000 * 40 and peak < 20e6
 
 
-def test_opening_looks_for_few_pictures(tmp_path, monkeypatch):
+def test_opening_looks_for_few_images(tmp_path, monkeypatch):
     looked = []
     monkeypatch.setattr(tables.os.path, "isfile", lambda p: looked.append(p) or False)
     pairs = TablePairs(
         "x", "x", (as_row(f"[{i}]", i, f"{i}.jpg", "a cat") for i in range(5000)), [tmp_path, tmp_path / "images"]
     )
-    assert len(looked) == 128 and "none of the first pictures is there" in pairs.problems[0]["what"]
+    assert len(looked) == 128 and "none of the first images is there" in pairs.problems[0]["what"]
     assert pairs.coverage()["there"] == 0 and len(looked) == 128 + 5000
 
 

@@ -25,7 +25,7 @@ COLOURS = dict(red="#c8342c", orange="#ef8d1f", yellow="#efcd3c", green="#2f9147
 RESULTS = "run preset scale chapter table row metric unit value low high n seeds chance better".split()
 
 
-def picture(colour, rng, blur=0):
+def photo(colour, rng, blur=0):
     "A disc or square on a coloured ground"
     img = Image.new("RGB", (64, 64), rng.choice(["#dfe8ec", "#e9e2d2", "#d4e0cc", "#3f4663"]))
     x, y, r = rng.randint(18, 46), rng.randint(18, 46), rng.randint(8, 17)
@@ -39,7 +39,7 @@ def png_bytes(img):
     return out.getvalue()
 
 
-def histogram(folder, name, scores, pictures=False):
+def histogram(folder, name, scores, images=False):
     "A figure as a stage leaves it: SVG, PNG and CSV"
     import matplotlib
 
@@ -47,7 +47,7 @@ def histogram(folder, name, scores, pictures=False):
     import matplotlib.pyplot as plt
 
     fig, ax = plt.subplots(figsize=(6, 3.6))
-    if pictures:
+    if images:
         ax.imshow(Image.new("RGB", (64, 64), "teal"))
     else:
         for label, part in scores.groupby("source"):
@@ -61,9 +61,9 @@ def histogram(folder, name, scores, pictures=False):
     scores.to_csv(folder / f"{name}.csv", index=False)
     return dict(
         name=name,
-        title="Scores by the clip scorer" if not pictures else "Some pairs",
+        title="Scores by the clip scorer" if not images else "Some pairs",
         files=[f"figures/{name}.{o}" for o in ("svg", "png", "csv")],
-        caption="Generated pictures against the originals of the same captions; each pair is counted once. <b>Bold</b>",
+        caption="Generated images against the originals of the same captions; each pair is counted once. <b>Bold</b>",
     )
 
 
@@ -195,7 +195,7 @@ def toy_run(folder, n=40, source="microworld:study?noise=0.3", captions=(), name
         for where, k in (("sample", key), ("generate", f"{key}-0")):
             file = run / where / "images" / f"{k}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
-            picture(colour, rng).save(file)
+            photo(colour, rng).save(file)
         pairs.append(
             dict(
                 key=key,
@@ -227,7 +227,7 @@ def toy_run(folder, n=40, source="microworld:study?noise=0.3", captions=(), name
     hist = pd.DataFrame(scores).assign(
         source=lambda d: ["generated" if k.endswith("-0") else "original" for k in d["key"]]
     )[["source", "score"]]
-    picture_output = new_output(
+    image_output = new_output(
         "display_data",
         data={
             "image/png": base64.b64encode(png_bytes(Image.new("RGB", (1400, 700), "teal"))).decode(),
@@ -246,8 +246,8 @@ def toy_run(folder, n=40, source="microworld:study?noise=0.3", captions=(), name
         "sample",
         dict(source=source, size=n),
         3.2,
-        [histogram(run / "sample/figures", "pairs", hist, pictures=True)],
-        [new_code_cell('stage.figure(fig, "pairs")', outputs=[picture_output])],
+        [histogram(run / "sample/figures", "pairs", hist, images=True)],
+        [new_code_cell('stage.figure(fig, "pairs")', outputs=[image_output])],
     )
     stage(
         run,
@@ -268,13 +268,13 @@ def toy_run(folder, n=40, source="microworld:study?noise=0.3", captions=(), name
         ],
         [
             new_code_cell("1+1"),
-            new_code_cell('stage.figure(fig, "histogram", title="Scores")', outputs=[picture_output]),
+            new_code_cell('stage.figure(fig, "histogram", title="Scores")', outputs=[image_output]),
         ],
     )
     for where, table, rows in (("sample", "pairs", pairs), ("generate", "pairs", made), ("score", "scores", scores)):
         pd.DataFrame(rows).to_parquet(run / where / "tables" / f"{table}.parquet")
     bad = [
-        dict(file="<i>00001.tar</i>", row=str(i), what="<script>alert(1)</script> truncated picture", remedy="left out")
+        dict(file="<i>00001.tar</i>", row=str(i), what="<script>alert(1)</script> truncated image", remedy="left out")
         for i in range(30)
     ]
     bad[0]["what"] += f" below {find_root()}/data/runs, said in /tmp/ipykernel_12/34.py:9"
@@ -286,7 +286,7 @@ def toy_run(folder, n=40, source="microworld:study?noise=0.3", captions=(), name
                 run=name,
                 preset="micro",
                 scale="micro",
-                title="Captions to pictures to scores, in a world of known truth",
+                title="Captions to images to scores, in a world of known truth",
             )
         )
     )
@@ -355,7 +355,7 @@ def test_complete_and_silent(report):
     folder, page = report.parent, report.read_text(encoding="utf-8")
     assert len(check_silent(folder)) == 4 and size(folder) < LIMIT
     for text in (
-        "Captions to pictures to scores",
+        "Captions to images to scores",
         "0123456789 with uncommitted changes",
         "2 min 34 s",
         "scale micro",
@@ -475,7 +475,7 @@ def break_files(run, *names):
                 "score/figures/histogram.png",
                 *[f"generate/images/{o.name}" for o in (run / "generate/images").iterdir()],
             ),
-            "no readable picture",
+            "no readable image",
         ),
         (lambda run: (run / "score").rename(run / "score.partial"), "The stage score is not finished"),
         (lambda run: (run / "run.json").write_text('{"status": "failed", "title": "a"}'), "did not finish"),
@@ -501,7 +501,7 @@ def break_files(run, *names):
         ),
         (
             lambda run: pd.DataFrame(dict(key=["a"])).to_parquet(run / "sample/tables/pairs.parquet"),
-            "no readable picture",
+            "no readable image",
         ),
         (
             lambda run: (
@@ -523,13 +523,13 @@ def test_damage_is_named_not_fatal(run, tmp_path, hurt, says):
 def test_budget(run, tmp_path):
     rng = random.Random(1)
     pd.DataFrame(dict(score=[rng.random() for _ in range(1_200_000)])).to_parquet(run / "score/tables/huge.parquet")
-    pd.DataFrame(dict(picture=[b"bytes"])).to_parquet(run / "score/tables/pictures.parquet")
+    pd.DataFrame(dict(image=[b"bytes"])).to_parquet(run / "score/tables/images.parquet")
     report = render(run, tmp_path / "out")
     assert size(report.parent) < LIMIT and "would grow over 6 MB: score/tables/huge.parquet." in report.read_text(
         encoding="utf-8"
     )
     assert (report.parent / "score/tables/scores.parquet").exists() and not (
-        report.parent / "score/tables/pictures.parquet"
+        report.parent / "score/tables/images.parquet"
     ).exists()
 
 
@@ -618,7 +618,7 @@ def test_page_in_a_browser(report, tmp_path):
 
 @needs_browser
 def test_own_script_runs_and_page_is_not_blank(report, tmp_path):
-    "The content policy lets our script run from file://, and the pictures load"
+    "The content policy lets our script run from file://, and the images load"
     dom = browse(report.as_uri(), tmp_path, "--dump-dom")
     assert (
         "24 of 40 pairs" in dom

@@ -10,7 +10,7 @@ from selfalign.models.load import load_dual_encoder, load_generator
 from selfalign.models.paper_lora import add_paper_lora
 
 
-def pictures(n=3, size=64):
+def photos(n=3, size=64):
     rng = np.random.default_rng(0)
     return [Image.fromarray(rng.integers(0, 255, (size, size, 3), dtype=np.uint8)) for _ in range(n)]
 
@@ -51,7 +51,7 @@ def adapted(reference, folder, adapt=add_lora):
     plain = e.encode_text(tiny.CAPTIONS)
     wrapped = shake(adapt(e))
     save_adapter(wrapped, folder)
-    want = e.encode_image(pictures(size=e.size)), e.encode_text(tiny.CAPTIONS)
+    want = e.encode_image(photos(size=e.size)), e.encode_text(tiny.CAPTIONS)
     assert not torch.allclose(want[1], plain, atol=1e-3)  # otherwise the test shows nothing
     return e, wrapped, want
 
@@ -64,7 +64,7 @@ def peft_of_open_clip(clip, tmp_path, size=64):
     theirs = PeftModel.from_pretrained(
         open_clip.create_model(f"local-dir:{clip}").eval(), tmp_path / "adapter"
     ).merge_and_unload()
-    for a, b in zip(open_clip_vectors(theirs, clip, pictures(size=size), tiny.CAPTIONS), want):
+    for a, b in zip(open_clip_vectors(theirs, clip, photos(size=size), tiny.CAPTIONS), want):
         close(a, b, 5e-5)
 
 
@@ -83,7 +83,7 @@ def merged_for_open_clip(clip, tmp_path, adapt, size=64):
             (tmp_path / "merged.safetensors").read_bytes() if f.suffix == ".safetensors" else f.read_bytes()
         )
     for model in (one, open_clip.create_model(f"local-dir:{folder}").eval()):
-        for a, b in zip(open_clip_vectors(model, clip, pictures(size=size), tiny.CAPTIONS), want):
+        for a, b in zip(open_clip_vectors(model, clip, photos(size=size), tiny.CAPTIONS), want):
             close(a, b, 5e-5)
     assert set(one.state_dict()) == set(e.model.state_dict())
 
@@ -108,7 +108,7 @@ def adapter_and_merged_for_transformers(folder, tmp_path, size=64):
     for model in (theirs.base_model.model, plain):
         with torch.inference_mode():
             x, y = (
-                model.get_image_features(pixel_values=see(pictures(size=size), return_tensors="pt").pixel_values),
+                model.get_image_features(pixel_values=see(photos(size=size), return_tensors="pt").pixel_values),
                 model.get_text_features(input_ids=read(tiny.CAPTIONS, **ids).input_ids),
             )
         for a, b in zip((x, y), want):

@@ -20,7 +20,7 @@ from selfalign.self_align.score import (
 from selfalign.study.settings import StudyError
 
 
-def pictures(n, size=(64, 64)):
+def photos(n, size=(64, 64)):
     return [
         Image.fromarray(np.random.default_rng(i).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)) for i in range(n)
     ]
@@ -85,7 +85,7 @@ def test_equal_to_torchmetrics(library, fixture, request):
 
     folder = request.getfixturevalue(fixture)
     loaded = of_transformers(folder) if library == "transformers" else (OpenClip(folder),) * 2
-    images = pictures(5)
+    images = photos(5)
     tensors = [torch.from_numpy(np.array(i)).permute(2, 0, 1) for i in images]
     ours = clip_score(load_dual_encoder(f"{library}:{folder}"), images, tiny.CAPTIONS)
     with torch.inference_mode():
@@ -98,12 +98,12 @@ def test_equal_to_torchmetrics(library, fixture, request):
 def test_never_below_zero():
     assert to_score(np.array([-0.5, 0, 0.25])).tolist() == [0, 0, 25]
     with pytest.raises(StudyError, match="do not make pairs"):
-        clip_score(None, pictures(2), ["a"])
+        clip_score(None, photos(2), ["a"])
 
 
 @pytest.fixture
 def table(tmp_path):
-    for i, p in enumerate(pictures(11)):
+    for i, p in enumerate(photos(11)):
         save_png(p, tmp_path / f"{i}.png")
     captions = [tiny.CAPTIONS[i % 3] for i in range(11)]
     return pd.DataFrame(
@@ -131,7 +131,7 @@ def test_stored_scores_equal_direct_ones_and_texts_are_read_once(tiny_clip, tabl
     assert list(scores.columns) == ["key", "scorer", "cosine", "score"] and scores.key.tolist() == table.key.tolist()
     np.testing.assert_allclose(
         scores.score,
-        clip_score(load_dual_encoder(f"open_clip:{tiny_clip}"), pictures(11), list(table.caption)),
+        clip_score(load_dual_encoder(f"open_clip:{tiny_clip}"), photos(11), list(table.caption)),
         atol=0.05,
     )
     assert asked["text"] == sorted(set(table.caption), key=len) and asked["image"] == [4, 4, 3]
@@ -147,12 +147,12 @@ def test_another_preprocessing_is_refused(tiny_clip, table, tmp_path):
         score_pairs(encoder, table, tmp_path / "store", aspect="squash")
 
 
-def test_squash_differs_on_wide_pictures_only(tiny_clip):
+def test_squash_differs_on_wide_images_only(tiny_clip):
     encoder = load_dual_encoder(f"open_clip:{tiny_clip}")
-    wide = pictures(3, (128, 64))
+    wide = photos(3, (128, 64))
     a, b = (clip_score(encoder, wide, tiny.CAPTIONS[:3], m) for m in ("crop", "squash"))
     assert not np.allclose(a, b, atol=0.01)
-    np.testing.assert_array_equal(*(clip_score(encoder, pictures(3), tiny.CAPTIONS[:3], m) for m in ("crop", "pad")))
+    np.testing.assert_array_equal(*(clip_score(encoder, photos(3), tiny.CAPTIONS[:3], m) for m in ("crop", "pad")))
 
 
 def test_distinct_texts_short_first():

@@ -83,7 +83,7 @@ def test_clusters_must_match():
 
 
 def test_coverage_with_clusters():
-    "Pictures with three captions each: the cluster interval holds the truth as often as it says, the naive one does not."
+    "Images with three captions each: the cluster interval holds the truth as often as it says, the naive one does not."
     r, inside = rng(), {True: 0, False: 0}
     for _ in range(300):
         x = np.repeat(r.normal(0, 1, 80), 3) + r.normal(0, 0.3, 240)

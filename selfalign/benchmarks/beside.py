@@ -74,10 +74,10 @@ def measure(
 
 # %% ../../nbs/3_benchmarks/3f_beside.ipynb #0ada0441
 LEAKS = {
-    "hash": "near picture, by hash",
-    "mirrored hash": "near picture, by hash of its mirror image",
-    "embedding": "near picture, by embedding",
-    "any": "near picture, by any of these",
+    "hash": "near image, by hash",
+    "mirrored hash": "near image, by hash of its mirror image",
+    "embedding": "near image, by embedding",
+    "any": "near image, by any of these",
     "caption": "true text, word for word",
 }
 
@@ -94,18 +94,18 @@ def _leaked(items, text, suspects):
 
 def check_leaks(
     task,  # of the catalogue, with `text`
-    questions,  # its items and pictures
+    questions,  # its items and images
     answers: pd.DataFrame,  # predictions of the mode looking
-    trained: tuple,  # a `collection`: pictures, captions, problems
+    trained: tuple,  # a `collection`: images, captions, problems
     encoder=None,  # `encode_image`; without one only hashes are compared
 ) -> tuple:  # (rows for `measure`, suspects, list of problems)
     "How much of a test was in a training set, and what the model answers without that."
-    if not len(questions.pictures):
+    if not len(questions.images):
         raise BenchmarkError(
-            f"{task.name} was read from stored vectors, which cannot be compared with a training set; name the folder with its pictures"
+            f"{task.name} was read from stored vectors, which cannot be compared with a training set; name the folder with its images"
         )
     seen, said, problems = trained
-    asked = OnDemand({n: n for n in answers.image.unique()}, questions.pictures.__getitem__)
+    asked = OnDemand({n: n for n in answers.image.unique()}, questions.images.__getitem__)
     summary, suspects, more = find_leaks(
         asked, {t: t for t in answers[task.text].unique() if t} if task.text else {}, seen, said.text, encoder
     )

@@ -29,7 +29,7 @@ from selfalign.benchmarks.items import (
     BenchmarkError,
     coverage,
     encode,
-    open_pictures,
+    open_images,
     predict,
     require_coverage,
 )
@@ -81,7 +81,7 @@ def _read_checklist(data, images="", first=1000, datasets="", version="v1"):
 register(
     Task(
         "vl-checklist",
-        "VL-CheckList: object, attribute or relation, two short phrases a picture",
+        "VL-CheckList: object, attribute or relation, two short phrases an image",
         _read_checklist,
         ask_two_choice,
         checklist_rows,
@@ -126,7 +126,7 @@ def _ask_winoground(questions, encoder):
 register(
     Task(
         "winoground",
-        "Winoground: two pictures and two captions of the same words",
+        "Winoground: two images and two captions of the same words",
         _read_winoground,
         _ask_winoground,
         winoground_table,
@@ -146,7 +146,7 @@ def _read_retrieval(data, images="", first=0, split="test", captions=5):
 register(
     Task(
         "retrieval",
-        "Retrieval: find a caption's picture and a picture's caption in a pool",
+        "Retrieval: find a caption's image and an image's caption in a pool",
         _read_retrieval,
         ask_retrieval,
         retrieval_table,
@@ -211,15 +211,15 @@ def _checked(task, given):
 
 # %% ../../nbs/3_benchmarks/3b_catalogue.ipynb #26b35a8a
 def at_hand(
-    questions,  # items and pictures
-) -> tuple:  # (items whose picture is not known to be missing, problems of the others)
-    "What can be asked, as far as one can see without opening a picture."
+    questions,  # items and images
+) -> tuple:  # (items whose image is not known to be missing, problems of the others)
+    "What can be asked, as far as one can see without opening an image."
     gone = [
-        n for n, p in getattr(questions, "pictures", {}).items() if isinstance(p, (str, Path)) and not Path(p).is_file()
+        n for n, p in getattr(questions, "images", {}).items() if isinstance(p, (str, Path)) and not Path(p).is_file()
     ]
     if not gone:
         return questions.items, []
-    return questions.items[~questions.items.image.isin(gone)], open_pictures(
+    return questions.items[~questions.items.image.isin(gone)], open_images(
         questions, [n for n in gone if (questions.items.image == n).any()]
     )[1]
 
@@ -227,8 +227,8 @@ def at_hand(
 class Watched:
     "An encoder with a progress bar; large numbers of texts go to it in portions."
 
-    def __init__(self, encoder, pictures):
-        self.encoder, self.bar = encoder, tqdm(total=pictures, desc="pictures", disable=pictures < 500)
+    def __init__(self, encoder, total):
+        self.encoder, self.bar = encoder, tqdm(total=total, desc="images", disable=total < 500)
 
     def __getattr__(self, name):
         return getattr(self.encoder, name)
@@ -331,7 +331,7 @@ def run_task(
     name: str,  # of a benchmark in the catalogue
     model,  # reference of a model, or an encoder
     data: str,  # folder, file or source, see the benchmark's notebook
-    images: str = "",  # folder of the pictures, where they lie elsewhere
+    images: str = "",  # folder of the images, where they lie elsewhere
     out: str | Path | None = None,  # folder for the results; default: `results_folder`
     least: float = 0.99,  # share of every file that must be answered
     train: str = "",  # what the model was trained on, see `collection`; empty: leakage is not checked

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from .audits import derangement, mean_of_others, words
-from .items import Benchmark, BenchmarkError, _encode_pictures, place_below
+from .items import Benchmark, BenchmarkError, _encode_images, place_below
 from ..data.formats import flickr_lines
 from ..data.pairs import clean_caption
 from ..data.readers import problem
@@ -116,17 +116,17 @@ own_captions = {
 
 @dataclass(repr=False)
 class RatedQuestions(Benchmark):
-    "Pictures and captions that people judged."
+    "Images and captions that people judged."
 
     prompt: str = "A photo depicts {}"  # what the caption is put into
 
 # %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #4bb71fd7
 def _judged(part, path, captions, home, own, first):
-    "Items, pictures and problems of one file."
-    items, pictures, problems, seen = [], {}, [], set()
+    "Items, images and problems of one file."
+    items, images, problems, seen = [], {}, [], set()
     texts = pd.Series(captions).groupby(lambda key: key.rpartition("#")[0]).agg(set)
     for i, (image, caption, *judgement) in _rows(path, 5, problems):
-        if first and len(pictures) == first and image not in pictures:
+        if first and len(images) == first and image not in images:
             continue
         try:
             place = place_below(home, image, f"row {i}")
@@ -141,7 +141,7 @@ def _judged(part, path, captions, home, own, first):
             problems.append(problem(path, i, str(e), "left out; rows count from 1"))
             continue
         seen.add((image, caption))
-        pictures[image] = place
+        images[image] = place
         items.append(
             dict(
                 key=f"{part}:{i}",
@@ -156,15 +156,15 @@ def _judged(part, path, captions, home, own, first):
         )
     if part in own_captions[own]:
         items = [item for item in items if not item["own"]]
-    return items, pictures, problems
+    return items, images, problems
 
 # %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #0cb8face
 def read_human_agreement(
     data: str | Path,  # folder with the three files
-    images: str | Path = "",  # folder with the pictures; empty: Flicker8k_Dataset in `data`
-    first: int = 0,  # pictures a file, with all their judgements; 0: all
+    images: str | Path = "",  # folder with the images; empty: Flicker8k_Dataset in `data`
+    first: int = 0,  # images a file, with all their judgements; 0: all
     only: str = "",  # expert or crowd; empty: both
-    own: str = "published",  # captions beside their own picture: published, kept, left out
+    own: str = "published",  # captions beside their own image: published, kept, left out
     prompt: str = "A photo depicts {}",  # what the caption is put into; {}: the caption alone
 ) -> RatedQuestions:  # one item a judged pair
     "Read Flickr8k-Expert and Flickr8k-CF."
@@ -185,14 +185,14 @@ def read_human_agreement(
             if not only
             else f"{asked[only]} is not there; fetch it, or ask for the other set"
         )
-    items, pictures, expected = [], {}, {path.name: 0 for part, path in asked.items() if part not in there}
+    items, paths, expected = [], {}, {path.name: 0 for part, path in asked.items() if part not in there}
     problems += [
         problem(data / name, "", "not there", f"fetch it, or ask for {next(iter(there))} only") for name in expected
     ]
     for part, path in there.items():
         mine, shown, wrong = _judged(part, path, captions, home, own, first)
         items += mine
-        pictures |= shown
+        paths |= shown
         problems += wrong
         expected[path.name] = len(mine) + len(wrong)
     if not items:
@@ -201,17 +201,17 @@ def read_human_agreement(
             if problems
             else f"{data}: the files are empty"
         )
-    return RatedQuestions(pd.DataFrame(items), pictures, expected, problems, prompt)
+    return RatedQuestions(pd.DataFrame(items), paths, expected, problems, prompt)
 
 # %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #447a105b
 def ask_human_agreement(
-    questions: RatedQuestions,  # pictures, captions, judgements
+    questions: RatedQuestions,  # images, captions, judgements
     encoder,  # `encode_image`, `encode_text`
-    batch: int = 256,  # pictures opened at a time
-    seed: int = 0,  # of the exchange of pictures
+    batch: int = 256,  # images opened at a time
+    seed: int = 0,  # of the exchange of images
 ) -> tuple:  # (predictions of four modes, list of problems)
-    "Score every pair, with its picture and without."
-    there, images, problems = _encode_pictures(questions, encoder, batch)
+    "Score every pair, with its image and without."
+    there, images, problems = _encode_images(questions, encoder, batch)
     items = questions.items[questions.items.image.isin(there)].reset_index(drop=True)
     texts = pd.Index(sorted(items.caption.unique(), key=lambda t: (len(t), t)))
     vectors = np.asarray(encoder.encode_text([questions.prompt.replace("{}", t) for t in texts]), np.float64)[
@@ -271,7 +271,7 @@ def _rows_of(part):
 # %% ../../nbs/3_benchmarks/39_human_agreement.ipynb #cf4d9172
 def human_agreement_table(
     predictions: pd.DataFrame,  # of one mode
-    repeats: int = 500,  # of the bootstrap over pictures
+    repeats: int = 500,  # of the bootstrap over images
     **kwargs,  # seed, level of `bootstrap`
 ) -> pd.DataFrame:  # row, metric, value, low, high, n, chance, unit
     "Rank correlations with people, of a score, and of people with each other."

@@ -114,7 +114,7 @@ def alternatives(
 # %% ../../nbs/3_benchmarks/33_micro_checklist.ipynb #d5ed27cd
 def holds(
     claims: dict,  # of a phrase
-    scene,  # what the picture shows
+    scene,  # what the image shows
 ) -> bool:
     "Whether the phrase is true of some of the things, read from either end."
     for order in permutations(scene.things):
@@ -279,7 +279,7 @@ def write_micro_checklist(
     items: int = 300,  # a category and variant, an even number
     pool: str = "evaluation",  # of scenes
     captions: list | None = None,  # what counts as frequent; default: 1 000 web captions of pool `study`
-    size: int = 64,  # side of the pictures in pixels
+    size: int = 64,  # side of the images in pixels
     seed: int = 0,  # of the biased texts
 ) -> Path:
     "Write the micro benchmark, both variants, in VL-CheckList's layout."

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 from .audits import derangement
-from .items import Benchmark, BenchmarkError, OnDemand, _encode_pictures, load_json, place_below
+from .items import Benchmark, BenchmarkError, OnDemand, _encode_images, load_json, place_below
 from ..data.formats import karpathy_entry
 from ..data.images import ImageProblem
 from ..data.pairs import clean_caption
@@ -50,9 +50,9 @@ def queries(
     file: str,  # where it was read
     captions: dict,  # image → texts
     problems: list,  # gets what is wrong with a text
-    keep: int = 5,  # captions a picture; 0: all
+    keep: int = 5,  # captions an image; 0: all
 ) -> tuple:  # (table of queries, how many there should be)
-    "One row a picture and one a caption."
+    "One row an image and one a caption."
     rows, wanted = [], 0
     for image, texts in captions.items():
         texts = list(texts)[: keep or None]
@@ -70,7 +70,7 @@ def queries(
 
 # %% ../../nbs/3_benchmarks/37_retrieval.ipynb #0e5f35bc
 def _entry(row, root):
-    "Place of the picture and captions of one entry; or a ValueError that says what is wrong."
+    "Place of the image and captions of one entry; or a ValueError that says what is wrong."
     where, texts = karpathy_entry(row)
     place = place_below(root, where, "filename")
     flat = place_below(root, row["filename"], "filename")
@@ -79,11 +79,10 @@ def _entry(row, root):
 # %% ../../nbs/3_benchmarks/37_retrieval.ipynb #632f1bd9
 def read_karpathy(
     path: str | Path,  # dataset_coco.json or dataset_flickr30k.json
-    images: str
-    | Path = "",  # holds the pictures, with or without the folders that the file names; empty: beside the file
+    images: str | Path = "",  # holds the images, with or without the file's folders; empty: beside it
     split: str = "test",  # train, restval, val or test
-    first: int = 0,  # pictures; 0: all
-    captions: int = 5,  # a picture; 0: all
+    first: int = 0,  # images; 0: all
+    captions: int = 5,  # an image; 0: all
 ) -> Benchmark:
     "Read a split of Karpathy's files."
     path = Path(path)
@@ -95,7 +94,7 @@ def read_karpathy(
     splits = {str(r.get("split")) for r in rows if isinstance(r, dict)}
     if split not in splits:
         raise BenchmarkError(f"{path}: has no split {split!r}; {nearest(split, sorted(splits))}")
-    texts, pictures, problems = {}, {}, []
+    texts, paths, problems = {}, {}, []
     chosen = [(i, r) for i, r in enumerate(rows) if not isinstance(r, dict) or r.get("split") == split][: first or None]
     for i, row in chosen:
         try:
@@ -104,15 +103,13 @@ def read_karpathy(
             problems.append(problem(path, i, str(e), "entries count from 0; repair the entry or fetch the file again"))
             continue
         image = place.relative_to(root).as_posix()
-        texts[image], pictures[image] = found, place
+        texts[image], paths[image] = found, place
     items, wanted = queries(path.name, texts, problems, captions)
-    return Benchmark(
-        items, pictures, {path.name: wanted + (1 + (captions or 5)) * (len(chosen) - len(texts))}, problems
-    )
+    return Benchmark(items, paths, {path.name: wanted + (1 + (captions or 5)) * (len(chosen) - len(texts))}, problems)
 
 # %% ../../nbs/3_benchmarks/37_retrieval.ipynb #bcaf5504
-def _picture(record):
-    "The picture of a record, or what is wrong with it."
+def _image(record):
+    "The image of a record, or what is wrong with it."
     if record["problem"]:
         raise ImageProblem(record["problem"]["what"], record["problem"]["remedy"])
     return record["image"]
@@ -130,8 +127,8 @@ def _captions(record):
 
 def read_source(
     source: str,  # of `open_pairs`
-    first: int = 0,  # pictures; 0: all
-    captions: int = 5,  # a picture; 0: all
+    first: int = 0,  # images; 0: all
+    captions: int = 5,  # an image; 0: all
 ) -> Benchmark:
     "Make any source of pairs a collection to search in."
     pairs = open_pairs(source)
@@ -140,14 +137,14 @@ def read_source(
     texts = {k: _captions(pairs.told(i)) for i, k in enumerate(tqdm(keys, desc="captions", disable=len(keys) < 500))}
     items, wanted = queries(source, texts, problems, captions)
     return Benchmark(
-        items, OnDemand({k: i for i, k in enumerate(keys)}, lambda i: _picture(pairs[i])), {source: wanted}, problems
+        items, OnDemand({k: i for i, k in enumerate(keys)}, lambda i: _image(pairs[i])), {source: wanted}, problems
     )
 
 # %% ../../nbs/3_benchmarks/37_retrieval.ipynb #4467189c
 def search(
-    images,  # (m, d), one vector a picture
+    images,  # (m, d), one vector an image
     texts,  # (n, d), one vector a caption
-    owner,  # (n,) caption → picture
+    owner,  # (n,) caption → image
 ) -> dict:  # direction → ranks
     "Ranks in both directions."
     every = np.arange(len(images))
@@ -157,11 +154,11 @@ def search(
 def ask_retrieval(
     questions: Benchmark,  # of `read_karpathy` or `read_source`
     encoder,  # `encode_image`, `encode_text`
-    batch: int = 256,  # pictures opened at a time
-    seed: int = 0,  # of the exchange of pictures
+    batch: int = 256,  # images opened at a time
+    seed: int = 0,  # of the exchange of images
 ) -> tuple:  # (predictions: one row a query and mode, with rank, pool and own; problems)
-    "Rank every caption's picture and every picture's captions."
-    names, images, problems = _encode_pictures(questions, encoder, batch)
+    "Rank every caption's image and every image's captions."
+    names, images, problems = _encode_images(questions, encoder, batch)
     asked = questions.items[questions.items.image.isin(names)]
     captions = asked[asked.category == DIRECTIONS[1]]
     told = set(captions.image)
@@ -176,11 +173,11 @@ def ask_retrieval(
         shown["shuffled"] = images[derangement(len(names), np.random.default_rng(seed))]
     for mode, x in shown.items():
         found = search(x, vectors, owner)
-        pictures = asked[asked.category == DIRECTIONS[0]].assign(
+        ranked = asked[asked.category == DIRECTIONS[0]].assign(
             rank=found[DIRECTIONS[0]][place], pool=len(owner), own=size[place]
         )
         tables.append(
-            pd.concat([pictures, captions.assign(rank=found[DIRECTIONS[1]], pool=len(names), own=1)]).assign(mode=mode)
+            pd.concat([ranked, captions.assign(rank=found[DIRECTIONS[1]], pool=len(names), own=1)]).assign(mode=mode)
         )
     return pd.concat(tables, ignore_index=True), questions.problems + problems
 

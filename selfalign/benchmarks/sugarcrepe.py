@@ -22,7 +22,7 @@ KINDS = ("add", "replace", "swap")
 
 # %% ../../nbs/3_benchmarks/35_sugarcrepe.ipynb #69f980c9
 def _row(row, root):
-    "Place of the picture, both texts and remarks; or a ValueError that says what is wrong."
+    "Place of the image, both texts and remarks; or a ValueError that says what is wrong."
     if not isinstance(row, dict) or not {"filename", "caption", "negative_caption"} <= set(row):
         raise ValueError('not {"filename", "caption", "negative_caption"}')
     (positive, first), (negative, second) = clean_caption(row["caption"]), clean_caption(row["negative_caption"])
@@ -32,8 +32,8 @@ def _row(row, root):
 
 # %% ../../nbs/3_benchmarks/35_sugarcrepe.ipynb #40210b16
 def _items_of(file, path, root, first):
-    "Items, pictures and problems of one file."
-    items, pictures, problems = [], {}, []
+    "Items, images and problems of one file."
+    items, images, problems = [], {}, []
     for i, row in list(load_json(path).items())[: first or None]:
         try:
             place, positive, negative, remarks = _row(row, root)
@@ -42,16 +42,16 @@ def _items_of(file, path, root, first):
             continue
         problems += [problem(path, i, r, "the cleaned text was used") for r in remarks]
         image = place.relative_to(root).as_posix()
-        pictures[image] = place
+        images[image] = place
         items.append(
             dict(key=f"{file}:{i}", category=file, file=file, image=image, positive=positive, negative=negative)
         )
-    return items, pictures, problems
+    return items, images, problems
 
 # %% ../../nbs/3_benchmarks/35_sugarcrepe.ipynb #5e2bf550
 def read_sugarcrepe(
     folder: str | Path,  # holds add_att.json and the others, or data/ with them
-    images: str | Path = "",  # holds COCO's val2017 pictures; empty: val2017/ in the folder
+    images: str | Path = "",  # holds COCO's val2017 images; empty: val2017/ in the folder
     first: int = 0,  # items a file; 0: all
 ) -> Benchmark:
     "Read SugarCrepe."
@@ -60,7 +60,7 @@ def read_sugarcrepe(
         raise BenchmarkError(
             f"{folder}: none of {', '.join(COUNTS)} (.json) is there; give the folder data/ of the benchmark's repository"
         )
-    root, items, pictures, problems = Path(images or Path(folder) / "val2017"), [], {}, []
+    root, items, paths, problems = Path(images or Path(folder) / "val2017"), [], {}, []
     for file in COUNTS:
         path = homes[0] / f"{file}.json"
         if not path.is_file():
@@ -68,11 +68,11 @@ def read_sugarcrepe(
             continue
         mine, shown, wrong = _items_of(file, path, root, first)
         items += mine
-        pictures |= shown
+        paths |= shown
         problems += wrong
     return Benchmark(
         pd.DataFrame(items, columns=list(ITEM_COLUMNS)),
-        pictures,
+        paths,
         {f: min(n, first or n) for f, n in COUNTS.items()},
         problems,
     )
@@ -96,7 +96,7 @@ def sugarcrepe_table(
     predictions: pd.DataFrame,  # of a model or an audit
     **kwargs,  # repeats, seed, level of `bootstrap`
 ) -> pd.DataFrame:  # row, metric, value, low, high, n, chance
-    "Files, kinds and overall, with intervals over pictures."
+    "Files, kinds and overall, with intervals over images."
     rows = []
     for row, part in sugarcrepe_groups(predictions):
         means = dict(accuracy=part.correct.astype(float))

@@ -41,11 +41,11 @@ def _corpus(path):
 
 # %% ../../nbs/3_benchmarks/31_vl_checklist.ipynb #3b74dd5d
 def _row(row):
-    "Picture, true text and false text of a row, and remarks; or a ValueError that says what is wrong."
+    "Image, true text and false text of a row, and remarks; or a ValueError that says what is wrong."
     try:
         (image, texts), (positive, negative) = row, (row[1][k][0] for k in ("POS", "NEG"))
     except (TypeError, ValueError, KeyError, IndexError):
-        raise ValueError('not [picture, {"POS": [text, …], "NEG": [text, …]}]') from None
+        raise ValueError('not [image, {"POS": [text, …], "NEG": [text, …]}]') from None
     (positive, first), (negative, second) = clean_caption(positive), clean_caption(negative)
     if not (positive and negative):
         raise ValueError("a text is missing")
@@ -53,9 +53,9 @@ def _row(row):
 
 # %% ../../nbs/3_benchmarks/31_vl_checklist.ipynb #590306bd
 def _items_of(file, path, root, home):
-    "Items, pictures, problems and number of rows of one annotation file."
+    "Items, images, problems and number of rows of one annotation file."
     category, _, name = file.rpartition("/")
-    items, pictures, problems = [], {}, []
+    items, images, problems = [], {}, []
     for i, row in enumerate(load_json(path, list)):
         try:
             image, positive, negative, remarks = _row(row)
@@ -69,7 +69,7 @@ def _items_of(file, path, root, home):
                 problem(path, i, f"both texts are {positive!r}", "nobody can answer this item; it counts as wrong")
             )
         image = place.relative_to(home).as_posix()
-        pictures[image] = place
+        images[image] = place
         items.append(
             dict(
                 key=f"{file}:{i}",
@@ -81,16 +81,16 @@ def _items_of(file, path, root, home):
                 negative=negative,
             )
         )
-    return items, pictures, problems, i + 1
+    return items, images, problems, i + 1
 
 # %% ../../nbs/3_benchmarks/31_vl_checklist.ipynb #f7af1e9e
-def _first(items, pictures, problems, k):
-    "The first k items whose picture is there; the skipped ones are listed."
+def _first(items, images, problems, k):
+    "The first k items whose image is there; the skipped ones are listed."
     kept = []
     for item in items:
         if len(kept) == k:
             break
-        if pictures[item["image"]].is_file():
+        if images[item["image"]].is_file():
             kept.append(item)
         else:
             problems.append(
@@ -137,11 +137,11 @@ def read_checklist(
     folder: str | Path,  # holds corpus/ and data/
     images: str | Path = "",  # holds vg/, swig/, hake/; empty: the same folder
     datasets: tuple = (),  # corpus files to read, e.g. ('vg_obj',) or ('vg',); empty: all
-    first_k: int = 0,  # items a file, of those whose picture is there; 0: all items
+    first_k: int = 0,  # items a file, of those whose image is there; 0: all items
     version: str = "v1",  # folder below corpus/
 ) -> Benchmark:
     "Read VL-CheckList, or anything laid out like it."
-    home, items, pictures, expected, problems = Path(images or folder), [], {}, {}, []
+    home, items, paths, expected, problems = Path(images or folder), [], {}, {}, []
     for file, path, entries, annotations in _annotation_files(
         folder, version, [datasets] if isinstance(datasets, str) else datasets
     ):
@@ -157,10 +157,10 @@ def read_checklist(
         if first_k:
             mine = _first(mine, shown, wrong, first_k)
         items += mine
-        pictures |= shown
+        paths |= shown
         problems += wrong
     columns = ["key", "category", "file", "dataset", "image", "positive", "negative"]
-    return Benchmark(pd.DataFrame(items, columns=columns), pictures, expected, problems)
+    return Benchmark(pd.DataFrame(items, columns=columns), paths, expected, problems)
 
 # %% ../../nbs/3_benchmarks/31_vl_checklist.ipynb #9fa915b9
 def section_of(
@@ -208,7 +208,7 @@ def _groups(predictions):
 def checklist_table(
     predictions: pd.DataFrame,  # of any model or audit, of one data set's worth of files
     **kwargs,  # repeats, seed, level of `bootstrap`
-) -> pd.DataFrame:  # row, value, low, high, n, pictures, item_mean, distinct
+) -> pd.DataFrame:  # row, value, low, high, n, images, item_mean, distinct
     "Categories and sections, averaged in the usual way with intervals, and plainly."
     rows = []
     for name, part in _groups(predictions):
@@ -218,7 +218,7 @@ def checklist_table(
             dict(
                 row=name,
                 **interval._asdict(),
-                pictures=part.image.nunique(),
+                images=part.image.nunique(),
                 item_mean=float(part.correct.mean()),
                 distinct=float(distinct.correct.mean()),
             )

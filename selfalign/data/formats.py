@@ -10,7 +10,7 @@ __all__ = ['usual', 'sail_columns', 'llava', 'coco', 'karpathy_entry', 'karpathy
 import itertools, os, re
 from pathlib import Path
 from ..study.settings import at_root, nearest
-from .images import ImageProblem, named_picture
+from .images import ImageProblem, named_image
 from .readers import SourceError, read_file
 from .streams import json_items, records, text_lines
 from .tables import TablePairs, as_row
@@ -31,7 +31,7 @@ def _said(entry, column, file):
 
 def llava(
     path: str,  # the JSON file
-    images: str = "",  # folder of the pictures; empty: beside the file
+    images: str = "",  # folder of the images; empty: beside the file
     caption_column: str = "",  # for lists without conversations: which caption; empty: blip_caption
     caption_source: str = "blip",  # who wrote the captions
 ) -> TablePairs:
@@ -54,7 +54,7 @@ def llava(
 # %% ../../nbs/1_data/1b_formats.ipynb #f950be88
 def coco(
     path: str,  # captions_*.json
-    images: str = "",  # folder of the pictures; empty: beside the file or beside its folder
+    images: str = "",  # folder of the images; empty: beside the file or beside its folder
     caption_source: str = "human",  # who wrote the captions
 ) -> TablePairs:
     "COCO captions of 2014 and 2017."
@@ -84,7 +84,7 @@ def coco(
 # %% ../../nbs/1_data/1b_formats.ipynb #33e6bfdd
 def karpathy_entry(
     entry,  # of the list `images`
-) -> tuple:  # (path of the picture, list of captions)
+) -> tuple:  # (path of the image, list of captions)
     "What an entry of Karpathy's lists says, or a ValueError that says what is wrong."
     try:
         where, texts = (
@@ -92,14 +92,14 @@ def karpathy_entry(
             [s["raw"] for s in entry["sentences"]],
         )
     except (TypeError, KeyError, AttributeError):
-        raise ValueError('no picture or no captions: not {"filename", "split", "sentences": [{"raw"}, …]}') from None
+        raise ValueError('no image or no captions: not {"filename", "split", "sentences": [{"raw"}, …]}') from None
     return where, texts
 
 # %% ../../nbs/1_data/1b_formats.ipynb #fbaa8bfb
 def karpathy(
     path: str,  # dataset_*.json
     split: str = "",  # train, restval, val or test; empty: all
-    images: str = "",  # folder of the pictures; empty: look for it
+    images: str = "",  # folder of the images; empty: look for it
     caption_source: str = "human",  # who wrote the captions
 ) -> TablePairs:
     "Karpathy's lists of COCO, Flickr30k and Flickr8k."
@@ -149,7 +149,7 @@ _line = re.compile(r"(.+?)#(\d+)\t(.*)|(.+?)\s*\|\s*(\d+)\s*\|(.*)")
 
 def flickr_lines(
     path: str | Path,  # *.token, *.token.txt or results.csv
-):  # gives (number of the line, picture, number of the caption, caption); without a picture, the line instead of a caption
+):  # gives (number of the line, image, number of the caption, caption); without an image, the line instead of a caption
     "The lines of a file of captions, those left out that say nothing."
     for number, line in text_lines(path):
         found = _line.fullmatch(line or "")
@@ -162,7 +162,7 @@ def flickr_lines(
 def flickr(
     path: str,  # *.token, *.token.txt or results.csv
     split: str = "",  # Flickr8k: train, dev or test; empty: all
-    images: str = "",  # folder of the pictures; empty: look for it
+    images: str = "",  # folder of the images; empty: look for it
     caption_source: str = "human",  # who wrote the captions
 ) -> TablePairs:
     "The captions of Flickr30k and Flickr8k as their authors published them."
@@ -190,7 +190,7 @@ def flickr(
 
 # %% ../../nbs/1_data/1b_formats.ipynb #c1c4077b
 usual = dict(
-    image="image image_path path img_path image_file file_name filename file filepath img image_name picture".split(),
+    image="image image_path path img_path image_file file_name filename file filepath img image_name image".split(),
     caption="caption text captions title description alt_text alt raw_caption blip_caption sentence sentences comment prompt".split(),
     key="key id uid sample_id".split(),
 )
@@ -202,7 +202,7 @@ def choose(
     given: str,  # the column asked for; empty: find it
     file: str,  # for the message
 ) -> str:  # a column; empty only for a key
-    "Find the column of pictures, captions or keys."
+    "Find the column of images, captions or keys."
     names = list(names)
     if given and given not in names:
         raise SourceError(f"{file} has no column {given!r}; {nearest(given, names)}")
@@ -216,7 +216,7 @@ def choose(
     links = [n for n in names if n.lower() in ("url", "image_url") or n.startswith(("http://", "https://"))]
     if not found and kind == "image" and links:
         raise SourceError(
-            f"{file} is a list of addresses; fetch the pictures first, e.g. img2dataset --url_list {file} --input_format tsv --url_col url --caption_col caption --output_format webdataset (a file without column names needs the line caption<tab>url on top), then open the folder it writes"
+            f"{file} is a list of addresses; fetch the images first, e.g. img2dataset --url_list {file} --input_format tsv --url_col url --caption_col caption --output_format webdataset (a file without column names needs the line caption<tab>url on top), then open the folder it writes"
         )
     if found:
         raise SourceError(
@@ -330,16 +330,16 @@ def folder(
     path: str,  # a folder
     caption_source: str = "web",  # who wrote the captions
 ) -> TablePairs:
-    "Pictures, each with its caption in a text file of the same name."
+    "Images, each with its caption in a text file of the same name."
     path = at_root(path)
     if not path.is_dir():
-        raise SourceError(f"{path} is no folder; name the one that holds pictures and their .txt files")
+        raise SourceError(f"{path} is no folder; name the one that holds images and their .txt files")
 
     def rows():
         for place, inside, names in os.walk(path):
             inside.sort()
             below, notes = Path(place).relative_to(path), {n[:-4] for n in names if n.endswith(".txt")}
-            shown = [n for n in sorted(names) if named_picture(n) and not n.startswith(".")]
+            shown = [n for n in sorted(names) if named_image(n) and not n.startswith(".")]
             for n in shown:
                 yield as_row(
                     file := (below / n).as_posix(),
@@ -348,6 +348,6 @@ def folder(
                     _note(path, f"{file.rpartition('.')[0]}.txt") if n.rpartition(".")[0] in notes else "",
                 )
             for n in sorted(notes - {n.rpartition(".")[0] for n in shown}):
-                yield (below / f"{n}.txt").as_posix(), "a caption without a picture"
+                yield (below / f"{n}.txt").as_posix(), "a caption without an image"
 
     return TablePairs(f"folder:{path.name}", path.name, rows(), [path], caption_source=caption_source)

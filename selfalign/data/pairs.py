@@ -142,7 +142,7 @@ def image_path(
     image: str,  # the table's `image`: path below the folder, or `place#member`
     folder: str | Path,  # the folder of the stage that wrote the table
 ) -> Path:  # the file, or the archive that holds it (relative to the project)
-    "Where a pair's picture lies, without leaving the folder."
+    "Where a pair's image lies, without leaving the folder."
     place, member = image_place(image)
     if place.endswith("/"):
         return below(at_root(place), member)
@@ -159,12 +159,12 @@ def _row_problem(row, folder, seen):
         there = not pd.isna(row["image"]) and image_path(row["image"], folder).is_file()
     except PairsError as e:
         return str(e), "name a file below the folder"
-    return None if there else ("the picture is not there", f"put {row['image']} in place or leave the row out")
+    return None if there else ("the image is not there", f"put {row['image']} in place or leave the row out")
 
 # %% ../../nbs/1_data/10_pairs.ipynb #b6c3f3fc
 def check_pairs(
     df: pd.DataFrame,  # pairs from somewhere
-    folder: str | Path,  # the folder that their pictures are relative to
+    folder: str | Path,  # the folder that their images are relative to
     file: str = "pairs",  # name of the table for the messages
 ) -> tuple:  # (usable pairs, list of problems)
     "Keep the pairs that can be used, captions made harmless; list everything else."

@@ -274,10 +274,10 @@ class Thing:
     object: str  # one of `objects`
     colour: str  # one of `colours`
     pattern: str = "plain"  # the material: plain, striped or dotted
-    size: str = "medium"  # small, medium or large, by the share of the picture that the object's box fills
+    size: str = "medium"  # small, medium or large, by the share of the image that the object's box fills
     x: float = 0.5  # centre, as a share of the width
     y: float = 0.5  # centre, as a share of the height
-    extent: float = 0.42  # side of the box, as a share of the picture's side
+    extent: float = 0.42  # side of the box, as a share of the image's side
     state: str = ""  # '' or 'upside down'
     action: str = ""  # '' or 'moving' (speed lines) or 'jumping' (a shadow below)
     flip: bool = False  # mirrored
@@ -292,14 +292,14 @@ class Thing:
 
     @property
     def location(self) -> str:
-        "VL-CheckList's rule: distance of the centre from the picture's, in thirds of the half diagonal."
+        "VL-CheckList's rule: distance of the centre from the image's, in thirds of the half diagonal."
         d = math.hypot(self.x - 0.5, self.y - 0.5) / math.hypot(0.5, 0.5)
         return "center" if d <= 1 / 3 else "margin" if d > 2 / 3 else "mid"
 
 # %% ../../nbs/1_data/13_scenes.ipynb #235bb6fe
 @dataclass(frozen=True)
 class Scene:
-    "What a picture shows: one or two things, their relation and the surroundings."
+    "What an image shows: one or two things, their relation and the surroundings."
 
     things: tuple  # of `Thing`; the first is the subject
     relation: str = ""  # between the first and the second thing: one of `relations`
@@ -403,7 +403,7 @@ def _draw_thing(image, thing, side):
 # %% ../../nbs/1_data/13_scenes.ipynb #1e12ee75
 def render(
     scene: Scene,  # what to draw
-    size: int = 64,  # side of the picture in pixels
+    size: int = 64,  # side of the image in pixels
     noise: float = 2.5,  # standard deviation of the camera noise, in grey levels of 255
 ) -> Image.Image:  # RGB, size x size
     "Draw a scene."

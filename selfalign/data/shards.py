@@ -113,7 +113,7 @@ def as_caption(
 def as_captions(
     said,  # what a file gives as captions: a list, or an object of kinds
 ):  # the same with its texts only
-    "All captions of a picture."
+    "All captions of an image."
     if isinstance(said, dict):
         return {as_caption(k): as_caption(v) for k, v in said.items() if as_caption(v).strip()}
     return [as_caption(c) for c in said if as_caption(c).strip()] if isinstance(said, list) else []
@@ -133,7 +133,7 @@ def _details(data):
         found = json.loads(data) if data else {}
     except (ValueError, RecursionError):
         found = None
-    return (found, []) if isinstance(found, dict) else ({}, ["unreadable JSON beside the picture ignored"])
+    return (found, []) if isinstance(found, dict) else ({}, ["unreadable JSON beside the image ignored"])
 
 # %% ../../nbs/1_data/18_shards.ipynb #7eb4cd28
 class TarPairs:
@@ -160,7 +160,7 @@ class TarPairs:
             raise SourceError("{file}: no usable pair; {row}: {what}; {remedy}".format(**self.problems[0]))
         if not len(self):
             raise SourceError(
-                f"{self.shards[0].name}: no pair of a picture and a caption in it; fetch it again, or name other archives"
+                f"{self.shards[0].name}: no pair of an image and a caption in it; fetch it again, or name other archives"
             )
 
     def __len__(self):
@@ -178,7 +178,7 @@ def _add(self: TarPairs, n):
     for p in problems:
         self.problems.add(**p)
     for key, files in _samples(names).items():
-        why = "no picture" if "image" not in files else "no caption" if not {"txt", "json"} & set(files) else ""
+        why = "no image" if "image" not in files else "no caption" if not {"txt", "json"} & set(files) else ""
         if why:
             self.problems.add(shard.name, key, why, "left out; repair the archive")
         else:
@@ -222,13 +222,13 @@ def _words(shard, txt, details):
 # %% ../../nbs/1_data/18_shards.ipynb #e8dd990a
 @patch
 def _record(self: TarPairs, i, look):
-    "The record with this number, with its picture or without."
-    key, (n, picture, txt, details) = self.keys[i], self._where[i]
+    "The record with this number, with its image or without."
+    key, (n, image, txt, details) = self.keys[i], self._where[i]
     shard = self.shards[n]
     caption, captions, said, remarks = _words(shard, txt, details)
     base, name = (
         shard.relative_to(self.root) if shard.is_relative_to(self.root) else shard,
-        tar_index(shard)[0][int(picture)].as_py(),
+        tar_index(shard)[0][int(image)].as_py(),
     )
     known = dict(
         caption=caption,
@@ -237,7 +237,7 @@ def _record(self: TarPairs, i, look):
         captions=json.dumps(captions),
         reference=f"{base.as_posix()}#{name}",
     )
-    record = make_record(key, functools.partial(_read, shard, picture) if look else None, name, shard.name, **known)
+    record = make_record(key, functools.partial(_read, shard, image) if look else None, name, shard.name, **known)
     return record | dict(remarks=record["remarks"] + remarks)
 
 
@@ -252,5 +252,5 @@ def told(
     self: TarPairs,
     i: int,  # number of a pair
 ) -> dict:  # its record, with `image` None
-    "What is said of a picture, which is not read."
+    "What is said of an image, which is not read."
     return self._record(i, False)

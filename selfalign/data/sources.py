@@ -14,7 +14,7 @@ from urllib.parse import parse_qsl
 from ..study.settings import at_root, find_root, nearest
 from .formats import coco, flickr, folder, karpathy, llava, sail, sail_columns, table, usual
 from .hub import datasets
-from .images import named_picture
+from .images import named_image
 from .pairs import clean_caption
 from .readers import MicroworldPairs, Problems, SourceError
 from .shards import TarPairs
@@ -57,7 +57,7 @@ class Source:
 
 # %% ../../nbs/1_data/1d_sources.ipynb #2a02d56a
 def _known(names):
-    "Whether columns for the picture and for the caption are among these."
+    "Whether columns for the image and for the caption are among these."
     return all(any(n.strip().lower().replace(" ", "_") in usual[k] for n in names) for k in ("image", "caption"))
 
 
@@ -75,7 +75,7 @@ def _json_kind(path):
         if name == "annotations" and {"image_id", "caption"} <= set(x):
             return "coco", "annotations with image_id and caption"
         if name == "" and _known(x):
-            return "table", "a list of entries with a picture and a caption"
+            return "table", "a list of entries with an image and a caption"
 
 # %% ../../nbs/1_data/1d_sources.ipynb #a2087870
 def _text_kind(path):
@@ -115,10 +115,10 @@ def _file_kind(path):
 
 # %% ../../nbs/1_data/1d_sources.ipynb #0faeee60
 def _has_notes(path):
-    "Whether there are pictures with text files among the first names."
+    "Whether there are images with text files among the first names."
     for place, inside, names in itertools.islice(os.walk(path), 100):
         notes = {n[:-4] for n in names if n.endswith(".txt")}
-        if any(n.rpartition(".")[0] in notes and named_picture(n) for n in names):
+        if any(n.rpartition(".")[0] in notes and named_image(n) for n in names):
             return True
         inside.sort()
     return False
@@ -147,7 +147,7 @@ def look(
     path = Path(path)
     if path.is_file():
         return [Source(kind[0], str(path), {}, kind[1])] if (kind := _file_kind(path)) else []
-    names = sorted(e.name for e in os.scandir(path) if e.name[0] != "." and not named_picture(e.name))
+    names = sorted(e.name for e in os.scandir(path) if e.name[0] != "." and not named_image(e.name))
     tars = [n for n in names if n.endswith(".tar")]
     if tars:
         return [Source("webdataset", str(path), {}, f"{len(tars)} tar archives")]
@@ -168,7 +168,7 @@ def look(
     return (
         _preferred(found)
         if found
-        else [Source("folder", str(path), {}, "pictures with text files of the same name")]
+        else [Source("folder", str(path), {}, "images with text files of the same name")]
         if _has_notes(path)
         else []
     )

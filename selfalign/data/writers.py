@@ -47,7 +47,7 @@ def _webdataset(records, folder, per_shard=10_000):
 
 # %% ../../nbs/1_data/1e_writers.ipynb #4e0adada
 def _coco(records, folder):
-    "captions_pairs.json beside a folder of pictures."
+    "captions_pairs.json beside a folder of images."
     (folder / "pairs").mkdir()
     images, annotations = (open(folder / f"{n}.part", "w", encoding="utf-8") for n in ("images", "annotations"))
     number = 0
@@ -81,7 +81,7 @@ def _coco(records, folder):
 
 # %% ../../nbs/1_data/1e_writers.ipynb #33f6fd66
 def _metadata(records, folder):
-    "metadata.jsonl beside a folder of pictures."
+    "metadata.jsonl beside a folder of images."
     (folder / "images").mkdir()
     with open(folder / "metadata.jsonl", "w", encoding="utf-8") as out:
         for r in records:

@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from .train import fit, pictures, step_generator, to_tensor
+from .train import fit, rendered_images, step_generator, to_tensor
 
 # %% ../../nbs/2_models/24_autoencoder.ipynb #93465906
 def new_autoencoder(
     channels: int = 24,  # of every layer
     latent_channels: int = 4,  # numbers kept for each 4 x 4 pixels
 ):  # `diffusers.AutoencoderTiny`
-    "An untrained autoencoder for 64 x 64 pictures."
+    "An untrained autoencoder for 64 x 64 images."
     from diffusers import AutoencoderTiny
 
     return AutoencoderTiny(
@@ -58,7 +58,7 @@ def salient_crops(
     size: int,  # side of the crops
     generator: torch.Generator,  # chooses the pixel
 ) -> torch.Tensor:  # (B, 3, size, size)
-    "A crop of each picture around a pixel drawn in proportion to its salience."
+    "A crop of each image around a pixel drawn in proportion to its salience."
     weight = salience(x).flatten(1) + 0.02
     side = x.shape[-1]
     pixel = torch.multinomial(weight, 1, generator=generator)[:, 0]
@@ -70,15 +70,15 @@ def salient_crops(
 def train_autoencoder(
     folder: Path,  # checkpoints, curve and model go here
     steps: int = 2400,  # steps in all
-    whole: int = 900,  # of them on whole pictures, the first ones
-    n: int = 24_000,  # pictures of the pool `generator`
-    batch: int = 32,  # whole pictures a step; of crops, twice as many
+    whole: int = 900,  # of them on whole images, the first ones
+    n: int = 24_000,  # images of the pool `generator`
+    batch: int = 32,  # whole images a step; of crops, twice as many
     channels: int = 24,  # width
     lr: float = 2e-3,  # peak learning rate
     seed: int = 0,  # of the weights, the batches, the noise and the crops
 ):  # `diffusers.AutoencoderTiny`
     "Train the autoencoder and save it in diffusers' format."
-    data = pictures("generator", n)
+    data = rendered_images("generator", n)
     torch.manual_seed(seed)
     model = new_autoencoder(channels).to(memory_format=torch.channels_last)
 

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from .losses import info_nce, sigmoid_loss
-from .train import fit, pictures, step_generator, to_tensor
+from .train import fit, rendered_images, step_generator, to_tensor
 from .vocabulary import caption_texts, context_length, tokenize, vocabulary
 
 # %% ../../nbs/2_models/26_contrastive.ipynb #8cec9e02
@@ -113,7 +113,7 @@ def validate(
     tokenizer,  # from `selfalign.models.vocabulary`
     n: int = 500,  # scenes of the pool `validation`
 ) -> dict:  # shares: 'r1' and 'object'
-    "R@1 among `n` pictures and their captions, and object accuracy in two-choice questions."
+    "R@1 among `n` images and their captions, and object accuracy in two-choice questions."
     from selfalign.data.captions import probe_caption
     from selfalign.data.scenes import make_scene, objects
     from dataclasses import replace
@@ -127,7 +127,7 @@ def validate(
     texts = [probe_caption(s).text for s in scenes]
     wrong = [probe_caption(other(s)).text for s in scenes]
     device = next(model.parameters()).device
-    x = to_tensor(pictures("validation", n)).to(device)
+    x = to_tensor(rendered_images("validation", n)).to(device)
     i, t = _features(model, x, tokenize(texts, tokenizer).to(device))
     _, u = _features(model, x[:1], tokenize(wrong, tokenizer).to(device))
     s = i @ t.T
@@ -150,7 +150,7 @@ def train_contrastive(
     check: int = 200,  # steps between validations
 ):  # the trained model
     "Train a dual encoder on web pairs and save it in its library's format."
-    tokenizer, data = vocabulary(), pictures(name, n)
+    tokenizer, data = vocabulary(), rendered_images(name, n)
     torch.manual_seed(seed)
     tokens = tokenize(caption_texts(name, n, noise), tokenizer)
     model, config = new_clip(len(tokenizer)) if name == "clip" else (new_judge(len(tokenizer)), None)

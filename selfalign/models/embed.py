@@ -24,7 +24,7 @@ identity = ("model", "weights", "kind", "preprocessing", "pooling", "dimension")
 def manifest_of(
     encoder,  # a `DualEncoder`
     kind: str,  # image or text
-    aspect: str = "crop",  # how pictures are made square
+    aspect: str = "crop",  # how images are made square
 ) -> dict:
     "What identifies the vectors that an encoder makes."
     if kind == "image":

@@ -30,10 +30,10 @@ def examination_scenes(
 # %% ../../nbs/2_models/2b_examine.ipynb #6e854bd5
 def reconstruct(
     pipe,  # a diffusers pipeline
-    images: list,  # PIL pictures of the pipeline's size
-    batch: int = 64,  # pictures at a time
-) -> list:  # PIL pictures
-    "Pictures after encoding and decoding by a pipeline's autoencoder."
+    images: list,  # PIL images of the pipeline's size
+    batch: int = 64,  # images at a time
+) -> list:  # PIL images
+    "Images after encoding and decoding by a pipeline's autoencoder."
     import torch
     from selfalign.models.train import to_tensor
 
@@ -55,9 +55,9 @@ def generate_from(
     steps: int,  # denoising steps
     guidance: float,  # guidance scale; 1: none
     seed: int = 0,  # of the whole set
-    batch: int = 32,  # pictures at a time
-) -> list:  # PIL pictures
-    "One picture a text, each with a seed of its own."
+    batch: int = 32,  # images at a time
+) -> list:  # PIL images
+    "One image a text, each with a seed of its own."
     import torch
     from tqdm.auto import tqdm
 
@@ -69,7 +69,7 @@ def generate_from(
 
 # %% ../../nbs/2_models/2b_examine.ipynb #5a8b0cf3
 def object_questions(
-    n: int,  # how many pictures, the first of the pool `evaluation`
+    n: int,  # how many images, the first of the pool `evaluation`
     seed: int = 0,  # draws the wrong objects
 ) -> tuple:  # scenes, true captions, captions with another object
     "Two-choice questions about the first thing of evaluation scenes."

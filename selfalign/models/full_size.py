@@ -300,7 +300,7 @@ def save_open_clip(
     config: dict,  # its architecture, as `open_clip.get_model_config` gives it
     folder: Path,  # made if it is not there
 ) -> Path:  # the folder
-    "Write a folder as open_clip reads it; pictures are prepared in OpenAI's way, the tokenizer comes with the library."
+    "Write a folder as open_clip reads it; images are prepared in OpenAI's way, the tokenizer comes with the library."
     import open_clip
     from safetensors.torch import save_file
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from .train import fit, pictures, step_generator, to_tensor
+from .train import fit, rendered_images, step_generator, to_tensor
 from .vocabulary import caption_texts, text_config, tokenize, vocabulary
 
 # %% ../../nbs/2_models/28_generator.ipynb #09b5fa20
@@ -129,9 +129,9 @@ def new_scheduler():  # `diffusers.DDIMScheduler`
 def encode_latents(
     autoencoder,  # `diffusers.AutoencoderTiny`
     pixels: np.ndarray,  # (n, 64, 64, 3) uint8
-    batch: int = 256,  # pictures at a time
+    batch: int = 256,  # images at a time
 ) -> torch.Tensor:  # (n, c, 16, 16), on the CPU
-    "Scaled latents of pictures."
+    "Scaled latents of images."
     device = next(autoencoder.parameters()).device
     out = [autoencoder.encoder(to_tensor(pixels[i : i + batch]).to(device)).cpu() for i in range(0, len(pixels), batch)]
     return torch.cat(out) * autoencoder.config.scaling_factor
@@ -143,7 +143,7 @@ def clip_filter(
     texts: list,  # n captions
     keep: float,  # share of pairs to keep, 0 to 1
 ) -> np.ndarray:  # sorted row numbers
-    "Rows whose picture and caption have the highest CLIP scores."
+    "Rows whose image and caption have the highest CLIP scores."
     if keep >= 1:
         return np.arange(len(texts))
     from PIL import Image
@@ -173,7 +173,7 @@ def velocity_loss(
     unet,  # predicts the velocity
     z: torch.Tensor,  # (B, c, h, w) latents of unit spread
     context: torch.Tensor,  # (B, tokens, width) of their captions
-    alphas: torch.Tensor,  # share of the picture left at each time, squared
+    alphas: torch.Tensor,  # share of the image left at each time, squared
     generator: torch.Generator,  # draws times and noise
 ) -> torch.Tensor:  # scalar
     "Mean squared error of the velocity at stratified times (v-prediction, Salimans and Ho 2022, appendix D)."
@@ -200,7 +200,7 @@ def train_generator(
     steps: int = 5000,  # steps in all
     n: int = 40_000,  # web pairs of the pool `generator`
     keep: float = 0.7,  # share of pairs that the filter leaves
-    batch: int = 64,  # pictures a step
+    batch: int = 64,  # images a step
     lr: float = 2e-3,  # peak learning rate
     channels: tuple = (64, 112),  # width of the UNet
     noise: float = 0.3,  # web noise, 0 to 1
@@ -215,7 +215,7 @@ def train_generator(
         AutoencoderTiny.from_pretrained(autoencoder_folder, torch_dtype=torch.float32).eval(),
         vocabulary(),
     )
-    data, texts = pictures("generator", n), caption_texts("generator", n, noise)
+    data, texts = rendered_images("generator", n), caption_texts("generator", n, noise)
     text = CLIPTextModel.from_pretrained(text_folder, dtype=torch.float32).eval().requires_grad_(False)
     rows = clip_filter(clip_folder, data, texts, keep)
     latents, context = (
@@ -275,7 +275,7 @@ def quick_faithfulness(
     start: int = 0,  # first scene of the pool to try
     reader=None,  # a `Reader`; without one, the committed one
 ) -> dict:  # shares of object, colour, size, position read back
-    "Generate from full captions and read the pictures back."
+    "Generate from full captions and read the images back."
     from selfalign.data.captions import probe_caption
     from selfalign.data.scenes import make_scene
     from selfalign.models.reader import verdict

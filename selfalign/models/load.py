@@ -156,7 +156,7 @@ def weights_hash(
 
 # %% ../../nbs/2_models/20_load.ipynb #fa2dbcce
 class DualEncoder:
-    "Pictures and texts to unit vectors of the same space."
+    "Images and texts to unit vectors of the same space."
 
     logit_bias, context_length = 0.0, 77
 
@@ -184,10 +184,10 @@ class DualEncoder:
 # %% ../../nbs/2_models/20_load.ipynb #bd798448
 def squares(
     encoder,  # a `DualEncoder`
-    images,  # PIL pictures, or an (n, H, W, 3) uint8 array
+    images,  # PIL images, or an (n, H, W, 3) uint8 array
     aspect: str = "crop",  # pad, crop or squash; see `fit_square`
 ) -> torch.Tensor:  # (n, size, size, 3) uint8
-    "Pictures as the encoder wants them, but for the normalisation."
+    "Images as the encoder wants them, but for the normalisation."
     size = encoder.size
     if isinstance(images, np.ndarray) and images.shape[1:3] == (size, size):
         return torch.from_numpy(np.array(images))
@@ -201,7 +201,7 @@ def normalise(
     encoder,  # a `DualEncoder`
     square: torch.Tensor,  # (n, size, size, 3) uint8
 ) -> torch.Tensor:  # (n, 3, size, size) float32
-    "Bytes to what the picture tower sees."
+    "Bytes to what the image tower sees."
     x = square.permute(0, 3, 1, 2).to(encoder.device, torch.float32) / 255
     mean, std = (torch.tensor(v, device=encoder.device)[:, None, None] for v in (encoder.mean, encoder.std))
     return x.sub_(mean).div_(std)
@@ -210,10 +210,10 @@ def normalise(
 @patch
 def pixels(
     self: DualEncoder,
-    images: list,  # PIL pictures of any size
+    images: list,  # PIL images of any size
     aspect: str = "crop",  # pad, crop or squash; see `fit_square`
 ) -> torch.Tensor:  # (n, 3, size, size), normalised
-    "What the picture tower sees."
+    "What the image tower sees."
     return normalise(self, squares(self, images, aspect))
 
 # %% ../../nbs/2_models/20_load.ipynb #00b67246
@@ -227,11 +227,11 @@ def _in_batches(encode, items, batch):
 @torch.inference_mode()
 def encode_image(
     self: DualEncoder,
-    images: list,  # PIL pictures of any size
+    images: list,  # PIL images of any size
     aspect: str = "crop",  # pad, crop or squash
-    batch: int = 64,  # pictures at a time
+    batch: int = 64,  # images at a time
 ) -> torch.Tensor:  # (n, d) float32, unit length
-    "Encode pictures."
+    "Encode images."
     return _in_batches(lambda part: self._image_features(self.pixels(part, aspect)), images, batch)
 
 # %% ../../nbs/2_models/20_load.ipynb #6267ada0
@@ -340,7 +340,7 @@ class TransformersEncoder(DualEncoder):
         where = ref.path or ref.name
         model = AutoModel.from_pretrained(where, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
         if not hasattr(model, "get_text_features"):
-            raise ModelError(f"{ref}: a {type(model).__name__} has no picture and text tower")
+            raise ModelError(f"{ref}: a {type(model).__name__} has no image and text tower")
         self.tokenizer, see = AutoTokenizer.from_pretrained(where), AutoImageProcessor.from_pretrained(where)
         super().__init__(ref, model)
         self.size, self.mean, self.std = (

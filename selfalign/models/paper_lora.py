@@ -162,7 +162,7 @@ def load_paper_lora(
 def counted(
     adapted,  # from `add_lora` or `add_paper_lora`
 ) -> dict:  # part of the model to trainable numbers
-    "Trainable numbers: in the patch embedding, the picture tower's blocks, the text tower's blocks."
+    "Trainable numbers: in the patch embedding, the image tower's blocks, the text tower's blocks."
 
     def part(name):
         return (

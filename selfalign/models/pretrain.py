@@ -38,7 +38,7 @@ recipes = {
     "judge": Recipe(
         700, "web pairs of the pool `judge`, with their noise", "SigLIP dual encoder, sigmoid loss", ("vocabulary",)
     ),
-    "autoencoder": Recipe(2400, "pictures of the pool `generator`", "the generator's autoencoder", part=True),
+    "autoencoder": Recipe(2400, "images of the pool `generator`", "the generator's autoencoder", part=True),
     "caption-encoder": Recipe(
         800,
         "captions of the pool `generator`, with their noise",
@@ -52,9 +52,9 @@ recipes = {
         "Stable Diffusion pipeline",
         ("vocabulary", "autoencoder", "caption-encoder", "clip"),
     ),
-    "vision-small": Recipe(300, "pictures of the pool `vision`", "self-supervised image encoder, 64 wide"),
-    "vision": Recipe(300, "pictures of the pool `vision`", "self-supervised image encoder, 128 wide"),
-    "vision-large": Recipe(300, "pictures of the pool `vision`", "self-supervised image encoder, 160 wide"),
+    "vision-small": Recipe(300, "images of the pool `vision`", "self-supervised image encoder, 64 wide"),
+    "vision": Recipe(300, "images of the pool `vision`", "self-supervised image encoder, 128 wide"),
+    "vision-large": Recipe(300, "images of the pool `vision`", "self-supervised image encoder, 160 wide"),
     "text": Recipe(400, "captions of the pool `text`", "masked language model", ("vocabulary",)),
     "lm": Recipe(400, "captions of the pool `text`", "causal language model", ("vocabulary",)),
 }

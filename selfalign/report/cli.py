@@ -100,6 +100,7 @@ def show_table(
 # %% ../../nbs/8_report/83_cli.ipynb #f1f80084
 _preset = Annotated[str, Option("--preset")]
 _params = Annotated[list[str], Option("-p", "--param", metavar="STAGE.PARAMETER=VALUE")]
+_options = Annotated[list[str], Option("-o", "--option", metavar="NAME=VALUE")]
 _force = Annotated[list[str], Option("--force", metavar="STAGE")]
 
 
@@ -278,7 +279,7 @@ def _most(counts, show, n=4):
 def inspect(
     source: str,  # a file or folder of pairs, or a source such as microworld:study or karpathy:FILE?split=test
     first: int = 200,  # how many pairs to look at
-    coverage: Annotated[bool, Option("--coverage")] = False,  # look whether the picture of every pair is there
+    coverage: Annotated[bool, Option("--coverage")] = False,  # look whether the image of every pair is there
 ):
     "Say what a source of pairs holds: format, sizes, captions, what is wrong with which row, examples."
     from selfalign.data.sources import open_pairs, survey
@@ -295,13 +296,13 @@ def inspect(
         ("usable of these", seen["usable"]),
         ("problems", f"{problems.total:,}"),
         ("sizes", _most(seen["sizes"], lambda s: f"{s[0]}×{s[1]}")),
-        ("captions a picture", _most(seen["captions"], str)),
+        ("captions an image", _most(seen["captions"], str)),
         ("words a caption", f"median {words[len(words) // 2]}, {words[0]} to {words[-1]}" if words else ""),
     ]
     if coverage and (found := pairs.coverage() if hasattr(pairs, "coverage") else dict(there=len(pairs), missing=[])):
         rows.append(
             (
-                "pictures there",
+                "images there",
                 f"{found['there']:,} of {len(pairs):,}"
                 + (f"; not there: {', '.join(found['missing'])} ..." if found["missing"] else ""),
             )
@@ -358,21 +359,21 @@ def _print_overlap(summary, pairs, most):
             (r[1], r[2], r[3], cell(r[4]), cell(r[5]), cell(r[6], ".3f"), cell(r[7]))
             for r in pairs.head(most).itertuples()
         ],
-        f"The {min(most, len(pairs))} most suspicious of {len(pairs):,} pairs; none is proven, look at the pictures",
+        f"The {min(most, len(pairs))} most suspicious of {len(pairs):,} pairs; none is proven, look at the images",
     )
 
 
 @command(data_app)
 def overlap(
-    train: str,  # what a model was trained on: a source such as microworld:study, a folder of webdataset tars or of pictures
+    train: str,  # what a model was trained on: a source such as microworld:study, a folder of webdataset tars or of images
     test: str,  # what it is tested on, likewise
-    first: int = 0,  # pictures of each; 0: all
+    first: int = 0,  # images of each; 0: all
     encoder: str = "",  # compare its vectors, too: library:folder-or-hub-id
-    most: int = 4,  # bits in which the hashes of two pictures may differ, of 64
+    most: int = 4,  # bits in which the hashes of two images may differ, of 64
     least: float = 0.98,  # cosine from which vectors count as the same
     csv: Annotated[Path, Option("--csv")] = None,  # write all suspected pairs to this file
 ):
-    "Look for test pictures and captions in a training set."
+    "Look for test images and captions in a training set."
     from selfalign.benchmarks.overlap import overlap
     from selfalign.models.load import load_dual_encoder
 
@@ -444,14 +445,12 @@ def benchmark(
     name: Annotated[str, Argument()] = "",  # which one; none: list them
     model: str = "",  # the model: library:folder-or-hub-id
     data: str = "",  # where the benchmark lies: a folder, a file, or a source of pairs
-    images: str = "",  # where its pictures lie, if elsewhere
+    images: str = "",  # where its images lie, if elsewhere
     least: float = 0.99,  # share of every file that must be answered
     out: Path = None,  # folder for the results; default: data/runs/_benchmarks/NAME/MODEL
-    train: str = "",  # what the model was trained on: a source of pairs, a folder of tars or of pictures; empty: leakage is not checked
-    first: int = None,  # ask only so many items (pictures, examples) of each file; 0: all; default: the benchmark's own
-    option: Annotated[
-        list[str], Option("-o", "--option", metavar="NAME=VALUE")
-    ] = None,  # something else to set, see --list; may be repeated
+    train: str = "",  # what the model was trained on: a source of pairs, a folder of tars or of images; empty: leakage is not checked
+    first: int = None,  # ask only so many items (images, examples) of each file; 0: all; default: the benchmark's own
+    option: _options = None,  # something else to set, see --list; may be repeated
     everything: Annotated[bool, Option("--list")] = False,  # list the benchmarks and their options
 ):
     "Ask a model a benchmark, blindfold it, and put both side by side."

@@ -63,7 +63,7 @@ def machine(
         Check("Python", "OK", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         Check("processor", "OK", f"{here['cpu']}, {here['cores']} cores"),
         _enough("memory", here["memory_gb"], 4, "the stack may not fit"),
-        _enough("free disk", disk, 2, "a run with its pictures may not fit"),
+        _enough("free disk", disk, 2, "a run with its images may not fit"),
         _gpu(),
     ]
 

@@ -39,7 +39,7 @@ class Run:
 
     @property
     def ours(self):
-        "May the pictures of this run be passed on?"
+        "May the images of this run be passed on?"
         return not self.stage("sample") or self.source.startswith("microworld:")
 
 # %% ../../nbs/8_report/87_origin.ipynb #46b7d5d3
@@ -185,7 +185,7 @@ def warnings_of(
         (
             "Photographs that stay at home.",
             f"The originals of this run ({plain(run.source)}) may be used but not passed on: none of their "
-            "pictures is in this report, nor any figure or output of a notebook that might hold one.",
+            "images is in this report, nor any figure or output of a notebook that might hold one.",
         )
     )
     if "data/micro/" in str((run.stage("generate") or {}).get("parameters", "")):
@@ -193,7 +193,7 @@ def warnings_of(
             (
                 "A generator that knows only the microworld.",
                 "It has never seen a photograph and knows few words of these captions. This run can show that the path from captions to scores works on real data, and how "
-                "the scorers rank real pairs. It cannot show whether generated pictures help with photographs; low scores of generated pictures are expected.",
+                "the scorers rank real pairs. It cannot show whether generated images help with photographs; low scores of generated images are expected.",
             )
         )
     return notes

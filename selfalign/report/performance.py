@@ -23,7 +23,7 @@ from ..study.settings import StudyError
 
 # %% ../../nbs/8_report/8b_performance.ipynb #498db478
 def matrix_rate(
-    rows: int,  # positions: pictures x 50
+    rows: int,  # positions: images x 50
     width: int = 768,  # of the tower
     seconds: float = 1.0,  # how long to measure, about
 ) -> float:  # operations a second; a multiplication and an addition are two
@@ -43,17 +43,17 @@ def matrix_rate(
 @contextmanager
 def tower_shapes(
     model: torch.nn.Module,  # a CLIP of open_clip
-):  # gives a Counter: (picture, 0) or (text, length) to how many
+):  # gives a Counter: (image, 0) or (text, length) to how many
     "Note what goes through the two towers."
     seen = Counter()
 
     def text(module, inputs):
         seen["text", inputs[0].shape[1]] += len(inputs[0])
 
-    def picture(module, inputs):
-        seen["picture", 0] += len(inputs[0])
+    def image(module, inputs):
+        seen["image", 0] += len(inputs[0])
 
-    hooks = [model.token_embedding.register_forward_pre_hook(text), model.visual.register_forward_pre_hook(picture)]
+    hooks = [model.token_embedding.register_forward_pre_hook(text), model.visual.register_forward_pre_hook(image)]
     try:
         yield seen
     finally:
@@ -64,13 +64,13 @@ def tower_shapes(
 @torch.inference_mode()
 def shape_operations(
     encoder,  # an `OpenClipEncoder`
-    kind: str,  # picture or text
+    kind: str,  # image or text
     length: int,  # tokens of the text
 ) -> int:
-    "What one picture, or one text of this length, costs."
+    "What one image, or one text of this length, costs."
     from selfalign.models.load import _causal_text
 
-    if kind == "picture":
+    if kind == "image":
         return operations(lambda: encoder.model.encode_image(torch.zeros(1, 3, encoder.size, encoder.size)))
     tokens, end = torch.ones(1, length, dtype=torch.long), torch.tensor([length - 1])
     return operations(lambda: _causal_text(encoder.model, tokens, end))
@@ -240,7 +240,7 @@ def in_transformers(
 
 # %% ../../nbs/8_report/8b_performance.ipynb #7eea3a73
 class StandIns:
-    "Pictures of any size, no two alike."
+    "Images of any size, no two alike."
 
     def __init__(
         self,
@@ -255,11 +255,11 @@ class StandIns:
     def save(
         self,
         path: Path,  # of the JPEG; folders are made
-        i: int,  # number of the picture
+        i: int,  # number of the image
         width: int,  # in pixels
         height: int,  # in pixels
     ):
-        "Write picture number i."
+        "Write image number i."
         scene = Image.fromarray(np.roll(self.scenes[i % len(self.scenes)], (i * 7 % 256, i * 13 % 256), (0, 1))).resize(
             (width, height), Image.Resampling.BILINEAR
         )
@@ -306,10 +306,10 @@ def original_scores(
 @torch.no_grad()
 def original_cosines(
     model,  # of open_clip
-    preprocess,  # picture to (3, size, size)
+    preprocess,  # image to (3, size, size)
     tokenizer,  # of open_clip
     items,  # table with image, positive, negative
-    pictures: dict,  # image to path
+    images: dict,  # image to path
 ) -> np.ndarray:  # (items, 2)
     "Cosines as the benchmark's loop computes them."
 
@@ -317,7 +317,7 @@ def original_cosines(
         x = model.encode_image(preprocess(Image.open(path).convert("RGB"))[None], normalize=True)
         return float((x * model.encode_text(tokenizer([text]), normalize=True)).sum())
 
-    return np.array([[cosine(pictures[r.image], t) for t in (r.positive, r.negative)] for r in items.itertuples()])
+    return np.array([[cosine(images[r.image], t) for t in (r.positive, r.negative)] for r in items.itertuples()])
 
 # %% ../../nbs/8_report/8b_performance.ipynb #23bcc3b7
 def plain_loss(

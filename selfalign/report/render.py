@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from . import offline
 from .gallery import Gallery, gallery, sprite
-from .offline import cell_of, clean_svg, holds_picture, notebook_html, page_file, plain
+from .offline import cell_of, clean_svg, holds_image, notebook_html, page_file, plain
 from .origin import ReportError, facts, no_machine_paths, read_part, read_run, stage_rows, warnings_of
 from .tables import amount, problems, result_tables, thousands
 from .threshold import twin
@@ -127,8 +127,8 @@ def _figure(run, site, s, record, i, pages):
     title, caption = plain(record.get("title")) or name, plain(record.get("caption"), 2000)
     files = {f.suffix.lower(): f for f in (_beside(s["folder"], o) for o in record.get("files") or []) if f}
     inner, alone, why = _drawing(files.get(".svg"), i)
-    if not run.ours and (not inner or holds_picture(inner)):
-        inner, alone, why = "", "", "not shown: it may hold pictures that may not be passed on"
+    if not run.ours and (not inner or holds_image(inner)):
+        inner, alone, why = "", "", "not shown: it may hold images that may not be passed on"
         files.pop(".png", None)
 
     def copy(suffix, data=None):
@@ -159,7 +159,7 @@ def _figure(run, site, s, record, i, pages):
         png="",
         why=why,
         broad=broad,
-        lines=bool(inner) and not holds_picture(inner),
+        lines=bool(inner) and not holds_image(inner),
         links=links,
         later=later,
     )
@@ -278,9 +278,9 @@ def _write(run, site):
         copy(f"{s['name']}/stage.json", s["folder"] / "stage.json", "parameters, versions, machine")
     _tables(run, site, first=True)
     shown = gallery(run.folder, source=run.source) if run.stage("sample") else Gallery()
-    columns, tile = 16, min(128, max((max(o.size) for o in shown.pictures), default=64))
-    if shown.pictures:
-        site.add("gallery.webp", sprite(shown.pictures, tile, columns, border=2), "pictures of the gallery")
+    columns, tile = 16, min(128, max((max(o.size) for o in shown.images), default=64))
+    if shown.images:
+        site.add("gallery.webp", sprite(shown.images, tile, columns, border=2), "images of the gallery")
     pages = _notebooks(run, site)
     figures = _figures(run, site, pages)
     thresholds = _twin(run, site, shown)
@@ -289,7 +289,7 @@ def _write(run, site):
     run.missing += shown.missing
     for f in figures:
         if not f["svg"] and not f["png"]:
-            f["why"] = f["why"] or "This picture is in the run folder: the report would have grown too large."
+            f["why"] = f["why"] or "This image is in the run folder: the report would have grown too large."
     if site.left:
         beside = [p for p in site.left if "/figures/" in p]
         named = [p for p in site.left if p not in beside] + (
@@ -322,7 +322,7 @@ def _write(run, site):
         columns=columns,
         edge=tile,
         border=2,
-        rows=-(-len(shown.pictures) // columns) or 1,
+        rows=-(-len(shown.images) // columns) or 1,
         problems=found,
         stages=stage_rows(run, pages),
         files=files,

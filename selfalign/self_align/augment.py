@@ -183,7 +183,7 @@ def positive(
 # %% ../../nbs/4_self_align/47_augment.ipynb #b0b0a190
 def long_caption(
     caption: str,  # of the pair
-    others: list,  # captions of the same picture; may be empty
+    others: list,  # captions of the same image; may be empty
 ) -> tuple | None:  # the sentences, the pair's own first; None if nothing is added
     "The caption, and the longest other one."
     known = [t for t in others if isinstance(t, str) and t and t != caption]

@@ -94,7 +94,7 @@ MODES = ("looking", "blind", "shuffled")
 def answers(
     encoder,  # a `DualEncoder`
     benchmark,  # a `Benchmark`
-    seed: int = 0,  # of the exchange of pictures
+    seed: int = 0,  # of the exchange of images
 ) -> tuple:  # (items that could be asked, dict of mode to truth values, problems)
     "Ask one model everything, three times."
     encoded = encode(benchmark, encoder)
@@ -103,7 +103,7 @@ def answers(
 
 # %% ../../nbs/4_self_align/46_evaluate.ipynb #17ee850f
 def named_right(
-    x,  # (n, d) unit vectors of pictures
+    x,  # (n, d) unit vectors of images
     prompts,  # (k, d) unit vectors of the names
     truth,  # (n,) which name is right
 ) -> np.ndarray:  # (n,) 0 or 1
@@ -238,7 +238,7 @@ def answer_columns(
 # %% ../../nbs/4_self_align/46_evaluate.ipynb #7e6865de
 def question_clusters(
     items,  # with image, category, positive, negative
-    looking: bool,  # were the pictures shown?
+    looking: bool,  # were the images shown?
 ) -> np.ndarray:  # a label for each
     "Which questions stand and fall together."
     return (items.image if looking else items.category + ": " + text_pairs(items)).to_numpy()
@@ -248,7 +248,7 @@ def scored_arms(
     predictions,  # questions, with a column `arm/seed/mode` for each model
     variant: str = "",  # balanced or biased; empty: all questions
 ) -> dict:  # (arm, metric) to `Scored`
-    "Every arm's numbers on one variant of the benchmark; `object-seen` is what the picture adds."
+    "Every arm's numbers on one variant of the benchmark; `object-seen` is what the image adds."
     part, tables = predictions[predictions.dataset == variant] if variant else predictions, {}
     items = part[[c for c in part if "/" not in c]]
     for arm in dict.fromkeys(c.split("/")[0] for c in part if "/" in c):
@@ -304,7 +304,7 @@ _sections = dict(obj="Object", att="Attribute", rel="Relation")
 
 def read_questions(
     checklist: str,  # folder of VL-CheckList or of SugarCrepe, relative to the project
-    images: str = "",  # folder of its pictures, where they lie elsewhere
+    images: str = "",  # folder of its images, where they lie elsewhere
     first: int = 0,  # items of each file; 0: all
 ) -> "Benchmark":  # with the sections Object, Attribute and Relation
     "Read a published benchmark by looking at its folder."

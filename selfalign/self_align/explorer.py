@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from ..data.images import ImageProblem
 from ..data.pairs import clean_caption
-from ..data.readers import read_picture
+from ..data.readers import read_image
 from .select import short_name
 from ..study.figures import PALETTE
 from ..study.settings import StudyError, at_root, nearest
@@ -127,7 +127,7 @@ def filtered(
     table,  # rows of one scorer, from `scored_pairs`
     threshold: float,  # the lowest score that is kept
     repeats: int = 500,  # of the bootstrap, where scenes come more than once
-) -> pd.DataFrame:  # a row a kind of picture
+) -> pd.DataFrame:  # a row a kind of image
     "What a threshold keeps: numbers of pairs, true shares above and below, recall, and what dice would give."
     rows = []
     for kind, part in table[["kind", "scene", "score", "true"]].groupby("kind", sort=False):
@@ -254,11 +254,11 @@ def drawing(
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(f"Histogram, {label}: " + ", ".join(groups), quote=True)}" style="max-width:100%" xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg>'
 
 # %% ../../nbs/4_self_align/4c_explorer.ipynb #4943aa54
-def _picture(image, folder, side=112):
-    "A picture as an <img>, or the reason why there is none"
+def _image(image, folder, side=112):
+    "An image as an <img>, or the reason why there is none"
     box = f"width:{side}px;min-height:{side}px;display:block"
     try:
-        img = read_picture(str(image), folder)
+        img = read_image(str(image), folder)
     except (ImageProblem, StudyError, OSError, ValueError) as e:
         return f'<em style="{box};border:1px dashed;overflow-wrap:anywhere;font-size:11px">not shown: {escape(str(e)[:200])}</em>'
     img.thumbnail((2 * side, 2 * side))
@@ -269,10 +269,10 @@ def _picture(image, folder, side=112):
 def pair_html(
     row,  # of `scored_pairs`
 ) -> str:  # HTML
-    "One pair: picture, score, truth and caption."
+    "One pair: image, score, truth and caption."
     said = {1.0: "✓ as the caption says", 0.0: "✗ something else"}.get(row.true, "")
     return (
-        f'<div style="width:124px;font-size:12px;line-height:1.3;overflow-wrap:anywhere">{_picture(row.image, row.folder)}'
+        f'<div style="width:124px;font-size:12px;line-height:1.3;overflow-wrap:anywhere">{_image(row.image, row.folder)}'
         f"<b>{row.score:.2f}</b> {row.kind}<br>{said}<div><bdi>{escape(clean_caption(row.caption)[0]) or '(no caption)'}</bdi></div></div>"
     )
 
@@ -343,7 +343,7 @@ def view(
 
 # %% ../../nbs/4_self_align/4c_explorer.ipynb #11fdc680
 def _controls(table):
-    "Scorer, pictures, threshold and keep rate"
+    "Scorer, images, threshold and keep rate"
     from types import SimpleNamespace
     import ipywidgets as w
 
@@ -357,7 +357,7 @@ def _controls(table):
         ),
         kinds=w.ToggleButtons(
             options=[(k, (k,)) for k in kinds] + ([("both", tuple(kinds))] if len(kinds) > 1 else []),
-            description="pictures",
+            description="images",
             style=dict(description_width="6em"),
         ),
         threshold=w.FloatSlider(description="threshold", step=0.05, readout_format=".2f", **wide),

@@ -67,7 +67,7 @@ def batch_rows(
     batch: int,  # pairs a step
     step: int,  # from 0
     seed: int = 0,  # of the order
-    together: int = 1,  # neighbouring rows that stay together: the pictures of one caption
+    together: int = 1,  # neighbouring rows that stay together: the images of one caption
 ) -> torch.Tensor:  # row numbers
     "The pairs of one step."
     n, batch = n // together, batch // together
@@ -118,7 +118,7 @@ class Pairs(NamedTuple):
     negatives: list = ()  # n texts with one word exchanged, '' where there is none; empty: not wanted
     before: tuple = ()  # two (n, d) tensors of the model's vectors before it was tuned; empty: not wanted
     bias: float = 0.0  # of the sigmoid loss
-    seen: tuple = ()  # an (n, d) tensor of the pictures' vectors, if no step changes them; empty: the tower is asked
+    seen: tuple = ()  # an (n, d) tensor of the images' vectors, if no step changes them; empty: the tower is asked
 
     def at(self, rows):
         "Some of the rows."
@@ -172,7 +172,7 @@ def pair_loss(
 
 # %% ../../nbs/4_self_align/44_lora.ipynb #ce24ba6f
 def retrieval_hits(
-    x,  # (n, d) unit vectors of pictures
+    x,  # (n, d) unit vectors of images
     y,  # (n, d) unit vectors of their captions
     texts,  # the captions
 ) -> np.ndarray:  # (n,) share of the two directions in which the first hit is right
@@ -183,11 +183,11 @@ def retrieval_hits(
 
 # %% ../../nbs/4_self_align/44_lora.ipynb #1e515c95
 def retrieval_r1(
-    x: torch.Tensor,  # (n, d) vectors of pictures
+    x: torch.Tensor,  # (n, d) vectors of images
     y: torch.Tensor,  # (n, d) vectors of their captions
     texts: list,  # the captions
 ) -> float:  # mean of both directions
-    "Share of pictures and captions whose nearest neighbour is right."
+    "Share of images and captions whose nearest neighbour is right."
     return float(np.float32(retrieval_hits(x, y, texts).mean()))
 
 # %% ../../nbs/4_self_align/44_lora.ipynb #ce18ff0d
@@ -256,7 +256,7 @@ class Finetuned(NamedTuple):
 def _checked(images, captions, batch, steps, together, objective, others):
     "Refuse what cannot be trained."
     if len(images) != len(captions):
-        raise StudyError(f"{len(images)} pictures and {len(captions)} captions do not make pairs")
+        raise StudyError(f"{len(images)} images and {len(captions)} captions do not make pairs")
     if not 2 <= batch <= len(captions):
         raise StudyError(
             f"a batch of {batch} from {len(captions)} pairs: it must hold 2 pairs or more, and no more than there are"
@@ -314,7 +314,7 @@ def random_crops(
     least: float,  # smallest share of the area that is kept
     seed: int,  # of the cuts
 ) -> torch.Tensor:  # of the same shape
-    "Cut each picture at random and bring it back to its size (torchvision's `RandomResizedCrop`, bicubic)."
+    "Cut each image at random and bring it back to its size (torchvision's `RandomResizedCrop`, bicubic)."
     from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
     cut = RandomResizedCrop(square.shape[1], scale=(least, 1.0), interpolation=InterpolationMode.BICUBIC)
@@ -331,7 +331,7 @@ def step_loss(
     check,  # called with the step before an epoch
     objective=Objective(),  # what is minimised
     together: int = 1,  # see `batch_rows`
-    crops: float = 1.0,  # smallest share of a picture's area that a random crop keeps; 1: none
+    crops: float = 1.0,  # smallest share of an image's area that a random crop keeps; 1: none
     dropout: float = 0.0,  # whether chance has a part in the towers
 ):  # function of the step
     "What `fit` asks for."
@@ -395,7 +395,7 @@ def ask_frozen(
     towers,  # those that are trained: 'image', 'text' or both
     texts,  # all that will be read
     crops: float = 1.0,  # see `random_crops`
-) -> Pairs:  # with the vectors of a frozen picture tower
+) -> Pairs:  # with the vectors of a frozen image tower
     "Ask the towers that stay as they are once."
     if "text" not in towers:
         encoder._text_features = RememberedVectors(encoder, texts)
@@ -407,7 +407,7 @@ def ask_frozen(
 # %% ../../nbs/4_self_align/44_lora.ipynb #9d559ebd
 def train_lora(
     reference: str,  # the encoder to start from, e.g. `open_clip:data/micro/clip`
-    images,  # PIL pictures, or an (n, H, W, 3) uint8 array
+    images,  # PIL images, or an (n, H, W, 3) uint8 array
     captions: list,  # as many texts
     folder: Path,  # checkpoint, curve, validation and adapter go here
     steps: int,  # the same for every arm
@@ -423,7 +423,7 @@ def train_lora(
     positives: list = (),  # for its term: as many texts that say the same; empty: the captions themselves
     negatives: list = (),  # for its term: as many texts with one word exchanged, '' where there is none
     together: int = 1,  # neighbouring rows that come into the same step
-    crops: float = 1.0,  # smallest share of a picture's area that a random crop keeps; 1: none
+    crops: float = 1.0,  # smallest share of an image's area that a random crop keeps; 1: none
     clip: float = 1.0,  # largest gradient norm; inf: any
     eps: float = 1e-8,  # AdamW's smallest divisor
     adapt=add_lora,  # puts the corrections in: `add_lora`, or the paper's `add_paper_lora`

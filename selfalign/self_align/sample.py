@@ -15,16 +15,14 @@ from ..data.sources import open_pairs, parse_source
 def refusal(
     record: dict,  # from a source
     caption: str,  # its cleaned caption
-    seen: set,  # fingerprints of the pictures taken so far
+    seen: set,  # fingerprints of the images taken so far
 ) -> tuple:  # (what, remedy), or empty
     "Why a record is not taken."
     if record["problem"]:
         return record["problem"]["what"], record["problem"]["remedy"]
     if not caption:
         return "no caption", "write one or leave the pair out"
-    return (
-        ("the same picture was taken before", "the first one was kept") if pixel_hash(record["image"]) in seen else ()
-    )
+    return ("the same image was taken before", "the first one was kept") if pixel_hash(record["image"]) in seen else ()
 
 # %% ../../nbs/4_self_align/40_sample.ipynb #ac0b1f28
 def draw(
@@ -65,7 +63,7 @@ def pair_row(
     subset: int,  # number of its subset
     folder,  # of the stage
 ) -> dict:  # a row of the pairs table
-    "Keep a pair: write its picture unless it lies somewhere already."
+    "Keep a pair: write its image unless it lies somewhere already."
     image = record["reference"] or f"images/{subset}/{file_name(record['key'])}"
     if not record["reference"]:
         save_png(record["image"], folder / image)

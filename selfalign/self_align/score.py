@@ -10,7 +10,7 @@ __all__ = ['to_score', 'clip_score', 'text_key', 'distinct_texts', 'embed_pairs'
 import hashlib
 import numpy as np
 import pandas as pd
-from ..data.readers import read_picture
+from ..data.readers import read_image
 from ..models.embed import EmbeddingStore, embed, manifest_of
 from ..study.settings import StudyError
 
@@ -22,13 +22,13 @@ def to_score(cosine):  # array or tensor
 # %% ../../nbs/4_self_align/42_score.ipynb #0080cc4e
 def clip_score(
     encoder,  # a `DualEncoder`
-    images: list,  # PIL pictures
+    images: list,  # PIL images
     texts: list,  # as many texts
     aspect: str = "crop",  # crop, pad or squash
 ) -> np.ndarray:  # one score a pair
     "CLIP scores of pairs in memory."
     if len(images) != len(texts):
-        raise StudyError(f"{len(images)} pictures and {len(texts)} texts do not make pairs")
+        raise StudyError(f"{len(images)} images and {len(texts)} texts do not make pairs")
     return to_score((encoder.encode_image(images, aspect) * encoder.encode_text(texts)).sum(-1)).numpy()
 
 # %% ../../nbs/4_self_align/42_score.ipynb #d6aa3987
@@ -48,18 +48,18 @@ def distinct_texts(
 # %% ../../nbs/4_self_align/42_score.ipynb #656d8680
 def embed_pairs(
     encoder,  # a `DualEncoder`
-    pairs,  # pairs table with the column `folder`: where the pictures are
+    pairs,  # pairs table with the column `folder`: where the images are
     store_folder,  # where vectors are kept
     aspect: str = "crop",  # crop, pad or squash
-    batch: int = 64,  # pictures at a time
+    batch: int = 64,  # images at a time
 ) -> tuple:  # (image store, text store)
-    "Encode the pictures and the distinct texts of a table."
+    "Encode the images and the distinct texts of a table."
     where, texts = dict(zip(pairs.key, zip(pairs.image, pairs.folder))), distinct_texts(pairs.caption)
     see, read = (EmbeddingStore(store_folder / kind, manifest_of(encoder, kind, aspect)) for kind in ("image", "text"))
     embed(
         see,
         list(where),
-        lambda keys: encoder.encode_image([read_picture(*where[k]) for k in keys], aspect, batch),
+        lambda keys: encoder.encode_image([read_image(*where[k]) for k in keys], aspect, batch),
         batch,
     )
     embed(read, list(texts), lambda keys: encoder.encode_text([texts[k] for k in keys]), 4 * batch)
@@ -71,7 +71,7 @@ def score_pairs(
     pairs,  # pairs table with the column `folder`
     store_folder,  # where vectors are kept
     aspect: str = "crop",  # crop, pad or squash
-    batch: int = 64,  # pictures at a time
+    batch: int = 64,  # images at a time
     block: int = 4096,  # pairs compared at a time
 ) -> pd.DataFrame:  # key, scorer, cosine, score
     "The scores table of one scorer, in constant memory."
@@ -85,7 +85,7 @@ def score_pairs(
 # %% ../../nbs/4_self_align/42_score.ipynb #33dcca83
 def other_captions(
     pairs,  # table of pairs, with `image_source`, `caption` and `claims`
-) -> pd.DataFrame:  # the same pictures
+) -> pd.DataFrame:  # the same images
     "Give each pair the caption (and claims) of another pair of its kind."
     moved = pairs.copy()
     for _, rows in pairs.groupby("image_source").groups.items():
@@ -139,9 +139,9 @@ def filter_quality(
 # %% ../../nbs/4_self_align/42_score.ipynb #c44eb0fc
 def read_back(
     pairs,  # pairs table with `folder` and `claims`
-    batch: int = 256,  # pictures at a time
+    batch: int = 256,  # images at a time
 ) -> pd.DataFrame:  # object, colour, size, position: share of the claims that hold; faithful: all do
-    "What the reader says about pictures whose captions make claims."
+    "What the reader says about images whose captions make claims."
     import json
     from selfalign.models.reader import verdict
 
@@ -149,7 +149,7 @@ def read_back(
     for _, part in pairs[pairs.claims.fillna("") != ""].groupby(["width", "height", "image_source"]):
         for i in range(0, len(part), batch):
             some = part[i : i + batch]
-            images = [read_picture(*x) for x in zip(some.image, some.folder)]
+            images = [read_image(*x) for x in zip(some.image, some.folder)]
             found.append(verdict(images, [json.loads(c) for c in some.claims]).set_index(some.index))
     return (
         pd.concat(found).sort_index()

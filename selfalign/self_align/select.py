@@ -113,7 +113,7 @@ def difference(
 # %% ../../nbs/4_self_align/43_select.ipynb #4cd9910b
 def precision_curve(
     score,  # one a pair
-    truth,  # true where the picture shows what its caption claims
+    truth,  # true where the image shows what its caption claims
     points: int = 50,  # of the curve
 ) -> pd.DataFrame:  # keep, precision
     "Share of faithful pairs among the best-scored, for many keep rates."

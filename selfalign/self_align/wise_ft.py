@@ -30,14 +30,12 @@ def mixed_encoder(
 def section_questions(
     folder,  # in VL-CheckList's layout, from the stage `benchmark`
     section: str,  # Object, Attribute or Relation
-):  # a `Benchmark` with its pictures in memory
+):  # a `Benchmark` with its images in memory
     "The balanced questions of one section."
     found = read_checklist(folder)
     items = found.items[found.items.category.str.startswith(f"{section}/") & (found.items.dataset != "biased")]
     return in_memory(
-        replace(
-            found, items=items.reset_index(drop=True), pictures={i: found.pictures[i] for i in items.image.unique()}
-        )
+        replace(found, items=items.reset_index(drop=True), images={i: found.images[i] for i in items.image.unique()})
     )
 
 # %% ../../nbs/4_self_align/49_wise_ft.ipynb #21ca413f

@@ -20,7 +20,7 @@
     const li = document.createElement('li'), columns = +box.dataset.columns, truth = ['✗ something else', '✓ as the caption says'][p[3]] || ''
     const what = data.kinds[p[2]], tile = make('span', p[1] < 0 ? 'not shown' : '', p[1] < 0 ? 'empty' : 'tile sheet'), words = make('blockquote', '')
     if (p[1] >= 0) {
-      tile.setAttribute('role', 'img'); tile.setAttribute('aria-label', `${what} picture for: ${caption(p[0])}`)
+      tile.setAttribute('role', 'img'); tile.setAttribute('aria-label', `${what} image for: ${caption(p[0])}`)
       tile.style.setProperty('--x', p[1] % columns); tile.style.setProperty('--y', Math.floor(p[1]/columns))
     }
     words.append(make('bdi', caption(p[0])))
