@@ -409,6 +409,150 @@ def test_two_runs_in_one_folder(study, fake):
     run("smoke", quiet=True)
 
 
+# --- results of other runs ---------------------------------------------------------------------------------------
+
+
+def same_file(a, b):
+    return a.stat().st_ino == b.stat().st_ino
+
+
+def reused_from(folder, name):
+    return read_json(folder / name / "stage.json").get("reused_from")
+
+
+TABLE = "numbers/tables/numbers.parquet"
+
+
+def test_a_stage_is_computed_once_for_all_runs(study, fake, capsys):
+    first = run("smoke", quiet=True)
+    other = run("smoke", ["total.scale=3"], run="k3")
+    assert fake == ["numbers", "total", "total"]
+    assert "numbers      reused from smoke" in capsys.readouterr().out
+    assert same_file(first / TABLE, other / TABLE)
+    assert same_file(first / "numbers/shards/000000.parquet", other / "numbers/shards/000000.parquet")
+    assert not same_file(first / "numbers/notebook.ipynb", other / "numbers/notebook.ipynb")
+    assert reused_from(other, "numbers") == "smoke"
+    assert reused_from(other, "total") is None
+
+
+def test_a_reused_stage_bears_the_name_of_its_run(study, fake):
+    first = run("smoke", quiet=True)
+    other = run("micro", ["numbers.n=4"], run="mine", quiet=True)
+    assert fake == ["numbers", "total"]
+    about = read_json(other / "total/stage.json")
+    assert (about["run"], about["preset"], about["status"]) == ("mine", "micro", "finished")
+    assert about["start"] == read_json(first / "total/stage.json")["start"]
+    for place in (other, other / "total"):
+        row = pd.read_csv(place / "results.csv").iloc[0]
+        assert (row["run"], row["preset"], row["value"]) == ("mine", "micro", 6)
+    stages = {s["name"]: s["reused_from"] for s in read_json(other / "run.json")["stages"]}
+    assert stages == {"numbers": "smoke", "total": "smoke"}
+    assert pd.read_csv(first / "total/results.csv")["run"].tolist() == ["smoke"]
+
+
+def test_deleting_a_run_leaves_the_others_whole(study, fake):
+    import shutil
+
+    first, other = run("smoke", quiet=True), run("smoke", run="other", quiet=True)
+    shutil.rmtree(first)
+    assert len(pd.read_parquet(other / TABLE)) == 4
+    third = run("smoke", run="third", quiet=True)
+    assert fake == ["numbers", "total"]
+    assert reused_from(third, "numbers") == "other"
+
+
+def test_a_forced_stage_is_computed(study, fake):
+    run("smoke", quiet=True)
+    run("smoke", run="other", force=["total"], quiet=True)
+    assert fake == ["numbers", "total", "total"]
+
+
+def test_a_stage_that_is_computed_again_changes_no_other_run(study, fake):
+    first, other = run("smoke", quiet=True), run("smoke", run="other", quiet=True)
+    before = (first / TABLE).read_bytes(), (first / TABLE).stat().st_mtime_ns
+    run("smoke", run="other", force="all", quiet=True)
+    assert not same_file(first / TABLE, other / TABLE)
+    assert ((first / TABLE).read_bytes(), (first / TABLE).stat().st_mtime_ns) == before
+
+
+def test_where_links_are_not_to_be_had_files_are_copied(study, fake, monkeypatch):
+    def no_link(source, target):
+        raise OSError(errno.EXDEV, "another device")
+
+    monkeypatch.setattr(os, "link", no_link)
+    first, other = run("smoke", quiet=True), run("smoke", run="other", quiet=True)
+    assert fake == ["numbers", "total"]
+    assert not same_file(first / TABLE, other / TABLE)
+    assert (first / TABLE).read_bytes() == (other / TABLE).read_bytes()
+
+
+def remove_a_table(folder):
+    (folder / TABLE).unlink()
+
+
+def shorten_a_table(folder):
+    (folder / TABLE).write_bytes((folder / TABLE).read_bytes()[:-1])
+
+
+def forget_how_much(folder):
+    about = read_json(folder / "numbers/stage.json")
+    write_json(folder / "numbers/stage.json", {k: v for k, v in about.items() if k != "left"})
+
+
+def rename_to_unfinished(folder):
+    (folder / "numbers").rename(folder / "numbers.partial")
+
+
+@pytest.mark.parametrize("harm", [remove_a_table, shorten_a_table, forget_how_much, rename_to_unfinished])
+def test_what_is_not_whole_is_not_reused(study, fake, harm):
+    harm(run("smoke", only=["numbers"], quiet=True))
+    other = run("smoke", run="other", only=["numbers"], quiet=True)
+    assert fake == ["numbers", "numbers"]
+    assert len(pd.read_parquet(other / TABLE)) == 4
+
+
+@pytest.mark.parametrize("moment", range(4))
+def test_a_run_that_is_deleted_while_it_is_linked(study, fake, monkeypatch, moment):
+    "Whichever file the deletion meets, the stage is computed and nothing is left lying about."
+    import shutil
+
+    first, real, calls = run("smoke", only=["numbers"], quiet=True), os.link, []
+
+    def link(source, target):
+        if len(calls) == moment:
+            shutil.rmtree(first)
+        calls.append(source)
+        return real(source, target)
+
+    monkeypatch.setattr(os, "link", link)
+    other = run("smoke", run="other", only=["numbers"], quiet=True)
+    assert fake == ["numbers", "numbers"]
+    assert not list(other.glob(".taken-*"))
+    assert len(pd.read_parquet(other / TABLE)) == 4
+
+
+def test_a_kill_while_linking_leaves_nothing_behind(study, fake, monkeypatch):
+    run("smoke", only=["numbers"], quiet=True)
+    begun = study / "data/runs/other/.taken-numbers"
+    (begun / "tables").mkdir(parents=True)
+    (begun / "tables/half.parquet").write_text("half")
+    other = run("smoke", run="other", only=["numbers"], quiet=True)
+    assert fake == ["numbers"]
+    assert not begun.exists()
+    assert not (other / "numbers/tables/half.parquet").exists()
+
+
+def test_a_full_disk_while_copying(study, fake, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run("smoke", only=["numbers"], quiet=True)
+    monkeypatch.setattr("shutil.copy2", full)
+    with pytest.raises(StageError, match="could not be taken over .No space left"):
+        run("smoke", run="other", only=["numbers"], quiet=True)
+    assert not (study / "data/runs/other/numbers").exists()
+
+
 # --- killed and continued ----------------------------------------------------------------------------------------
 
 SLOW = [

@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest.mock import patch
 from .files import FULL, git_state, hardware, now, publish, read_json, versions, write_json
 from .keys import keys_of, stage_manifest
+from .reuse import amount_left, reuse
 from .settings import Settings, StudyError, find_root, inputs_of, nearest, resolve, stages
 from .stage import runs_folder, write_results
 
@@ -184,7 +185,9 @@ def run_stage(
     done = read_json(partial / "stage.json", {})
     if done.get("status") != "finished":
         raise RunError(f"{manifest['notebook']} ended without stage.finish(); add it as the last cell")
-    write_json(partial / "stage.json", done := done | dict(seconds=round(time.time() - began, 1)))
+    write_json(
+        partial / "stage.json", done := done | dict(seconds=round(time.time() - began, 1), left=amount_left(partial))
+    )
     publish(partial, folder / name)
     return done
 
@@ -211,7 +214,10 @@ def describe_run(
     done = [m for name in settings.stages if (m := read_json(folder / name / "stage.json"))]
     machine = hardware() | dict(gpu=next((m["hardware"]["gpu"] for m in done if m["hardware"]["gpu"]), ""))
     table = [
-        {k: m.get(k) for k in ("name", "key", "notebook", "start", "seconds", "peak_memory_gb", "resumed")}
+        {
+            k: m.get(k)
+            for k in ("name", "key", "notebook", "start", "seconds", "peak_memory_gb", "resumed", "reused_from")
+        }
         for m in done
     ]
     found = (
@@ -302,6 +308,9 @@ def _run_stages(
         keys[name] = manifest["key"]
         if name not in forced and is_current(folder, name, keys[name]):
             console.print(f"[dim]  {name:<12} skipped, up to date[/dim]")
+            continue
+        if name not in forced and (done := reuse(folder, manifest, settings)):
+            console.print(f"[dim]  {name:<12} reused from {done['reused_from']}[/dim]")
             continue
         with _clock(console, name, folder / f"{name}.partial/.progress"):
             done = run_stage(folder, manifest, name in forced, hint)
