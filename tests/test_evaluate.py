@@ -39,7 +39,7 @@ from selfalign.self_align.finetune import (
 from selfalign.study.settings import StudyError, resolve
 from selfalign.study.statistics import Interval
 
-REPORT = Path(__file__).resolve().parents[1] / "reports" / "micro"
+REPORT = Path(__file__).resolve().parents[1] / "reports" / "published" / "micro"
 
 # --- arms --------------------------------------------------------------------------------------------------------
 

@@ -152,15 +152,20 @@ def test_data_stays_out():
     assert sum((ROOT / p).stat().st_size for p in inside) <= 24 * 2**20
 
 
+def test_only_published_reports_are_kept():
+    "A run and its report change no tracked file: they go where git does not look."
+    kept = {p.relative_to(ROOT).parts[1] for p in committed() if p.is_relative_to(ROOT / "reports")}
+    assert kept == {"published"}
+    for path in ("reports/micro/index.html", "reports/mine/index.html", "data/runs/micro/run.json"):
+        ignored = subprocess.run(["git", "check-ignore", "--quiet", path], cwd=ROOT)
+        assert ignored.returncode == 0, path
+
+
 def test_reports_are_small():
-    for report in {
-        p.relative_to(ROOT).parts[1]
-        for p in committed()
-        if p.is_relative_to(ROOT / "reports") and len(p.relative_to(ROOT).parts) > 2
-    }:
-        assert sum(p.stat().st_size for p in committed() if p.is_relative_to(ROOT / "reports" / report)) <= 6 * 2**20, (
-            report
-        )
+    published = ROOT / "reports/published"
+    for report in {p.relative_to(published).parts[0] for p in committed() if p.is_relative_to(published)}:
+        size = sum(p.stat().st_size for p in committed() if p.is_relative_to(published / report))
+        assert size <= 6 * 2**20, report
 
 
 def test_no_machine_paths():

@@ -17,19 +17,22 @@ def run_names(
 ) -> list[str]:  # names, the one written last at the end
     "Every run and every report that has results."
     root = Path(root or find_root())
-    found = [p for place in ("reports", "data/runs") for p in root.glob(f"{place}/[!._]*/results.csv")]
-    return list(dict.fromkeys(p.parent.name for p in sorted(found, key=lambda p: p.stat().st_mtime)))
+    places = "data/runs", "reports", "reports/published"
+    found = [(f, place) for place in places for f in root.glob(f"{place}/[!._]*/results.csv")]
+    found.sort(key=lambda o: o[0].stat().st_mtime)
+    before = {"reports/published": "published/"}
+    return list(dict.fromkeys(before.get(place, "") + f.parent.name for f, place in found))
 
 # %% ../../nbs/8_report/82_compare.ipynb #0d4915b4
 def find_run(
-    name: str,  # name of a run, or a folder with results.csv
+    name: str,  # name of a run, of a report such as published/micro, or a folder with results.csv
     root: Path | None = None,  # repository; None: the one this package lives in
 ) -> Path:  # folder of the run
-    "The folder of a run; the run's own folder before its report."
+    "The folder of a run; the run's own folder before its report, and that before the published one."
     base = Path(root or find_root())
-    for folder in (base / "data/runs" / name, base / "reports" / name, Path(name)):
-        if name and (folder / "results.csv").is_file():
-            return folder
+    for place in (base / "data/runs", base / "reports", base / "reports/published", Path()):
+        if name and (place / name / "results.csv").is_file():
+            return place / name
     raise SettingsError(f"no run {name!r}: {nearest(name, run_names(base))}")
 
 # %% ../../nbs/8_report/82_compare.ipynb #3d839e30

@@ -173,7 +173,7 @@ def hardware() -> dict:  # cpu, cores, memory_gb, gpu
 
 # %% ../../nbs/0_study/05_files.ipynb #7abe765b
 def git_state() -> dict:  # commit, dirty
-    "The commit the study runs from, and whether tracked files were changed since"
+    "The commit the study runs from, and whether tracked files other than reports were changed since"
 
     def git(*args):
         try:
@@ -183,7 +183,8 @@ def git_state() -> dict:  # commit, dirty
         except (OSError, subprocess.SubprocessError):
             return None
 
-    return dict(commit=git("rev-parse", "HEAD") or "", dirty=bool(git("status", "--porcelain", "--untracked-files=no")))
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)reports")
+    return dict(commit=git("rev-parse", "HEAD") or "", dirty=bool(changed))
 
 # %% ../../nbs/0_study/05_files.ipynb #cc1d7a18
 def peak_memory_gb() -> float:  # gigabytes

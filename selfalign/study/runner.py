@@ -26,9 +26,10 @@ def run_folder(
     run: str,  # a name
 ) -> Path:  # data/runs/<name>
     "The folder of a run"
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", run) or run.endswith(".partial"):
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", run) or run.endswith(".partial") or run == "published":
         raise RunError(
-            f"{run!r} cannot name a run: letters, digits, '-', '_' and '.' only, and a letter or digit first"
+            f"{run!r} cannot name a run: letters, digits, '-', '_' and '.' only, a letter or digit first, "
+            "and not 'published'"
         )
     return runs_folder() / run
 
