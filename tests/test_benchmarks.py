@@ -720,7 +720,7 @@ def _checklist(folder, rows, category="Object/Size/large", name="vg"):
 
 def test_the_rule_is_the_written_one(tmp_path):
     "Against the formula, written out anew on random texts."
-    import math, re
+    import re
     from collections import Counter
     from selfalign.benchmarks.without_looking import annotated_texts, answer_blind, by_frequency, unused_counts
 
