@@ -2,18 +2,16 @@
 
 import os, shutil, signal, time
 import numpy as np, pandas as pd, pytest, torch
+from selfalign.data.generated import image_orders, image_seed, is_blank
 from selfalign.data.pairs import pairs_table
 from selfalign.models.load import load_generator
-from selfalign.self_align.generate import (
-    Painter,
+from selfalign.models.text_to_image import (
+    ImageGenerator,
     add_ip_adapter,
     agreement,
-    image_to_image,
-    is_blank,
-    out_of_memory,
-    image_orders,
     image_prompts,
-    image_seed,
+    image_to_image,
+    out_of_memory,
     set_scheduler,
     split_adapter,
     too_long,
@@ -31,39 +29,42 @@ def pipe(tiny_generator):
 
 
 @pytest.fixture(scope="module")
-def painted(pipe):
-    return list(Painter(pipe, 6, **OPTIONS)(PROMPTS, SEEDS))
+def made(pipe):
+    return list(ImageGenerator(pipe, 6, **OPTIONS)(PROMPTS, SEEDS))
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4])
-def test_same_image_whatever_the_batch(pipe, painted, batch):
-    again = list(Painter(pipe, batch, **OPTIONS)(PROMPTS, SEEDS))
-    assert agreement(painted, again) >= 0.999
+def test_same_image_whatever_the_batch(pipe, made, batch):
+    again = list(ImageGenerator(pipe, batch, **OPTIONS)(PROMPTS, SEEDS))
+    assert agreement(made, again) >= 0.999
 
 
-def test_same_image_whatever_the_order(pipe, painted):
-    again = list(Painter(pipe, 4, **OPTIONS)(PROMPTS[::-1], SEEDS[::-1]))
-    assert agreement(painted, again[::-1]) >= 0.999
+def test_same_image_whatever_the_order(pipe, made):
+    again = list(ImageGenerator(pipe, 4, **OPTIONS)(PROMPTS[::-1], SEEDS[::-1]))
+    assert agreement(made, again[::-1]) >= 0.999
 
 
-def test_same_batch_same_bits(pipe, painted):
-    again = list(Painter(pipe, 6, **OPTIONS)(PROMPTS, SEEDS))
-    assert all(a.tobytes() == b.tobytes() for a, b in zip(painted, again))
+def test_same_batch_same_bits(pipe, made):
+    again = list(ImageGenerator(pipe, 6, **OPTIONS)(PROMPTS, SEEDS))
+    assert all(a.tobytes() == b.tobytes() for a, b in zip(made, again))
 
 
-def test_images_differ(painted):
-    assert len({p.tobytes() for p in painted}) == len(painted) and not any(map(is_blank, painted))
+def test_images_differ(made):
+    assert len({p.tobytes() for p in made}) == len(made)
+    assert not any(map(is_blank, made))
 
 
 @pytest.mark.parametrize("scheduler", ["euler", "ddim", "dpm"])
 def test_schedulers_keep_the_promise(tiny_generator, scheduler):
     pipe = set_scheduler(load_generator(f"diffusers:{tiny_generator}"), scheduler)
-    one, many = (list(Painter(pipe, b, **OPTIONS)(PROMPTS[:4], SEEDS[:4])) for b in (1, 4))
-    assert agreement(one, many) >= 0.999 and pipe.scheduler.config.prediction_type == "v_prediction"
+    one, many = (list(ImageGenerator(pipe, b, **OPTIONS)(PROMPTS[:4], SEEDS[:4])) for b in (1, 4))
+    assert agreement(one, many) >= 0.999
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
 
 
-def test_negative_prompt(pipe, painted):
-    assert agreement(painted, list(Painter(pipe, 4, negative_prompt="a blue boat", **OPTIONS)(PROMPTS, SEEDS))) < 0.999
+def test_negative_prompt(pipe, made):
+    away = ImageGenerator(pipe, 4, negative_prompt="a blue boat", **OPTIONS)
+    assert agreement(made, list(away(PROMPTS, SEEDS))) < 0.999
 
 
 class Narrow:
@@ -88,11 +89,12 @@ ERRORS = [
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
-def test_full_memory_halves_the_batch(pipe, painted, error):
+def test_full_memory_halves_the_batch(pipe, made, error):
     narrow = Narrow(pipe, 2, error)
-    painter = Painter(narrow, 6, **OPTIONS)
-    assert agreement(painted, list(painter(PROMPTS, SEEDS))) >= 0.999
-    assert narrow.tried == [6, 3, 1, 1, 1, 1, 1, 1] and painter.batch == 1
+    generator = ImageGenerator(narrow, 6, **OPTIONS)
+    assert agreement(made, list(generator(PROMPTS, SEEDS))) >= 0.999
+    assert narrow.tried == [6, 3, 1, 1, 1, 1, 1, 1]
+    assert generator.batch == 1
 
 
 def test_each_image_begins_with_its_own_original():
@@ -102,15 +104,17 @@ def test_each_image_begins_with_its_own_original():
     originals = [render(make_scene("study", i)) for i in range(6)]
 
     def begin(batch, order, strength=0.2):
-        painter = Painter(pipe, batch, num_inference_steps=10, guidance_scale=2.0, strength=strength)
-        return list(painter(*([x[i] for i in order] for x in (PROMPTS, SEEDS, originals))))
+        generator = ImageGenerator(pipe, batch, num_inference_steps=10, guidance_scale=2.0, strength=strength)
+        return list(generator(*([x[i] for i in order] for x in (PROMPTS, SEEDS, originals))))
 
     def away(images):
         return np.abs(np.stack(images).astype(float) - np.stack(originals)).mean((1, 2, 3))
 
     near = begin(6, range(6))
-    assert agreement(near, begin(2, range(6))) >= 0.999 and agreement(near[::-1], begin(4, range(6)[::-1])) >= 0.999
-    assert (away(near) < away(near[1:] + near[:1])).all() and (away(near) < away(begin(6, range(6), 0.9))).all()
+    assert agreement(near, begin(2, range(6))) >= 0.999
+    assert agreement(near[::-1], begin(4, range(6)[::-1])) >= 0.999
+    assert (away(near) < away(near[1:] + near[:1])).all(), "each image is nearest to its own original"
+    assert (away(near) < away(begin(6, range(6), 0.9))).all(), "strength leads away"
 
 
 def write_ip_adapter(folder, unet, seed=0):
@@ -158,29 +162,24 @@ def ip_adapter(tmp_path_factory):
 def test_each_prompt_is_shown_its_own_image(ip_adapter, guidance):
     from selfalign.data.scenes import make_scene, render
 
-    options, originals = (
-        dict(num_inference_steps=4, guidance_scale=guidance),
-        [render(make_scene("study", i)) for i in range(6)],
-    )
+    options = dict(num_inference_steps=4, guidance_scale=guidance)
+    originals = [render(make_scene("study", i)) for i in range(6)]
     pipe = load_generator("diffusers:data/micro/generator")
-    looking = add_ip_adapter(load_generator("diffusers:data/micro/generator"), ip_adapter, 0.0)
+    adapted = add_ip_adapter(load_generator("diffusers:data/micro/generator"), ip_adapter, 0.0)
 
-    def paint(batch, shown):
-        return list(
-            Painter(looking, batch, lambda images: image_prompts(looking, images, guidance), **options)(
-                PROMPTS, SEEDS, shown
-            )
-        )
+    def generate(batch, shown):
+        generator = ImageGenerator(adapted, batch, lambda images: image_prompts(adapted, images, guidance), **options)
+        return list(generator(PROMPTS, SEEDS, shown))
 
-    blind = list(Painter(pipe, 6, **options)(PROMPTS, SEEDS))
-    assert agreement(paint(6, originals), blind) >= 0.999
-    looking.set_ip_adapter_scale(1.0)
-    seen = paint(6, originals)
-    assert agreement(seen, blind) < 0.9 and agreement(seen, paint(2, originals)) >= 0.999
-    other = paint(6, [originals[0], *originals[:5]])  # the first is shown the same as before
-    assert agreement(seen[:1], other[:1]) >= 0.999 and all(
-        agreement([a], [b]) < 0.99 for a, b in zip(seen[1:], other[1:])
-    )
+    without = list(ImageGenerator(pipe, 6, **options)(PROMPTS, SEEDS))
+    assert agreement(generate(6, originals), without) >= 0.999
+    adapted.set_ip_adapter_scale(1.0)
+    seen = generate(6, originals)
+    assert agreement(seen, without) < 0.9
+    assert agreement(seen, generate(2, originals)) >= 0.999
+    other = generate(6, [originals[0], *originals[:5]])  # the first is shown the same as before
+    assert agreement(seen[:1], other[:1]) >= 0.999
+    assert all(agreement([a], [b]) < 0.99 for a, b in zip(seen[1:], other[1:]))
 
 
 def test_an_ip_adapter_of_another_family(tmp_path):
@@ -207,22 +206,23 @@ def test_what_is_no_ip_adapter(text):
 
 def test_not_even_one_image_fits(pipe):
     with pytest.raises(StudyError, match="not even one image"):
-        list(Painter(Narrow(pipe, 0, MemoryError()), 4)(PROMPTS, SEEDS))
+        list(ImageGenerator(Narrow(pipe, 0, MemoryError()), 4)(PROMPTS, SEEDS))
 
 
 def test_other_errors_are_not_swallowed(pipe):
     with pytest.raises(RuntimeError, match="shapes"):
-        list(Painter(Narrow(pipe, 0, RuntimeError("shapes do not fit")), 4)(PROMPTS, SEEDS))
+        list(ImageGenerator(Narrow(pipe, 0, RuntimeError("shapes do not fit")), 4)(PROMPTS, SEEDS))
     assert not out_of_memory(KeyError("memory"))
 
 
 def test_orders_and_seeds():
     pairs = pairs_table([dict(key=f"p{i}", caption="a cat", subset=i) for i in range(3)])
     orders = image_orders(pairs, k=4, seed=1)
-    assert len({o["key"] for o in orders}) == len({o["seed"] for o in orders}) == 12 and all(
-        0 <= o["seed"] < 2**32 for o in orders
-    )
-    assert image_orders(pairs[1:], k=4, seed=1) == orders[4:] and image_seed("p0", 0, 1) != image_seed("p0", 0, 2)
+    assert len({o["key"] for o in orders}) == 12
+    assert len({o["seed"] for o in orders}) == 12
+    assert all(0 <= o["seed"] < 2**32 for o in orders)
+    assert image_orders(pairs[1:], k=4, seed=1) == orders[4:]
+    assert image_seed("p0", 0, 1) != image_seed("p0", 0, 2)
 
 
 def test_captions_cut_short_are_known(pipe):
@@ -242,9 +242,8 @@ def test_diversity_is_the_mean_distance_of_two_images_of_a_caption():
     found = diversity(x, of)
     assert list(found.index) == ["a", "b"]  # c and d have one image each
     for name in found.index:
-        assert found[name] == pytest.approx(
-            np.mean([1 - x[i] @ x[j] for i, j in combinations([i for i, o in enumerate(of) if o == name], 2)])
-        )
+        rows = [i for i, o in enumerate(of) if o == name]
+        assert found[name] == pytest.approx(np.mean([1 - x[i] @ x[j] for i, j in combinations(rows, 2)]))
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -255,17 +254,17 @@ def test_the_best_of_the_first_k(k):
         dict(parent=np.repeat(list("abcd"), 3), k=[0, 1, 2] * 4, score=np.random.default_rng(1).permutation(12))
     )
     kept = best_of(table, k, "score")
-    assert list(kept.parent) == list("abcd") and (kept.k < k).all()
+    assert list(kept.parent) == list("abcd")
+    assert (kept.k < k).all()
     assert list(kept.score) == [table[(table.parent == p) & (table.k < k)].score.max() for p in "abcd"]
 
 
 def test_each_dial_is_turned_alone():
     from selfalign.self_align.sweep import dial_settings
 
-    found = dial_settings(dict(guidance=3.0, steps=10, strength=0.0), guidance=[1.0, 2.0], strength=[0.5]).to_dict(
-        "records"
-    )
-    assert [(r["dial"], r["notch"], r["guidance"], r["steps"], r["strength"]) for r in found] == [
+    base = dict(guidance=3.0, steps=10, strength=0.0)
+    found = dial_settings(base, guidance=[1.0, 2.0], strength=[0.5])
+    assert list(found[["dial", "notch", "guidance", "steps", "strength"]].itertuples(index=False, name=None)) == [
         ("guidance", 1.0, 1.0, 10, 0.0),
         ("guidance", 2.0, 2.0, 10, 0.0),
         ("strength", 0.5, 3.0, 10, 0.5),
@@ -315,8 +314,12 @@ def test_killed_in_the_middle_and_resumed(study_root):
 
 def leads_back(pairs, made):
     "Every generated pair inherits from its original what it should, and no truth."
-    assert set(made.parent) == set(pairs.key) and (made.image_source == "generated").all() and made.steps.eq(12).all()
+    assert set(made.parent) == set(pairs.key)
+    assert (made.image_source == "generated").all()
+    assert made.steps.eq(12).all()
     joined = made.merge(pairs, left_on="parent", right_on="key", suffixes=("", "_of"))
     for column in ("caption", "scene", "subset", "split", "claims"):
         assert (joined[column] == joined[f"{column}_of"]).all()
-    assert made.truth.isna().all() and made.aligned.isna().all() and (joined.prompt == joined.caption_of).all()
+    assert made.truth.isna().all()
+    assert made.aligned.isna().all()
+    assert (joined.prompt == joined.caption_of).all()

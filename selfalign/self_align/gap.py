@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from ..data.redraw import redraw
 from ..data.scenes import render
-from .generate import begin_with
+from ..models.text_to_image import begin_with
 
 # %% ../../nbs/4_self_align/4d_gap.ipynb #03706eb5
 def redrawn_like(
