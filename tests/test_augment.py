@@ -4,15 +4,10 @@ import re
 from collections import Counter
 import pytest
 from hypothesis import given, settings, strategies as st
-from selfalign.data.captions import describe, is_true, kinds, web_caption
-from selfalign.data.claims import find_terms, lexicon, read_claims, whole_words
-from selfalign.data.microworld import Microworld
-from selfalign.data.scenes import make_scene
-from selfalign.self_align.augment import (
+from selfalign.data.augmentation import (
     ENGLISH,
     MICROWORLD,
     WORD_LISTS,
-    Writer,
     as_text,
     exchange,
     find_words,
@@ -20,9 +15,12 @@ from selfalign.self_align.augment import (
     holds,
     long_caption,
     positive,
-    rewrite,
-    start_of,
 )
+from selfalign.data.captions import describe, is_true, kinds, web_caption
+from selfalign.data.claims import find_terms, lexicon, read_claims, whole_words
+from selfalign.data.microworld import Microworld
+from selfalign.data.scenes import make_scene
+from selfalign.models.writer import Writer, rewrite, start_of
 from selfalign.study.settings import StudyError
 
 CAPTIONS = [web_caption("study", i)[0].text for i in range(300)]
@@ -30,10 +28,10 @@ CAPTIONS = [web_caption("study", i)[0].text for i in range(300)]
 
 def test_every_word_of_the_world_has_one_meaning():
     "Else a wording would be read as whatever came last."
-    from selfalign.data.captions import _words
+    from selfalign.data.captions import wordings as words_of
     from selfalign.data.claims import TERMS
 
-    wordings = Counter(w for terms in TERMS.values() for t in terms for w in _words.get(t, (t,)))
+    wordings = Counter(w for terms in TERMS.values() for t in terms for w in words_of(t))
     assert max(wordings.values()) == 1 and set(wordings) == set(lexicon())
 
 

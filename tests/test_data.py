@@ -20,7 +20,7 @@ from selfalign.data.pairs import (
 )
 from selfalign.data.readers import SourceError, read_image
 from selfalign.data.sources import open_pairs
-from selfalign.self_align.sample import draw, pair_row, with_noise
+from selfalign.data.sampling import draw, pair_row, with_noise
 
 
 def image(size=(40, 24), mode="RGB", seed=0):

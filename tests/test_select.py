@@ -2,7 +2,7 @@
 
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
-from selfalign.self_align.select import (
+from selfalign.data.selection import (
     choose_scorers,
     difference,
     how_many,

@@ -8,7 +8,7 @@ __all__ = ['TERMS', 'lexicon', 'whole_words', 'small', 'find_meanings', 'find_te
 # %% ../../nbs/1_data/17_claims.ipynb #0da47430
 import re, string
 from functools import cache
-from .captions import _words
+from .captions import wordings
 from .scenes import backgrounds, colours, objects, patterns, positions, relations, sizes
 
 # %% ../../nbs/1_data/17_claims.ipynb #2611ee05
@@ -28,12 +28,7 @@ TERMS = dict(
 @cache
 def lexicon() -> dict:  # wording to (kind, term)
     "All words and phrases of the microworld."
-    return {
-        wording: (kind, term)
-        for kind, terms in TERMS.items()
-        for term in terms
-        for wording in _words.get(term, (term,))
-    }
+    return {wording: (kind, term) for kind, terms in TERMS.items() for term in terms for wording in wordings(term)}
 
 # %% ../../nbs/1_data/17_claims.ipynb #0eb7cbf6
 def whole_words(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['groups', 'objects', 'colours', 'patterns', 'sizes', 'positions', 'backgrounds', 'relations', 'pools', 'held_out',
-           'Thing', 'Scene', 'scene_from_json', 'render', 'make_scene']
+           'Thing', 'Scene', 'scene_from_json', 'render', 'number_of', 'random_thing', 'place_two', 'make_scene']
 
 # %% ../../nbs/1_data/13_scenes.ipynb #2c874cf5
 import hashlib, json, math
@@ -426,15 +426,23 @@ def render(
 pools = ("generator", "clip", "judge", "vision", "text", "reader", "study", "validation", "evaluation")
 
 
-def _digest(*parts):
+def number_of(
+    *parts,  # strings or numbers
+) -> int:  # of 64 bits, the same on every machine
+    "A seed from names."
     return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "big")
 
 
-_pairs = sorted(((o, c) for o in objects for c in colours), key=lambda p: _digest("held out", *p))
+_pairs = sorted(((o, c) for o in objects for c in colours), key=lambda p: number_of("held out", *p))
 held_out = frozenset(_pairs[: round(len(_pairs) / 10)])
 
 # %% ../../nbs/1_data/13_scenes.ipynb #4965752c
-def _thing(rng, allow_held_out, size=None, busy=True):
+def random_thing(
+    rng,  # random generator
+    allow_held_out: bool,  # whether it may be a held-out pair of object and colour
+    size: str | None = None,  # one of `sizes`; None: drawn
+    busy: bool = True,  # whether it may have a pattern, a state or an action
+) -> Thing:
     "A random thing; places avoid cutting large things off."
     while True:
         o, c = objects[rng.integers(len(objects))], list(colours)[rng.integers(len(colours))]
@@ -467,7 +475,11 @@ def _thing(rng, allow_held_out, size=None, busy=True):
     )
 
 # %% ../../nbs/1_data/13_scenes.ipynb #c9b30349
-def _pair(rng, first, second):
+def place_two(
+    rng,  # random generator
+    first: Thing,  # whose size and place are drawn anew
+    second: Thing,  # likewise
+) -> tuple:  # ((first, second), relation), one of `relations`
     "Place two things so that their relation is true."
     relation = relations[rng.integers(len(relations))]
     e1, e2 = (float(rng.uniform(0.34, 0.46)) for _ in range(2))
@@ -500,15 +512,15 @@ def make_scene(
     "The scene with this number: always the same, never in another pool."
     if pool not in pools:
         raise ValueError(f"unknown pool {pool!r}; the pools are {', '.join(pools)}")
-    rng = np.random.default_rng(_digest(pool, index))
+    rng = np.random.default_rng(number_of(pool, index))
     seen_by_none = pool == "evaluation"
-    first = _thing(rng, seen_by_none)
+    first = random_thing(rng, seen_by_none)
     things, relation = (first,), ""
     if rng.random() < pairs:
-        second = _thing(rng, seen_by_none)
+        second = random_thing(rng, seen_by_none)
         while second.object == first.object:
-            second = _thing(rng, seen_by_none)
-        things, relation = _pair(rng, first, second)
+            second = random_thing(rng, seen_by_none)
+        things, relation = place_two(rng, first, second)
     return Scene(
         things,
         relation,

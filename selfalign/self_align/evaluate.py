@@ -18,10 +18,10 @@ from ..benchmarks.classification import true_ranks
 from ..benchmarks.items import encode, predict
 from ..benchmarks.sugarcrepe import COUNTS, read_sugarcrepe
 from ..benchmarks.vl_checklist import item_values, read_checklist
-from ..data.captions import _article
+from ..data.captions import with_article
 from ..data.sources import open_pairs
 from .lora import retrieval_hits
-from .sample import with_noise
+from ..data.sampling import with_noise
 from ..study.settings import StudyError, at_root
 from ..study.stage import VERDICTS
 from ..study.statistics import Interval, bootstrap, holm, items_and_seeds, paired_seeds
@@ -133,7 +133,7 @@ class Retention:
         found = {"retrieval-r1": retrieval_hits(x, y, captions)}
         if not self.truth:
             return found
-        prompts = encoder.encode_text([f"a photo of {_article(n)}" for n in self.names]).numpy()
+        prompts = encoder.encode_text([f"a photo of {with_article(n)}" for n in self.names]).numpy()
         return found | {
             "zero-shot-accuracy": named_right(
                 x[list(self.truth)], prompts, [self.names.index(n) for n in self.truth.values()]

@@ -15,7 +15,7 @@ import pandas as pd
 from ..data.images import ImageProblem
 from ..data.pairs import clean_caption
 from ..data.readers import read_image
-from .select import short_name
+from ..data.selection import short_name
 from ..study.figures import PALETTE
 from ..study.settings import StudyError, at_root, nearest
 from ..study.stage import runs_folder

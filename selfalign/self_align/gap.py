@@ -9,8 +9,7 @@ __all__ = ['redrawn_like', 'steps_between', 'told_apart']
 import json
 import numpy as np
 import pandas as pd
-from ..data.redraw import redraw
-from ..data.scenes import render
+from ..data.redraw import redrawn
 from ..models.text_to_image import begin_with
 
 # %% ../../nbs/4_self_align/4d_gap.ipynb #03706eb5
@@ -19,7 +18,7 @@ def redrawn_like(
     pipe,  # pipeline of diffusers: whose size the image gets
 ):  # PIL image
     "The caption drawn anew, by the code that drew the original."
-    return begin_with(pipe, render(redraw(json.loads(pair.claims), pair.key), int(pair.width)))
+    return begin_with(pipe, redrawn(pair))
 
 # %% ../../nbs/4_self_align/4d_gap.ipynb #9d3b9617
 def steps_between(
