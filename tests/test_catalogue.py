@@ -18,6 +18,7 @@ from selfalign.benchmarks import (
 )
 from selfalign.benchmarks.items import Benchmark, BenchmarkError, coverage, encode, evaluate, predict, require_coverage
 from selfalign.benchmarks.vl_checklist import categories, read_checklist
+from selfalign.study.ranking import ranks
 
 
 def unit(x):
@@ -350,7 +351,10 @@ def hits(scores, positive, k):
 def test_ranks_against_brute_force(block):
     rng = np.random.default_rng(0)
     x, t, owner = rng.normal(size=(30, 4)), rng.normal(size=(90, 4)), rng.permutation(np.repeat(np.arange(30), 3))
-    found = {"t2i": rt.ranks(t, x, owner, np.arange(30), block), "i2t": rt.ranks(x, t, np.arange(30), owner, block)}
+    found = {
+        "t2i": ranks(t, x, owner, np.arange(30), block=block),
+        "i2t": ranks(x, t, np.arange(30), owner, block=block),
+    }
     s = t @ x.T
     for q in range(90):
         assert found["t2i"][q] == 1 + sum(s[q, j] >= s[q, owner[q]] for j in range(30) if j != owner[q])

@@ -8,21 +8,7 @@ from selfalign.benchmarks.vl_checklist import checklist_table
 from selfalign.data.captions import is_true, web_caption
 from selfalign.data.redraw import asks_for_held_out, redraw
 from selfalign.data.scenes import groups, held_out
-from selfalign.self_align.evaluate import (
-    HYPOTHESES,
-    NUMBERS,
-    Scored,
-    compare_arms,
-    contrast,
-    judged,
-    named_right,
-    retrieval_hits,
-    scored_arms,
-    scored_retention,
-    section_table,
-    summarise,
-    verdict_of,
-)
+from selfalign.self_align.evaluate import HYPOTHESES, scored_arms, scored_retention, section_table
 from selfalign.models.objective import Objective
 from selfalign.self_align.finetune import (
     ARMS,
@@ -36,6 +22,8 @@ from selfalign.self_align.finetune import (
     clean_caption_of,
     trainings,
 )
+from selfalign.study.hypotheses import NUMBERS, Scored, arm_difference, compare_arms, judged, summarise, verdict_of
+from selfalign.study.ranking import ranks, recall_at, recall_of_pairs
 from selfalign.study.settings import StudyError, resolve
 from selfalign.study.statistics import Interval
 
@@ -282,18 +270,22 @@ def test_seeds_are_paired_by_number_and_one_training_is_not_held_against_five():
     base = rng.normal(0, 1, 100) + seeds
     lacking = Scored(base[[0, 2, 4]], None, (0, 2, 4))
     whole = Scored(base, None, (0, 1, 2, 3, 4))
-    difference, p, n = contrast(lacking, whole)
+    difference, p, n = arm_difference(lacking, whole)
     assert difference.value == 0 and p == 1 and n == 3
-    assert contrast(Scored(base[[3]], None, (3,)), whole)[2] == 1 and contrast(Scored(base[[3]], None), whole)[2] == 5
+    assert (
+        arm_difference(Scored(base[[3]], None, (3,)), whole)[2] == 1
+        and arm_difference(Scored(base[[3]], None), whole)[2] == 5
+    )
     with pytest.raises(StudyError, match="without a common seed"):
-        contrast(Scored(base[[0]], None, (7,)), whole)
+        arm_difference(Scored(base[[0]], None, (7,)), whole)
 
 
 def test_retention_checks():
     x = np.eye(4)
-    assert retrieval_hits(x, x, list("abcd")).tolist() == [1] * 4
-    assert retrieval_hits(x, x[[1, 0, 2, 3]], list("abcd")).tolist() == [0, 0, 1, 1]
-    assert named_right(x[:2], x[:2], [0, 0]).tolist() == [1, 0]
+    assert recall_of_pairs(x, x, list("abcd")).tolist() == [1] * 4
+    assert recall_of_pairs(x, x[[1, 0, 2, 3]], list("abcd")).tolist() == [0, 0, 1, 1]
+    assert recall_of_pairs(x * 0, x, list("abcd")).tolist() == [0] * 4, "a tie with all others finds nothing"
+    assert recall_at(ranks(x[:2], x[:2], [0, 0], [0, 1])).tolist() == [1, 0]
 
 
 def test_intervals_of_shares_stay_between_nothing_and_all():
@@ -363,7 +355,7 @@ def test_every_interval_follows_from_the_committed_answers(published, recomputed
 
 def test_every_difference_and_verdict_follows_from_the_committed_answers(recomputed):
     results = pd.read_csv(REPORT / "results.csv").query('chapter == "self-align"').set_index(["table", "row", "metric"])
-    verdicts = judged(recomputed)
+    verdicts = judged(HYPOTHESES, recomputed)
     assert (
         list(verdicts.name)
         == [h.name for h in HYPOTHESES]

@@ -6,12 +6,10 @@ from selfalign.data.images import save_png
 from selfalign.models.embed import StoreError
 from selfalign.models.load import load_dual_encoder
 from selfalign.self_align.score import (
-    auc,
     clip_score,
     distinct_texts,
     filter_quality,
     other_captions,
-    precision_at,
     read_back,
     score_pairs,
     text_key,
@@ -170,15 +168,6 @@ def test_other_captions_are_others(table):
         and (moved.key == both.key).all()
     )
     assert (moved.claims[:11].to_numpy() == moved.claims[11:].to_numpy()).all()
-
-
-def test_auc_and_precision_equal_sklearn():
-    from sklearn.metrics import roc_auc_score
-
-    rng = np.random.default_rng(0)
-    rows = np.stack([rng.normal(size=400).round(1), rng.random(400) < 0.3], 1)
-    assert auc(rows) == pytest.approx(roc_auc_score(rows[:, 1], rows[:, 0]))
-    assert np.isnan(auc(rows[rows[:, 1] == 1])) and precision_at(rows, 1) == pytest.approx(rows[:, 1].mean())
 
 
 def test_filter_quality_has_intervals_and_chance():

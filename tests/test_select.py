@@ -13,6 +13,7 @@ from selfalign.data.selection import (
     short_name,
 )
 from selfalign.study.settings import StudyError
+from selfalign.study.statistics import precision_at
 
 BOTH = ["open_clip:data/micro/clip", "transformers:data/micro/judge"]
 
@@ -170,8 +171,6 @@ def test_difference_resamples_scenes():
 
 
 def test_precision_curve():
-    from selfalign.self_align.score import precision_at
-
     t = table(200, 1)
     curve = precision_curve(t.score, t.faithful, 20)
     assert (

@@ -157,3 +157,24 @@ def test_items_and_seeds_with_clusters():
     assert width(found) == pytest.approx(2 * stats.t.ppf(0.975, 49) * x[::4].std(ddof=1) / np.sqrt(50))
     with pytest.raises(StatisticsError, match="shape .1, 5."):
         s.items_and_seeds(np.ones((1, 5)))
+
+
+# --- a score against the truth -----------------------------------------------------------------------------------
+
+
+def test_auc_is_the_share_of_pairs_in_order():
+    rows = np.stack([rng().normal(size=300).round(1), rng(1).random(300) < 0.3], 1)
+    right, wrong = (rows[rows[:, 1] == t, 0][:, None] for t in (1, 0))
+    in_order = (right > wrong.T).mean() + (right == wrong.T).mean() / 2
+    assert s.auc(rows) == pytest.approx(in_order)
+
+
+def test_auc_needs_both_kinds():
+    assert np.isnan(s.auc([[1, 1], [2, 1]]))
+    assert np.isnan(s.auc([[1, 0], [2, 0]]))
+
+
+def test_precision_of_everything_is_the_share_of_the_right():
+    rows = np.stack([rng().normal(size=50), rng(1).random(50) < 0.3], 1)
+    assert s.precision_at(rows, 1) == pytest.approx(rows[:, 1].mean())
+    assert s.precision_at([[3, 1], [2, 0], [1, 1]], 0.01) == 1, "at least one is kept"

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from .pairs import seeded_order
 from ..study.settings import StudyError, at_root, nearest
-from ..study.statistics import Interval, bootstrap
+from ..study.statistics import Interval, bootstrap, precision_at
 
 # %% ../../nbs/1_data/1g_selection.ipynb #1693dd3e
 def short_name(
@@ -115,7 +115,6 @@ def precision_curve(
     points: int = 50,  # of the curve
 ) -> pd.DataFrame:  # keep, precision
     "Share of faithful pairs among the best-scored, for many keep rates."
-    truth = np.asarray(truth, float)[np.argsort(-np.asarray(score), kind="stable")]
-    n = len(truth)
-    at = np.unique(np.linspace(1, n, min(points, n)).round().astype(int))
-    return pd.DataFrame(dict(keep=at / n, precision=(truth.cumsum()[at - 1]) / at))
+    rows, n = np.stack([score, truth], 1).astype(float), len(score)
+    keep = np.unique(np.linspace(1, n, min(points, n)).round()) / n
+    return pd.DataFrame(dict(keep=keep, precision=[precision_at(rows, k) for k in keep]))

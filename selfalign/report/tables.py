@@ -8,7 +8,7 @@ __all__ = ['thousands', 'amount', 'read_results', 'joined', 'result_tables', 'pr
 # %% ../../nbs/8_report/86_tables.ipynb #cc28db95
 from pathlib import Path
 from .offline import plain
-from ..study.stage import VERDICTS
+from ..study.hypotheses import VERDICTS
 
 # %% ../../nbs/8_report/86_tables.ipynb #2001defd
 def thousands(

@@ -40,8 +40,7 @@ def told_apart(
     from sklearn.model_selection import GroupKFold, cross_val_predict
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
-    from selfalign.self_align.score import auc
-    from selfalign.study.statistics import bootstrap
+    from selfalign.study.statistics import auc, bootstrap
 
     x, y, groups = (
         np.concatenate([before, after]),

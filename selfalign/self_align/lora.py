@@ -23,6 +23,7 @@ from ..models.losses import info_nce
 from ..models.objective import Objective, Vectors, fitting_bias
 from ..models.train import fit, step_generator
 from ..study.files import read_json, write_json
+from ..study.ranking import recall_of_pairs
 from ..study.settings import StudyError
 
 # %% ../../nbs/4_self_align/44_lora.ipynb #025890e9
@@ -177,9 +178,7 @@ def retrieval_hits(
     texts,  # the captions
 ) -> np.ndarray:  # (n,) share of the two directions in which the first hit is right
     "Recall@1 of each pair, in both directions."
-    same = torch.as_tensor(pd.factorize(pd.Series(list(texts)))[0])
-    near = (torch.as_tensor(x) @ torch.as_tensor(y).T).cpu()
-    return torch.stack([same[near.argmax(k)] == same for k in (0, 1)]).double().mean(0).numpy()
+    return recall_of_pairs(*(torch.as_tensor(v).double().cpu().numpy() for v in (x, y)), texts)
 
 # %% ../../nbs/4_self_align/44_lora.ipynb #1e515c95
 def retrieval_r1(

@@ -13,7 +13,8 @@ from ..benchmarks.items import encode, in_memory, predict
 from ..benchmarks.vl_checklist import read_checklist
 from ..models.adapters import load_adapter, merge, wise_ft
 from ..models.load import load_dual_encoder
-from .evaluate import Scored, section_table
+from .evaluate import section_table
+from ..study.hypotheses import Scored
 
 # %% ../../nbs/4_self_align/49_wise_ft.ipynb #4bd75824
 def mixed_encoder(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['StatisticsError', 'Interval', 'proportion', 'bootstrap', 'paired_difference', 'McNemar', 'mcnemar', 'holm',
-           'seeds_interval', 'items_and_seeds', 'paired_seeds']
+           'seeds_interval', 'items_and_seeds', 'paired_seeds', 'auc', 'precision_at']
 
 # %% ../../nbs/0_study/03_statistics.ipynb #589a9293
 from typing import NamedTuple
@@ -35,7 +35,8 @@ def _numbers(
         raise StatisticsError("no values: nothing can be said about an empty set")
     if not np.isfinite(array).all():
         raise StatisticsError(
-            f"{(~np.isfinite(array)).sum()} of {array.size} values are missing or infinite; leave them out or count them as wrong, but say so"
+            f"{(~np.isfinite(array)).sum()} of {array.size} values are missing or infinite; "
+            "leave them out or count them as wrong, but say so"
         )
     return array
 
@@ -242,3 +243,23 @@ def paired_seeds(
         p = float(means.ttest_mean(0)[1]) if means.std else float(means.mean == 0)
         return Interval(float(means.mean), *map(float, means.tconfint_mean(1 - level)), table.shape[1]), p
     return _mean_and_p(table, clusters, level)
+
+# %% ../../nbs/0_study/03_statistics.ipynb #93ef27b1
+def auc(
+    rows,  # (n, 2): score and truth
+) -> float:  # 0 to 1; nan where all truths are equal
+    "Area under the ROC curve"
+    from sklearn.metrics import roc_auc_score
+
+    score, truth = np.asarray(rows, float).T
+    return float(roc_auc_score(truth > 0, score)) if 0 < (truth > 0).sum() < len(truth) else float("nan")
+
+# %% ../../nbs/0_study/03_statistics.ipynb #da4ef35a
+def precision_at(
+    rows,  # (n, 2): score and truth
+    keep: float,  # share of the items kept, above 0 and at most 1
+) -> float:  # 0 to 1
+    "Share of right items among the best-scored ones; of equal scores the earlier ones are kept"
+    score, truth = np.asarray(rows, float).T
+    n = max(1, round(keep * len(truth)))
+    return float(truth[np.argsort(-score, kind="stable")[:n]].mean())
