@@ -15,9 +15,9 @@ from ..benchmarks.audits import blind, shuffled, text_pairs, word_frequency
 from ..benchmarks.items import encode, predict
 from ..benchmarks.sugarcrepe import COUNTS, read_sugarcrepe
 from ..benchmarks.vl_checklist import item_values, read_checklist
-from ..data.captions import _article
+from ..data.captions import with_article
 from ..data.sources import open_pairs
-from .sample import with_noise
+from ..data.sampling import with_noise
 from ..study.hypotheses import Hypothesis, Scored
 from ..study.ranking import ranks, recall_at, recall_of_pairs
 from ..study.settings import at_root
@@ -89,7 +89,7 @@ class Retention:
         found = {"retrieval-r1": recall_of_pairs(x, y, captions)}
         if not self.truth:
             return found
-        prompts = encoder.encode_text([f"a photo of {_article(n)}" for n in self.names]).numpy()
+        prompts = encoder.encode_text([f"a photo of {with_article(n)}" for n in self.names]).numpy()
         right = ranks(x[list(self.truth)], prompts, list(self.truth.values()), self.names)
         return found | {"zero-shot-accuracy": recall_at(right)}
 
