@@ -1,6 +1,6 @@
 "The embedding store: whole shards, one kind of vectors, damage noticed."
 
-import json, os, signal, subprocess, sys, textwrap, time
+import os, signal, subprocess, sys
 import numpy as np, pytest
 from selfalign.models.embed import EmbeddingStore, StoreError, embed
 
@@ -75,19 +75,28 @@ def test_rows_hash_depends_on_rows_only(tmp_path):
     assert a.manifest["rows_hash"] == b.manifest["rows_hash"] != ""
 
 
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from test_embed import *
+calls = []
+
+def killed(wanted):
+    calls.append(1)
+    if len(calls) == 36:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rows(wanted)
+
+embed(EmbeddingStore({folder!r}, KIND), keys(200), killed, batch=1, shard=10)
+"""
+
+
 def test_killed_and_resumed(tmp_path):
-    code = textwrap.dedent(f"""
-        import time, sys; sys.path.insert(0, {str(os.path.dirname(__file__))!r})
-        from test_embed import *
-        embed(EmbeddingStore({str(tmp_path)!r}, KIND), keys(200), lambda k: (time.sleep(.01), rows(k))[1], batch=1, shard=10)""")
-    process = subprocess.Popen([sys.executable, "-c", code])
-    while not (tmp_path / "manifest.json").exists():
-        time.sleep(0.05)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    "In the 36th row, after three shards of ten."
+    code = KILLED.format(tests=os.path.dirname(__file__), folder=str(tmp_path))
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGKILL
     store = EmbeddingStore(tmp_path, KIND)
-    before = len(store)
-    assert 0 < before < 200 and embed(store, keys(200), rows) == 200 - before
+    assert len(store) == 30
+    assert embed(store, keys(200), rows) == 170
     assert store.read(keys(200))[:, 0].tolist() == list(range(200))
     store.verify()

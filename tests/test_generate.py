@@ -1,6 +1,6 @@
 "Generate: the same images whatever the batch, the memory, or an interruption."
 
-import os, shutil, signal, time
+import os, shutil, signal
 import numpy as np, pandas as pd, pytest, torch
 from selfalign.data.generated import image_orders, image_seed, is_blank
 from selfalign.data.pairs import pairs_table
@@ -286,21 +286,21 @@ def study_root(tmp_path_factory):
 
 
 def test_killed_in_the_middle_and_resumed(study_root):
-    "A run killed while it paints, and one in one piece, leave the same bytes."
+    "A run killed within the 14th image (three shards of four are whole), and one in one piece, leave the same bytes."
     import study
 
     study.start(study_root, "whole", ["generate"])
     runs = study_root / "data/runs"
     partial = runs / "killed/generate.partial"
     shutil.copytree(runs / "whole/sample", runs / "killed/sample")  # up to date, so skipped
-    process = study.start(study_root, "killed", ["generate"], wait=False)
-    deadline = time.time() + 300
-    while not (partial / "shards/000002.parquet").exists() and time.time() < deadline and process.poll() is None:
-        time.sleep(0.02)
+    env, event = study.stopped(study_root, 14)
+    process = study.start(study_root, "killed", ["generate"], wait=False, env=env)
+    study.until(event.exists, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     before = {p: p.stat().st_mtime_ns for p in (partial / "shards").glob("*.parquet")}
-    assert 2 < len(before) < 10, "the run was not killed in the middle"
+    assert len(before) == 3
+    assert len(list(partial.rglob(".*.png*"))) == 1, "the image at work"
     study.start(study_root, "killed", ["generate"])
     whole, resumed = (pd.read_parquet(runs / r / "generate/tables/pairs.parquet") for r in ("whole", "killed"))
     pd.testing.assert_frame_equal(whole, resumed)
@@ -308,7 +308,7 @@ def test_killed_in_the_middle_and_resumed(study_root):
         assert (runs / "whole/generate" / image).read_bytes() == (runs / "killed/generate" / image).read_bytes()
     for path, when in before.items():
         assert (runs / "killed/generate/shards" / path.name).stat().st_mtime_ns == when
-    assert not list((runs / "killed").rglob(".*.png*"))
+    assert not list((runs / "killed").rglob(".*.png*")), "what the killed run left is swept"
     leads_back(pd.read_parquet(runs / "whole/sample/tables/pairs.parquet"), whole)
 
 

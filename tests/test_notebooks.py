@@ -4,6 +4,7 @@ import ast, copy, filecmp, importlib.util, inspect, json, os, re, shutil, subpro
 from pathlib import Path
 from urllib.parse import unquote
 import pytest
+from warm import CAN_FORK, Warm
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
@@ -45,7 +46,12 @@ def tagged(nb):
 def stage_notebooks():
     from selfalign.study.settings import stages
 
-    return {spec.notebook.resolve() for spec in stages().values()}
+    return {ROOT / spec.notebook.resolve().relative_to(checkout_copy()) for spec in stages().values()}
+
+
+def checkout_copy():
+    "Where this session runs notebooks, see conftest.py."
+    return Path(os.environ["SELFALIGN_ROOT"])
 
 
 every_notebook = pytest.mark.parametrize("nb", NOTEBOOKS, ids=label)
@@ -274,20 +280,44 @@ def test_documented(path):
 # --- and they run ------------------------------------------------------------------------------------------------
 
 
-@every_notebook
-def test_runs(nb):
-    "nbdev-test: every cell without an error, and no file left among the notebooks."
-    before = set(NBS.rglob("*"))
+@pytest.fixture(scope="session")
+def warm():
+    return Warm() if CAN_FORK else None
+
+
+def first_long(notebooks):
+    "Stage notebooks take longest: they come first, so that no worker is left alone with one."
+    stages = stage_notebooks()
+    return sorted(notebooks, key=lambda nb: nb not in stages)
+
+
+@pytest.mark.parametrize("nb", first_long(NOTEBOOKS), ids=label)
+def test_runs(nb, warm, tmp_path, request):
+    "nbdev-test, in the session's copy: every cell without an error, and no file left among the notebooks."
+    there = checkout_copy()
+    if nb in stage_notebooks():
+        request.getfixturevalue("smoke_run")
+    before = set((there / "nbs").rglob("*"))
+    env = os.environ | {"MPLBACKEND": "Agg", "NO_COLOR": "1"}
+    if warm:
+        status, said = warm(there / nb.relative_to(ROOT), tmp_path, env)
+    else:
+        status, said = nbdev_test(there / nb.relative_to(ROOT), env)
+    assert status == 0, f"{label(nb)} fails:\n{said[-6000:]}"
+    left = {p for p in set((there / "nbs").rglob("*")) - before if ".ipynb_checkpoints" not in p.parts}
+    assert not left, f"{label(nb)} leaves {[str(p.relative_to(there)) for p in left]}"
+
+
+def nbdev_test(path, env):
+    "In a process of its own, for machines that cannot fork."
     done = subprocess.run(
-        [BIN / "nbdev-test", nb],
-        cwd=ROOT,
+        [BIN / "nbdev-test", path],
+        cwd=path.parent,
         capture_output=True,
         text=True,
         encoding="utf-8",
         errors="replace",
         timeout=900,
-        env={**os.environ, "SELFALIGN_ROOT": str(ROOT), "MPLBACKEND": "Agg", "NO_COLOR": "1"},
+        env=env,
     )
-    assert done.returncode == 0, f"{label(nb)} fails:\n{(done.stdout + done.stderr)[-6000:]}"
-    left = {p for p in set(NBS.rglob("*")) - before if ".ipynb_checkpoints" not in p.parts}
-    assert not left, f"{label(nb)} leaves {[label(p) for p in left]}"
+    return done.returncode, done.stdout + done.stderr

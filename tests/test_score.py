@@ -189,15 +189,8 @@ def test_reading_back_needs_claims(table):
     assert len(read_back(table.assign(claims="", width=64, height=64))) == 0
 
 
-@pytest.fixture(scope="module")
-def smoke():
-    from selfalign.study.runner import run
-
-    return run("smoke", only=["score"], quiet=True, wait=1800)
-
-
-def test_the_stage_leaves_complete_numbers(smoke):
-    results = pd.read_csv(smoke / "results.csv")
+def test_the_stage_leaves_complete_numbers(smoke_run):
+    results = pd.read_csv(smoke_run / "results.csv")
     results = results[results.chapter == "self-align"]
     assert set(results.table) >= {"sample", "generate", "scores", "filter", "claims"}
     numbers = results[results.table.isin(["scores", "filter", "claims"])]
@@ -205,9 +198,9 @@ def test_the_stage_leaves_complete_numbers(smoke):
     assert ((numbers.low <= numbers.value + 1e-9) & (numbers.value <= numbers.high + 1e-9)).all()
 
 
-def test_the_stage_scores_every_pair_by_both(smoke):
-    scores = pd.read_parquet(smoke / "score/tables/scores.parquet")
-    keys = [k for s in ("sample", "generate") for k in pd.read_parquet(smoke / s / "tables/pairs.parquet").key]
+def test_the_stage_scores_every_pair_by_both(smoke_run):
+    scores = pd.read_parquet(smoke_run / "score/tables/scores.parquet")
+    keys = [k for s in ("sample", "generate") for k in pd.read_parquet(smoke_run / s / "tables/pairs.parquet").key]
     assert (
         scores.groupby("scorer").key.apply(sorted).tolist() == [sorted(keys)] * 2
         and len({s.split(":")[0] for s in scores.scorer}) == 2
@@ -215,11 +208,11 @@ def test_the_stage_scores_every_pair_by_both(smoke):
     np.testing.assert_allclose(scores.score, 100 * scores.cosine.clip(0), atol=1e-4)
 
 
-def test_results_follow_from_the_tables(smoke):
+def test_results_follow_from_the_tables(smoke_run):
     "The paired difference recomputed from the scores table."
-    results = pd.read_csv(smoke / "results.csv")
-    scores = pd.read_parquet(smoke / "score/tables/scores.parquet")
-    made = pd.read_parquet(smoke / "generate/tables/pairs.parquet")
+    results = pd.read_csv(smoke_run / "results.csv")
+    scores = pd.read_parquet(smoke_run / "score/tables/scores.parquet")
+    made = pd.read_parquet(smoke_run / "generate/tables/pairs.parquet")
     for scorer, part in scores.groupby("scorer"):
         score = part.set_index("key").score
         mean = (score[made.key].to_numpy() - score[made.parent].to_numpy()).mean()
