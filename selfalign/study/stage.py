@@ -24,6 +24,7 @@ from selfalign.study.files import (
     versions,
     write_json,
 )
+from .metrics import Metric, find_metric, metric_of
 from .settings import find_root, nearest, stages
 
 # %% ../../nbs/0_study/01_stage.ipynb #52d902ee
@@ -245,7 +246,45 @@ def collect(
 RESULT_COLUMNS = "run preset scale chapter table row metric unit value low high n seeds chance better".split()
 UNITS = ("fraction", "count", "seconds", "gb", "ratio", "score")
 
+# %% ../../nbs/0_study/01_stage.ipynb #9f170685
+def _as_numbers(
+    where: str,  # for the message
+    numbers: dict,  # value, low, high, chance
+) -> dict:  # the same as floats; only `value` must be there
+    "Numbers that are numbers"
+    try:
+        return {k: v if v is None and k != "value" else float(v) for k, v in numbers.items()}
+    except (TypeError, ValueError):
+        raise StageError(f"{where}: value, low, high and chance are numbers, not {numbers}") from None
+
 # %% ../../nbs/0_study/01_stage.ipynb #cb4a570d
+@patch
+def _entry(
+    self: Stage,
+    table: str,  # which table of the report
+    row: str,  # which row of it
+    metric: str,  # which column
+    value: float,  # the number
+    unit: str | None = None,  # fraction, count, seconds, gb, ratio or score
+    better: str | None = None,  # up, down, or nothing
+    chapter: str = "",  # default: the chapter this notebook belongs to
+    n: int | None = None,  # items behind it
+    seeds: int | None = None,  # seeds behind it
+    **numbers,  # low, high, chance
+):
+    "Note one number, checked"
+    known = find_metric(metric) or Metric("", better="")
+    unit, better = known.unit if unit is None else unit, known.better if better is None else better
+    if unit not in UNITS:
+        raise StageError(f"unknown unit {unit!r}; {nearest(unit, UNITS)}")
+    if better not in ("", "up", "down"):
+        raise StageError(f"better is 'up', 'down' or '', not {better!r}")
+    found = {c: self.manifest[c] for c in ("run", "preset", "scale")}
+    found |= dict(chapter=chapter or self.chapter, table=table + self.variant, row=row, metric=metric, unit=unit)
+    found |= dict(n=n, seeds=seeds, better=better) | _as_numbers(f"{table}/{row}/{metric}", dict(value=value) | numbers)
+    self._results[found["chapter"], found["table"], row, metric] = found
+
+# %% ../../nbs/0_study/01_stage.ipynb #026d4912
 @patch
 def result(
     self: Stage,
@@ -254,41 +293,17 @@ def result(
     row: str,  # which row of it
     metric: str,  # which column
     value: float,  # the number
-    unit: str = "fraction",  # fraction, count, seconds, gb, ratio or score
+    unit: str | None = None,  # fraction, count, seconds, gb, ratio or score; default: the metric's, else fraction
     low: float | None = None,  # lower end of its interval
     high: float | None = None,  # upper end
     n: int | None = None,  # items behind it
     seeds: int | None = None,  # seeds behind it
     chance: float | None = None,  # what guessing would give
-    better: str = "",  # up, down, or nothing where there is no better
+    better: str | None = None,  # up, down, or "" where there is no better; default: the metric's, else ""
     chapter: str = "",  # default: the chapter this notebook belongs to
 ):
     "Record one number"
-    if unit not in UNITS:
-        raise StageError(f"unknown unit {unit!r}; {nearest(unit, UNITS)}")
-    if better not in ("", "up", "down"):
-        raise StageError(f"better is 'up', 'down' or '', not {better!r}")
-    numbers = dict(value=value, low=low, high=high, chance=chance)
-    try:
-        numbers = {k: v if v is None and k != "value" else float(v) for k, v in numbers.items()}
-    except (TypeError, ValueError):
-        raise StageError(f"{table}/{row}/{metric}: value, low, high and chance are numbers, not {numbers}") from None
-    who = {c: self.manifest[c] for c in ("run", "preset", "scale")}
-    found = (
-        who
-        | dict(
-            chapter=chapter or self.chapter,
-            table=table + self.variant,
-            row=row,
-            metric=metric,
-            unit=unit,
-            n=n,
-            seeds=seeds,
-            better=better,
-        )
-        | numbers
-    )
-    self._results[found["chapter"], found["table"], row, metric] = found
+    self._entry(table, row, metric, value, unit, better, chapter, n, seeds, low=low, high=high, chance=chance)
     write_results(self.folder / "results.csv", self._results.values())
 
 # %% ../../nbs/0_study/01_stage.ipynb #93357af9
@@ -301,6 +316,38 @@ def write_results(
         writer = csv.DictWriter(f, RESULT_COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+# %% ../../nbs/0_study/01_stage.ipynb #027b19e4
+_OPTIONAL = ("low", "high", "n", "seeds", "chance", "unit", "better")
+
+
+def _given(
+    r: dict,  # a row of a table
+    column: str,  # one of `_OPTIONAL`
+):  # the value, or None
+    "What a table says in a column, if it says anything"
+    v = r.get(column)
+    if v is None or v != v:
+        return None
+    return int(v) if column in ("n", "seeds") else v
+
+# %% ../../nbs/0_study/01_stage.ipynb #3c63d4f7
+@patch
+def results(
+    self: Stage,
+    table: str,  # which table of the report
+    numbers,  # DataFrame: row, metric, value; if there: low, high, n, seeds, chance; unit, better where they differ
+    chapter: str = "",  # default: the chapter this notebook belongs to
+):
+    "Record a table of numbers; unit, direction and chance are the metric's where the table does not say"
+    if missing := {"row", "metric", "value"} - set(numbers):
+        raise StageError(f"{table}: the columns row, metric and value are needed; {', '.join(sorted(missing))} missing")
+    for r in numbers.to_dict("records"):
+        known, given = metric_of(r["metric"]), {c: _given(r, c) for c in _OPTIONAL}
+        if "chance" not in r:
+            given["chance"] = known.chance
+        self._entry(table, r["row"], r["metric"], r["value"], chapter=chapter, **given)
+    write_results(self.folder / "results.csv", self._results.values())
 
 # %% ../../nbs/0_study/01_stage.ipynb #54e49c10
 @patch
