@@ -1169,7 +1169,7 @@ def test_options_are_checked(options, message):
 
 
 def sh(*args):
-    from selfalign.report.cli import app
+    from selfalign.tools.cli import app
 
     return CliRunner().invoke(app, [str(a) for a in args])
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
-from selfalign.report.cli import app
+from selfalign.tools.cli import app
 from selfalign.study.settings import example_study
 
 BIN = Path(sys.executable).parent
@@ -86,7 +86,7 @@ def test_help_under_a_second():
 
 def test_nothing_heavy_is_imported():
     heavy = "torch transformers diffusers open_clip pandas numpy matplotlib papermill sklearn PIL rich.progress".split()
-    code = f"import sys, selfalign.report.cli; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, selfalign.tools.cli; print([m for m in {heavy} if m in sys.modules])"
     assert (
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "[]"
     )
@@ -423,7 +423,7 @@ def test_doctor_says_what_it_takes():
 
 def test_doctor_without_a_preset_only_looks():
     "It counts nothing, and the package for it is not even imported."
-    code = 'import sys; from typer.testing import CliRunner; from selfalign.report.cli import app; r = CliRunner().invoke(app, ["doctor"]); print("What it would take" in r.output, "Preset micro" in r.output, "selfalign.report.estimate" in sys.modules)'
+    code = 'import sys; from typer.testing import CliRunner; from selfalign.tools.cli import app; r = CliRunner().invoke(app, ["doctor"]); print("What it would take" in r.output, "Preset micro" in r.output, "selfalign.tools.estimate" in sys.modules)'
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split() == [
         "False",
         "True",
@@ -433,7 +433,7 @@ def test_doctor_without_a_preset_only_looks():
 
 def test_doctor_knows_the_loaders_libraries():
     from selfalign.models.load import libraries
-    from selfalign.report.at_hand import LIBRARIES
+    from selfalign.tools.checks import LIBRARIES
 
     assert LIBRARIES == libraries
 

@@ -8,7 +8,7 @@ from PIL import Image
 from selfalign.models import full_size
 from selfalign.models.full_size import SHAPES, clip_tokenizer, count, is_random, random_weights, skeleton
 from selfalign.models.load import ModelError, load_dual_encoder, load_generator, mirrors_of
-from selfalign.report import at_hand
+from selfalign.tools import checks
 from selfalign.self_align.evaluate import read_questions, scored_arms
 from selfalign.study.settings import StudyError, presets, resolve
 from selfalign.study.files import tree_hash
@@ -250,7 +250,7 @@ def offline(monkeypatch, tmp_path):
 def test_the_paper_is_refused_at_once(offline, monkeypatch):
     "Each missing thing with its parameter and a remedy, through the command, and no run folder is begun."
     from typer.testing import CliRunner
-    from selfalign.report.cli import app
+    from selfalign.tools.cli import app
     from selfalign.study.stage import runs_folder
 
     monkeypatch.setattr("selfalign.study.runner.run", lambda *_, **__: pytest.fail("something was computed"))
@@ -280,12 +280,12 @@ def test_the_paper_is_refused_at_once(offline, monkeypatch):
 
 
 def test_shapes_are_made_by_a_command(monkeypatch):
-    wanted = at_hand.missing(resolve("paper-shapes", ["generate.model=diffusers:data/random/not-made"]))
-    assert next(m.remedy for m in wanted if m.parameter == "generate.model") == "selfalign make-shapes not-made"
+    found = checks.needs(resolve("paper-shapes", ["generate.model=diffusers:data/random/not-made"]))
+    assert next(c.remedy for c in found if c.name == "generate.model") == "selfalign make-shapes not-made"
 
 
 def on_hub(value):
-    return at_hand.on_hub(at_hand.outside("generate.model", value))
+    return checks.on_hub(checks.outside("generate.model", value))
 
 
 def test_the_hub_says_no(monkeypatch, tmp_path):
@@ -363,10 +363,10 @@ def test_sugarcrepe_has_the_sections_of_table_1(tmp_path):
 def test_a_benchmark_without_its_images_is_refused_before_the_run(tmp_path):
     folder = crepe(tmp_path / "sc")
     values = dict(checklist=str(folder), images="", first=3, least=0.99)
-    assert at_hand._questions(values) is None
+    assert checks._questions(values) is None
     (folder / "val2017/1.jpg").unlink()
-    what, remedy = at_hand._questions(values)
+    what, remedy = checks._questions(values)
     assert "answered to less than 99%" in what and "2 of 3 items" in what and "selfalign benchmark" in remedy
-    assert at_hand._questions(values | dict(least=0.5)) is None
+    assert checks._questions(values | dict(least=0.5)) is None
     shutil.rmtree(folder / "val2017")
-    assert "0 of 3 items" in at_hand._questions(values)[0]
+    assert "0 of 3 items" in checks._questions(values)[0]

@@ -15,7 +15,8 @@ NOTEBOOKS = sorted(
 CHAPTERS = [nb for nb in NOTEBOOKS if nb.name != "index.ipynb"]
 MODULES = sorted(p for p in (ROOT / "selfalign").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
 FLOORS = {
-    name: floor for floor, name in enumerate("study data models benchmarks self_align sail gmail vlm report".split())
+    name: floor
+    for floor, name in enumerate("study data models benchmarks self_align sail gmail vlm report tools".split())
 }
 
 
