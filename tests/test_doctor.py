@@ -1,10 +1,10 @@
 "Before a run: what its models cost, counted on shapes, and what the doctor makes of it."
 
 import math, types
-from pathlib import Path
 import pytest, torch
 from selfalign.models import operations as ops
 from selfalign.models.load import ModelError
+from selfalign.study.costs import REFERENCE_RATE, work_seconds
 from selfalign.tools import estimate as est
 from selfalign.tools.checks import needs
 from selfalign.tools.doctor import outlook
@@ -16,7 +16,7 @@ CLIP, JUDGE, GENERATOR, VIT = (
     "diffusers:data/micro/generator",
     "open_clip:ViT-B-32-quickgelu/openai",
 )
-RATE = est.REFERENCE_RATE
+RATE = REFERENCE_RATE
 
 
 def vit_layer(n, w):
@@ -141,13 +141,18 @@ def test_micro_by_hand(micro):
     assert micro["benchmark"].parts[0].units == 7800
 
 
+def trained(*overrides):
+    "Trainings that the stage finetune of micro-full would do."
+    lines = est.plan(resolve("micro-full", overrides), RATE)
+    return next(l.parts[0].units for l in lines if l.stage == "finetune")
+
+
 def test_trainings_are_counted_as_the_stage_plans_them():
     v = resolve("micro-full").values["finetune"]
-    assert est.count_trainings(v) == 123
-    assert est.count_trainings(v | dict(rates=[1e-3])) == 97
-    assert (
-        est.count_trainings(v | dict(arms=["lora-grey"])) == v["seeds"] + len(v["rates"]) - 1
-    )  # nobody to take a rate from
+    assert trained() == 123
+    assert trained("finetune.rates=0.001") == 97
+    # nobody to take a rate from
+    assert trained("finetune.arms=lora-grey") == v["seeds"] + len(v["rates"]) - 1
 
 
 def test_half_the_steps_half_the_work():
@@ -164,10 +169,8 @@ def test_half_the_steps_half_the_work():
 
 def test_time_is_inverse_to_the_rate(micro):
     parts = micro["generate"].parts
-    besides = est.work_seconds(parts, math.inf)
-    assert (est.work_seconds(parts, RATE) - besides) == pytest.approx(
-        10 * (est.work_seconds(parts, 10 * RATE) - besides)
-    )
+    besides = work_seconds(parts, math.inf)
+    assert (work_seconds(parts, RATE) - besides) == pytest.approx(10 * (work_seconds(parts, 10 * RATE) - besides))
 
 
 def test_variants_take_the_parameters_of_their_own_inputs():
@@ -259,7 +262,7 @@ def test_only_hub_ids_are_fetched():
 
 
 def test_too_little_room(micro, monkeypatch):
-    monkeypatch.setattr(est, "_memory", lambda: (2**20, "memory"))
+    monkeypatch.setattr(est, "memory_here", lambda: (2**20, "memory"))
     monkeypatch.setattr(est.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=2**10))
     memory, disk = est.room(micro.values(), 10**9)
     assert memory.status == disk.status == "NOTE" and ".batch" in memory.remedy and "sample.size" in disk.remedy

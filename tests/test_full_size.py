@@ -362,11 +362,18 @@ def test_sugarcrepe_has_the_sections_of_table_1(tmp_path):
 
 def test_a_benchmark_without_its_images_is_refused_before_the_run(tmp_path):
     folder = crepe(tmp_path / "sc")
-    values = dict(checklist=str(folder), images="", first=3, least=0.99)
-    assert checks._questions(values) is None
+
+    def missing(least=0.99):
+        settings = resolve("micro", [f"evaluate.checklist={folder}", "evaluate.first=3", f"evaluate.least={least}"])
+        return [c for c in checks.needs(settings) if c.status == "MISSING"]
+
+    assert missing() == []
     (folder / "val2017/1.jpg").unlink()
-    what, remedy = checks._questions(values)
-    assert "answered to less than 99%" in what and "2 of 3 items" in what and "selfalign benchmark" in remedy
-    assert checks._questions(values | dict(least=0.5)) is None
+    (found,) = missing()
+    assert found.name == "evaluate.checklist"
+    assert "answered to less than 99%" in found.found
+    assert "2 of 3 items" in found.found
+    assert "selfalign benchmark" in found.remedy
+    assert missing(least=0.5) == []
     shutil.rmtree(folder / "val2017")
-    assert "0 of 3 items" in checks._questions(values)[0]
+    assert "0 of 3 items" in missing()[0].found
