@@ -27,7 +27,7 @@ from selfalign.report.performance import (
     tower_shapes,
 )
 from selfalign.self_align.lora import Pairs, pair_loss
-from selfalign.self_align.score import score_pairs
+from selfalign.models.scores import score_pairs
 from selfalign.study.settings import StudyError
 
 TEXTS = [web_caption("study", i, 0.3)[0].text for i in range(70)] + [

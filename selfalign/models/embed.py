@@ -6,7 +6,7 @@
 __all__ = ['identity', 'StoreError', 'manifest_of', 'EmbeddingStore', 'embed']
 
 # %% ../../nbs/2_models/21_embed.ipynb #67e85742
-import functools, hashlib, json
+import hashlib
 from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
@@ -62,12 +62,14 @@ class EmbeddingStore:
         return key in self._where
 
     def __repr__(self):
-        return f"EmbeddingStore({len(self):,} rows of {self.manifest['dimension']}, {self.manifest['kind']}, {self.manifest['model']})"
+        m = self.manifest
+        return f"EmbeddingStore({len(self):,} rows of {m['dimension']}, {m['kind']}, {m['model']})"
 
     def _learn(self, i, keys, shard):
         if len(keys) != shard["rows"]:
             raise StoreError(
-                f"{self.folder}: shard {i} has {len(keys)} keys for {shard['rows']} rows; delete the store and encode again"
+                f"{self.folder}: shard {i} has {len(keys)} keys for {shard['rows']} rows; "
+                "delete the store and encode again"
             )
         for row, key in enumerate(keys):
             self._where[key] = i, row
@@ -84,9 +86,26 @@ def _agree(self: EmbeddingStore, found, wanted):
     for k in identity if wanted else ():
         if found[k] != wanted[k]:
             raise StoreError(
-                f"{self.folder} holds vectors of another kind: its {k} is {found[k]!r}, not {wanted[k]!r}; use another folder or delete this one"
+                f"{self.folder} holds vectors of another kind: its {k} is {found[k]!r}, not {wanted[k]!r}; "
+                "use another folder or delete this one"
             )
     return found
+
+# %% ../../nbs/2_models/21_embed.ipynb #bdc07d44
+@patch
+def _checked(self: EmbeddingStore, keys, rows):
+    "The rows in half precision; refuse what does not belong into this store."
+    with np.errstate(over="ignore"):
+        rows, keys = np.asarray(rows).astype(np.float16), list(keys)
+    length = self.manifest["dimension"]
+    if rows.shape != (len(keys), length):
+        raise StoreError(f"{len(keys)} keys and rows of shape {rows.shape}; the store holds rows of {length}")
+    if not np.isfinite(rows).all():
+        bad = keys[int(np.argmin(np.isfinite(rows).all(1)))]
+        raise StoreError(f"the vector of {bad!r} is not finite in half precision; look at its image or text")
+    if len({*keys}) < len(keys) or any(k in self for k in keys):
+        raise StoreError("a key is in the store already; append each key once")
+    return rows
 
 # %% ../../nbs/2_models/21_embed.ipynb #41df9344
 @patch
@@ -96,26 +115,14 @@ def append(
     rows,  # as many vectors: array or tensor
 ):
     "Add rows, all of them or none."
-    with np.errstate(over="ignore"):
-        rows, keys = np.asarray(rows).astype(np.float16), list(keys)
-    if rows.shape != (len(keys), self.manifest["dimension"]):
-        raise StoreError(
-            f"{len(keys)} keys and rows of shape {rows.shape}; the store holds rows of {self.manifest['dimension']}"
-        )
-    if not np.isfinite(rows).all():
-        raise StoreError(
-            f"the vector of {keys[int(np.argmin(np.isfinite(rows).all(1)))]!r} is not finite in half precision"
-        )
-    if len({*keys}) < len(keys) or any(k in self for k in keys):
-        raise StoreError("a key is in the store already; append each key once")
+    keys, rows = list(keys), self._checked(keys, rows)
     i, shard = len(self.manifest["shards"]), dict(rows=len(keys), sha256=hashlib.sha256(rows.tobytes()).hexdigest())
     with atomic_write(self.folder / f"{i:05d}.npy") as beside:
         np.save(beside, rows)
     write_json(self.folder / f"{i:05d}.keys.json", keys)
     shards = self.manifest["shards"] + [shard]
-    self.manifest |= dict(
-        shards=shards, rows_hash=hashlib.sha256("".join(s["sha256"] for s in shards).encode()).hexdigest()
-    )
+    rows_hash = hashlib.sha256("".join(s["sha256"] for s in shards).encode()).hexdigest()
+    self.manifest |= dict(shards=shards, rows_hash=rows_hash)
     write_json(self.folder / "manifest.json", self.manifest)
     self._learn(i, keys, shard)
 
