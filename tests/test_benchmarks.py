@@ -111,7 +111,7 @@ def test_block_size_does_not_matter():
         rng.integers(5, size=50),
         rng.integers(6, size=50),
     )
-    assert (it._cosines((x, i), (y, j), 7) == it._cosines((x, i), (y, j))).all()
+    assert (it.paired_cosines((x, i), (y, j), 7) == it.paired_cosines((x, i), (y, j))).all()
 
 
 def spoiled(tmp_path):

@@ -36,7 +36,7 @@ from selfalign.benchmarks.items import (
 from .overlap import collection
 from .retrieval import ask_retrieval, read_karpathy, read_source, retrieval_groups, retrieval_table
 from .sugarcrepe import read_sugarcrepe, sugarcrepe_groups, sugarcrepe_table
-from .vl_checklist import _groups, read_checklist
+from .vl_checklist import checklist_groups, read_checklist
 from .winoground import read_winoground, stored, whole_examples, winoground_groups, winoground_table
 from ..data.images import file_name
 from ..data.sources import readers
@@ -86,7 +86,7 @@ register(
         ask_two_choice,
         checklist_rows,
         ("blind", "shuffled", "word frequency"),
-        groups=_groups,
+        groups=checklist_groups,
     )
 )
 register(

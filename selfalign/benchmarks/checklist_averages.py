@@ -8,7 +8,7 @@ __all__ = ['broken_negative', 'checklist_rows']
 # %% ../../nbs/3_benchmarks/3d_checklist_averages.ipynb #1d9a33b1
 import numpy as np
 import pandas as pd
-from .vl_checklist import _groups, item_values
+from .vl_checklist import checklist_groups, item_values
 from ..study.statistics import bootstrap
 
 # %% ../../nbs/3_benchmarks/3d_checklist_averages.ipynb #89a8421e
@@ -33,7 +33,7 @@ def checklist_rows(
 ) -> pd.DataFrame:  # row, metric, value, low, high, n
     "Categories and sections of VL-CheckList, averaged in five ways."
     rows = []
-    for name, part in _groups(predictions):
+    for name, part in checklist_groups(predictions):
         broken = part.file.str.endswith("/vg_obj") & np.array(
             [broken_negative(p, n) for p, n in zip(part.positive, part.negative)]
         )

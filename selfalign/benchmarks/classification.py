@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from .audits import derangement
-from .items import Benchmark, BenchmarkError, _encode_images
-from ..data.images import named_image, suffixes
+from .items import Benchmark, BenchmarkError, encode_images, images_below
+from ..data.images import suffixes
 from ..data.pairs import clean_caption
 from ..data.readers import problem
 from ..study.ranking import ranked, ranks
@@ -77,23 +77,6 @@ def _same_names(names, where):
         if first.setdefault(name, i) != i
     ]
 
-# %% ../../nbs/3_benchmarks/38_classification.ipynb #bec1d68a
-def _images_below(folder):
-    "The images of one class, and what else lies there."
-    found, problems = [], []
-    for path in sorted(folder.rglob("*")):
-        if path.is_symlink():
-            problems.append(problem(path, "", "a link, which is not followed", "copy the file"))
-        elif path.is_file() and named_image(path.name):
-            found.append(path)
-        elif path.is_file():
-            problems.append(
-                problem(path, "", "not an image by its ending", f"left out; images end in {', '.join(suffixes)}")
-            )
-    if not found:
-        problems.append(problem(folder, "", "a class without images", "it can be answered, but it is never right"))
-    return found, problems
-
 # %% ../../nbs/3_benchmarks/38_classification.ipynb #cca31e59
 def _class_folders(folder):
     "The folders of the classes, sorted as ImageFolder sorts them; hidden ones are none."
@@ -152,9 +135,11 @@ def read_classification(
     classes, problems = class_names(data) if listed else ([f.name.replace("_", " ") for f in _class_folders(data)], [])
     items, paths, expected = [], {}, {}
     for folder, number in zip(folders, _assign(folders, classes, home)):
-        found, wrong = _images_below(folder)
+        found, wrong = images_below(folder)
         found = found[: first or None]
         problems += wrong
+        if not found:
+            problems.append(problem(folder, "", "a class without images", "it can be answered, but it is never right"))
         expected[folder.name] = len(found)
         for path in found:
             image = path.relative_to(home).as_posix()
@@ -192,7 +177,7 @@ def ask_classification(
     seed: int = 0,  # of the exchange of images
 ) -> tuple:  # (predictions of three modes, list of problems)
     "Sort every image, then the mean image, then another."
-    there, images, problems = _encode_images(questions, encoder, batch)
+    there, images, problems = encode_images(questions, encoder, batch)
     items = questions.items[questions.items.image.isin(there)].reset_index(drop=True)
     names = pd.Index(questions.classes).unique()
     vectors, name_of = (

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from .audits import derangement, mean_of_others, words
-from .items import Benchmark, BenchmarkError, _encode_images, place_below
+from .items import Benchmark, BenchmarkError, encode_images, place_below
 from ..data.formats import flickr_lines
 from ..data.pairs import clean_caption
 from ..data.readers import problem
@@ -211,7 +211,7 @@ def ask_human_agreement(
     seed: int = 0,  # of the exchange of images
 ) -> tuple:  # (predictions of four modes, list of problems)
     "Score every pair, with its image and without."
-    there, images, problems = _encode_images(questions, encoder, batch)
+    there, images, problems = encode_images(questions, encoder, batch)
     items = questions.items[questions.items.image.isin(there)].reset_index(drop=True)
     texts = pd.Index(sorted(items.caption.unique(), key=lambda t: (len(t), t)))
     vectors = np.asarray(encoder.encode_text([questions.prompt.replace("{}", t) for t in texts]), np.float64)[

@@ -15,7 +15,7 @@ import pandas as pd
 from PIL import Image
 from tqdm.auto import tqdm
 from .audits import words
-from .items import BenchmarkError, _open
+from .items import BenchmarkError, as_image
 from ..data.images import ImageProblem
 from ..data.pairs import clean_caption
 from ..data.readers import problem
@@ -100,7 +100,7 @@ def _opened(images, names, problems):
     "Name and image of those that open."
     for name in tqdm(names, desc="images", disable=len(names) < 500):
         try:
-            yield name, _open(images[name])
+            yield name, as_image(images[name])
         except ImageProblem as e:
             problems.append(problem(name, "", e.what, e.remedy))
 

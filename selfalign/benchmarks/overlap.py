@@ -9,8 +9,7 @@ __all__ = ['collection', 'suspicious_pairs', 'overlap']
 from pathlib import Path
 import numpy as np
 import pandas as pd
-from .classification import _images_below
-from .items import BenchmarkError
+from .items import BenchmarkError, images_below
 from .leakage import find_leaks, plain_caption
 from .retrieval import DIRECTIONS, read_source
 from ..data.sources import look, readers
@@ -23,7 +22,7 @@ def collection(
     "Images and captions wherever they lie."
     path = Path(place)
     if place.partition(":")[0] not in readers and path.is_dir() and not look(path):
-        found, problems = _images_below(path)
+        found, problems = images_below(path)
         if not found:
             raise BenchmarkError(f"{place} holds neither images nor tar archives")
         return (

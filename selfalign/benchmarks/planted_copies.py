@@ -10,7 +10,7 @@ import io
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageEnhance, ImageOps
-from .items import _open
+from .items import as_image
 from .leakage import Fingerprints, fingerprints
 from ..study.statistics import proportion
 
@@ -81,7 +81,7 @@ def sensitivity(
 
     own = fingerprints(originals, encoder)
     for name, disguise in disguises.items():
-        copy = fingerprints({n: disguise(_open(p)) for n, p in originals.items()}, encoder)
+        copy = fingerprints({n: disguise(as_image(p)) for n, p in originals.items()}, encoder)
         plain, mirror = np.bitwise_count(copy.hashes ^ own.hashes), np.bitwise_count(copy.hashes ^ own.mirrored)
         add("hash", plain, name)
         add("hash and mirrored", np.minimum(plain, mirror), name)

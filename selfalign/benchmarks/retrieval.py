@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 from .audits import derangement
-from .items import Benchmark, BenchmarkError, OnDemand, _encode_images, load_json, place_below
+from .items import Benchmark, BenchmarkError, OnDemand, encode_images, load_json, place_below
 from ..data.formats import karpathy_entry
 from ..data.images import ImageProblem
 from ..data.pairs import clean_caption
@@ -141,7 +141,7 @@ def ask_retrieval(
     seed: int = 0,  # of the exchange of images
 ) -> tuple:  # (predictions: one row a query and mode, with rank, pool and own; problems)
     "Rank every caption's image and every image's captions."
-    names, images, problems = _encode_images(questions, encoder, batch)
+    names, images, problems = encode_images(questions, encoder, batch)
     asked = questions.items[questions.items.image.isin(names)]
     captions = asked[asked.category == DIRECTIONS[1]]
     told = set(captions.image)

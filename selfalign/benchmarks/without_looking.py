@@ -12,7 +12,7 @@ from collections import Counter
 import numpy as np
 import pandas as pd
 from .items import BenchmarkError, load_json
-from .vl_checklist import _annotation_files
+from .vl_checklist import annotation_files
 from ..data.readers import problem
 
 # %% ../../nbs/3_benchmarks/34_without_looking.ipynb #f1a3c350
@@ -22,7 +22,7 @@ def annotated_texts(
 ) -> tuple:  # (dict of file to rows, problems)
     "The annotation files of VL-CheckList, as they are."
     found, problems = {}, []
-    for file, path, _, where in _annotation_files(folder, version):
+    for file, path, _, where in annotation_files(folder, version):
         if where.is_file():
             found[file] = load_json(where, list)
         else:
