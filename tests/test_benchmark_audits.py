@@ -12,6 +12,7 @@ from selfalign.benchmarks import (
     planted_copies as pc,
     power as pw,
 )
+from selfalign.benchmarks.audits import WITH_IMAGE
 from selfalign.benchmarks.items import BenchmarkError, coverage
 
 
@@ -115,7 +116,7 @@ def test_ranks_are_those_of_the_plain_loop(tmp_path, batch):
     q, stub = cl.read_classification(class_folder(tmp_path / "set", {c: 3 for c in "abcdefg"}), templates="{}"), Stub()
     p, problems = cl.ask_classification(q, stub, batch=batch)
     names = stub.encode_text(list(q.classes)).astype(float)
-    p = p[p["mode"] == "looking"]
+    p = p[p["mode"] == WITH_IMAGE]
     assert not problems and len(p) == 21 and p.key.is_unique
     for row in p.itertuples():
         cosine = names @ stub.encode_image([Image.open(q.images[row.image])])[0].astype(float)
@@ -131,7 +132,7 @@ def test_a_model_that_knows_nothing_gets_nothing(tmp_path):
     p, _ = cl.ask_classification(
         cl.read_classification(class_folder(tmp_path / "set", {c: 2 for c in "abcdefg"}), templates="{}"), Constant()
     )
-    assert (p["rank"] == 7).all() and set(p["mode"]) == {"looking", "blind", "shuffled"}
+    assert (p["rank"] == 7).all() and set(p["mode"]) == {WITH_IMAGE, "blind", "shuffled"}
     for _, part in p.groupby("mode"):
         t = cl.classification_table(part)
         assert (t.value == 0).all() and t.chance.round(6).tolist() == [round(x / 7, 6) for x in (1, 5, 1)]
@@ -149,9 +150,8 @@ def test_classes_of_one_name_tie_exactly(tmp_path):
 def unequal():
     rng = np.random.default_rng(0)
     number = np.repeat([0, 1, 2], [60, 30, 10])
-    ranks = dict(
-        looking=np.where(rng.random(100) < np.array([0.9, 0.5, 0.2])[number], 1, 2), blind=np.where(number == 0, 1, 2)
-    )
+    right = rng.random(100) < np.array([0.9, 0.5, 0.2])[number]
+    ranks = {WITH_IMAGE: np.where(right, 1, 2), "blind": np.where(number == 0, 1, 2)}
     return {
         mode: pd.DataFrame(dict(image=[f"{i}" for i in range(100)], number=number, rank=rank, classes=3))
         for mode, rank in ranks.items()
@@ -164,14 +164,14 @@ def test_mean_per_class():
 
     p, blind = unequal().values()
     t, b = (cl.classification_table(x).set_index("metric") for x in (p, blind))
-    assert t.value["mean per class"] == pytest.approx(
+    assert t.value["mean per-class accuracy"] == pytest.approx(
         balanced_accuracy_score(p.number, np.where(p["rank"] == 1, p.number, (p.number + 1) % 3))
     )
-    assert b.value["top-1"] == 0.6 and b.value["mean per class"] == pytest.approx(1 / 3)
-    assert "top-5" not in t.index, "of three classes, five are always right"
+    assert b.value["top-1 accuracy"] == 0.6 and b.value["mean per-class accuracy"] == pytest.approx(1 / 3)
+    assert "top-5 accuracy" not in t.index, "of three classes, five are always right"
     means = lambda rows: np.mean([rows[rows[:, 0] == c, 1].mean() for c in range(3) if (rows[:, 0] == c).any()])
     drawn = bootstrap(np.column_stack([p.number, p["rank"] == 1]), statistic=means)
-    found = t.loc["mean per class"]
+    found = t.loc["mean per-class accuracy"]
     assert found.high - found.low == pytest.approx(drawn.high - drawn.low, rel=0.15)
 
 
@@ -191,7 +191,7 @@ def test_damaged_class_folders(tmp_path):
     (home / "b/link.png").symlink_to(tmp_path / "outside.png")
     q = cl.read_classification(home)
     p, problems = cl.ask_classification(q, Stub())
-    p = p[p["mode"] == "looking"]
+    p = p[p["mode"] == WITH_IMAGE]
     assert len(p) == 4 and len(q.items) == 5 and len(problems) == 4
     for what in ("not an image by its ending", "a link", "a class without images", "damaged PNG"):
         assert what in said(problems)
@@ -314,7 +314,7 @@ def test_own_is_a_matter_of_words_not_ids(tmp_path):
 def test_rows_and_their_numbers(tmp_path):
     q, stub = ha.read_human_agreement(flickr(tmp_path, EXPERT, CROWD), own="kept"), Stub()
     every, problems = ha.ask_human_agreement(q, stub)
-    p = every[every["mode"] == "looking"]
+    p = every[every["mode"] == WITH_IMAGE]
     assert (
         not problems
         and len(p) == 32
@@ -359,10 +359,10 @@ def test_scores_with_and_without_the_image(tmp_path):
     p, _ = ha.ask_human_agreement(q, stub)
     images = {n: stub.encode_image([Image.open(path).convert("RGB")])[0].astype(float) for n, path in q.images.items()}
     for key, rows in p.set_index("mode").groupby("key"):
-        row = rows.loc["looking"]
+        row = rows.loc[WITH_IMAGE]
         text = stub.encode_text([row.caption])[0].astype(float)
         rest = sum(v for n, v in images.items() if n != row.image)
-        assert (rows.score["looking"], rows.score["blind"]) == pytest.approx(
+        assert (rows.score[WITH_IMAGE], rows.score["blind"]) == pytest.approx(
             (text @ images[row.image], text @ rest / np.linalg.norm(rest)), abs=1e-6
         ) and rows.score["length"] == 4
 
@@ -370,7 +370,7 @@ def test_scores_with_and_without_the_image(tmp_path):
 def test_a_constant_score_agrees_with_nobody(tmp_path):
     p, _ = ha.ask_human_agreement(ha.read_human_agreement(flickr(tmp_path, EXPERT)), Constant())
     assert (
-        ha.human_agreement_table(p[p["mode"] == "looking"].assign(score=1.0), repeats=5).query(
+        ha.human_agreement_table(p[p["mode"] == WITH_IMAGE].assign(score=1.0), repeats=5).query(
             'row == "expert: score"'
         )[["value", "low", "high"]]
         == 0
@@ -475,7 +475,7 @@ def test_judged_images_that_are_not_there(tmp_path):
     (home / "Flicker8k_Dataset/1.jpg").write_bytes(b"")
     q = ha.read_human_agreement(home)
     p, problems = ha.ask_human_agreement(q, Stub())
-    p = p[p["mode"] == "looking"]
+    p = p[p["mode"] == WITH_IMAGE]
     assert (
         set(p.image) == {"2.jpg", "3.jpg"}
         and "the image is not there (items that ask about it: 3)" in said(problems)
@@ -830,7 +830,7 @@ def test_the_table_of_known_benchmarks():
         and t[["paired", "unpaired"]].notna().all(axis=None)
     )
     assert (
-        t.paired["ImageNet: top-1"] < t.paired["SugarCrepe: add_obj"] < t.paired["Winoground: group score"]
+        t.paired["ImageNet: top-1 accuracy"] < t.paired["SugarCrepe: add_obj"] < t.paired["Winoground: group score"]
         and (t.effective <= t.n).all()
     )
 

@@ -25,7 +25,8 @@ def _row(row, root):
     "Place of the image, both texts and remarks; or a ValueError that says what is wrong."
     if not isinstance(row, dict) or not {"filename", "caption", "negative_caption"} <= set(row):
         raise ValueError('not {"filename", "caption", "negative_caption"}')
-    (positive, first), (negative, second) = clean_caption(row["caption"]), clean_caption(row["negative_caption"])
+    positive, first = clean_caption(row["caption"])
+    negative, second = clean_caption(row["negative_caption"])
     if not (positive and negative):
         raise ValueError("a caption is missing")
     return place_below(root, row["filename"], "filename"), positive, negative, first + second
@@ -49,20 +50,27 @@ def _items_of(file, path, root, first):
     return items, images, problems
 
 # %% ../../nbs/3_benchmarks/35_sugarcrepe.ipynb #5e2bf550
+def _home(folder):
+    "The folder in which the files lie."
+    for home in (Path(folder), Path(folder) / "data"):
+        if any((home / f"{f}.json").is_file() for f in COUNTS):
+            return home
+    names = ", ".join(COUNTS)
+    raise BenchmarkError(
+        f"{folder}: none of {names} (.json) is there; give the folder data/ of the benchmark's repository"
+    )
+
+# %% ../../nbs/3_benchmarks/35_sugarcrepe.ipynb #740c2b93
 def read_sugarcrepe(
     folder: str | Path,  # holds add_att.json and the others, or data/ with them
     images: str | Path = "",  # holds COCO's val2017 images; empty: val2017/ in the folder
     first: int = 0,  # items a file; 0: all
 ) -> Benchmark:
     "Read SugarCrepe."
-    homes = [p for p in (Path(folder), Path(folder) / "data") if any((p / f"{f}.json").is_file() for f in COUNTS)]
-    if not homes:
-        raise BenchmarkError(
-            f"{folder}: none of {', '.join(COUNTS)} (.json) is there; give the folder data/ of the benchmark's repository"
-        )
-    root, items, paths, problems = Path(images or Path(folder) / "val2017"), [], {}, []
+    home, root = _home(folder), Path(images or Path(folder) / "val2017")
+    items, paths, problems = [], {}, []
     for file in COUNTS:
-        path = homes[0] / f"{file}.json"
+        path = home / f"{file}.json"
         if not path.is_file():
             problems.append(problem(path, "", f"{path.name} is not there", "fetch it from the benchmark's repository"))
             continue
@@ -70,12 +78,8 @@ def read_sugarcrepe(
         items += mine
         paths |= shown
         problems += wrong
-    return Benchmark(
-        pd.DataFrame(items, columns=list(ITEM_COLUMNS)),
-        paths,
-        {f: min(n, first or n) for f, n in COUNTS.items()},
-        problems,
-    )
+    expected = {f: min(n, first or n) for f, n in COUNTS.items()}
+    return Benchmark(pd.DataFrame(items, columns=list(ITEM_COLUMNS)), paths, expected, problems)
 
 # %% ../../nbs/3_benchmarks/35_sugarcrepe.ipynb #9ce08aa3
 def sugarcrepe_groups(
@@ -102,8 +106,7 @@ def sugarcrepe_table(
         means = dict(accuracy=part.correct.astype(float))
         if row not in COUNTS:
             means["mean over files"] = item_values(part.assign(category="all", dataset="all"))
-        rows += [
-            dict(row=row, metric=m, **bootstrap(v, part.get("cluster", part.image), **kwargs)._asdict(), chance=0.5)
-            for m, v in means.items()
-        ]
+        clusters = part.get("cluster", part.image)
+        for metric, values in means.items():
+            rows.append(dict(row=row, metric=metric, **bootstrap(values, clusters, **kwargs)._asdict(), chance=0.5))
     return pd.DataFrame(rows).drop(columns="seeds")
