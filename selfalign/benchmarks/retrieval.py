@@ -201,7 +201,7 @@ def retrieval_groups(
     for direction in DIRECTIONS:
         part = predictions[predictions.category == direction]
         if len(part):
-            yield f"{direction}, pool of {part.pool.iloc[0]:,}", part.assign(correct=recall_at(part["rank"], k) > 0)
+            yield f"{direction}, pool of {part.pool.iloc[0]:,}", part.assign(correct=recall_at(part["rank"], k))
 
 # %% ../../nbs/3_benchmarks/37_retrieval.ipynb #0ce9b245
 def _recall(row, part, k, **kwargs):
