@@ -119,6 +119,7 @@ def test_judge_loads_through_transformers_and_belongs_to_another_family():
 
 
 def test_vision_text_and_lm_load_through_transformers():
+    from selfalign.models.probes import summary_and_map
     from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
     sizes = []
@@ -127,7 +128,9 @@ def test_vision_text_and_lm_load_through_transformers():
         pixels = AutoImageProcessor.from_pretrained(MICRO / name)(Image.new("RGB", (64, 64)), return_tensors="pt")[
             "pixel_values"
         ]
-        assert model(pixel_values=pixels).last_hidden_state.shape[1] == 65
+        whole, cells = summary_and_map(model(pixel_values=pixels).last_hidden_state)
+        assert cells.shape[2:] == (8, 8)
+        assert whole.shape[1] == 2 * cells.shape[1]
         sizes.append(sum(p.numel() for p in model.parameters()))
     assert sizes == sorted(sizes)
     tokenizer = AutoTokenizer.from_pretrained(MICRO / "text")
@@ -146,7 +149,7 @@ def test_vision_text_and_lm_load_through_transformers():
 
 def test_reader_reads_renders_of_scenes_that_it_never_saw():
     from selfalign.data.captions import probe_caption
-    from selfalign.models.examine import examination_scenes
+    from selfalign.models.probes import examination_scenes
     from selfalign.data.scenes import render
     from selfalign.models.reader import verdict
 

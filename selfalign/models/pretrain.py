@@ -107,13 +107,14 @@ def _train(name, folder, steps):
         from selfalign.models.generator import train_generator
 
         train_generator(folder, done("autoencoder"), done("caption-encoder"), done("clip"), steps)
-    else:
-        from selfalign.models import encoders
+    elif name.startswith("vision"):
+        from selfalign.models.vision import train_vision
 
-        if name.startswith("vision"):
-            encoders.train_vision(name, folder, steps)
-        else:
-            dict(text=encoders.train_text, lm=encoders.train_lm)[name](folder, steps)
+        train_vision(name, folder, steps)
+    else:
+        from selfalign.models import language
+
+        dict(text=language.train_text, lm=language.train_lm)[name](folder, steps)
 
 # %% ../../nbs/2_models/2a_pretrain.ipynb #eecf56da
 def to_half(
@@ -146,29 +147,22 @@ def model_card(
 ) -> str:  # Markdown
     "What the model is, what it saw, how long and on what it was trained, and the hash of its weights."
     r, h = recipes[name], hardware()
-    last = curve.iloc[-1]
+    last, machine = curve.iloc[-1], f"{h['gpu'] or h['cpu']}, {h['cores']} cores"
     losses = ", ".join(f"{k} {last[k]:.4f}" for k in curve.columns if k not in ("step", "seconds", "sitting"))
     sittings = int(last.get("sitting", 0)) + 1
     resumed = f", resumed {sittings - 1} time{'s' * (sittings > 2)}" if sittings > 1 else ""
-    return "\n".join(
-        [
-            "---",
-            "license: apache-2.0",
-            "library_name: selfalign",
-            "---",
-            f"# {name}",
-            "",
-            f"{r.what[0].upper()}{r.what[1:]} of the microworld, 64 x 64 pixels.",
-            "",
-            f"- **Saw:** {r.sees}. Never a scene of the pools `validation` and `evaluation`, never a held-out pair of object and colour.",
-            f"- **Training:** {int(last.step)} steps, {last.seconds / 60:.0f} minutes{resumed} ({h['gpu'] or h['cpu']}, {h['cores']} cores).",
-            f"- **At the end:** {losses} (means over the last logged steps; the curve is in `training.csv`).",
-            f"- **How good it is:** measured on held-out scenes by the stage `models`; see the report, chapter *models*.",
-            f"- **Weights:** half precision, sha256 `{tree_hash(folder)[:16]}` of the folder without this card.",
-            f"- **Again:** `selfalign pretrain {name}`.",
-            "",
-        ]
-    )
+    points = {
+        "Saw": f"{r.sees}. Never a scene of the pools `validation` and `evaluation`, "
+        "never a held-out pair of object and colour.",
+        "Training": f"{int(last.step)} steps, {last.seconds / 60:.0f} minutes{resumed} ({machine}).",
+        "At the end": f"{losses} (means over the last logged steps; the curve is in `training.csv`).",
+        "How good it is": "measured on held-out scenes by the stage `models`; see the report, chapter *models*.",
+        "Weights": f"half precision, sha256 `{tree_hash(folder)[:16]}` of the folder without this card.",
+        "Again": f"`selfalign pretrain {name}`.",
+    }
+    head = ["---", "license: apache-2.0", "library_name: selfalign", "---", f"# {name}", ""]
+    what = [f"{r.what[0].upper()}{r.what[1:]} of the microworld, 64 x 64 pixels.", ""]
+    return "\n".join([*head, *what, *(f"- **{k}:** {v}" for k, v in points.items()), ""])
 
 # %% ../../nbs/2_models/2a_pretrain.ipynb #fa9514ab
 def publish_model(
