@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['vision_sizes', 'image_encoder', 'summary', 'uniform', 'random_cameras', 'through', 'hue_turns', 'relight', 'soften',
-           'random_lens', 'random_view', 'features_at', 'busy_places', 'seen_at', 'two_views', 'find_own', 'contrast',
-           'cell_colours', 'TwoViews', 'save_encoder', 'train_vision']
+           'random_lens', 'random_view', 'features_at', 'busyness', 'busy_places', 'seen_at', 'two_views', 'contrast',
+           'cell_colours', 'loud_colours', 'TwoViews', 'save_encoder', 'train_vision']
 
-# %% ../../nbs/2_models/2k_vision.ipynb #0ea2c215
+# %% ../../nbs/2_models/2k_vision.ipynb #edfee656
 import math
 from pathlib import Path
 import torch
@@ -15,14 +15,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from .train import fit, rendered_images, step_generator, to_tensor
 
-# %% ../../nbs/2_models/2k_vision.ipynb #dba4bbd3
+# %% ../../nbs/2_models/2k_vision.ipynb #f166520c
 vision_sizes = {
     "vision-small": dict(embedding_size=24, hidden_sizes=[32, 64], depths=[1, 2]),
     "vision": dict(embedding_size=32, hidden_sizes=[64, 128], depths=[2, 2]),
     "vision-large": dict(embedding_size=48, hidden_sizes=[96, 208], depths=[2, 2]),
 }
 
-# %% ../../nbs/2_models/2k_vision.ipynb #94fca5e9
+# %% ../../nbs/2_models/2k_vision.ipynb #72e91e1a
 def image_encoder(
     name: str,  # one of `vision_sizes`
 ) -> nn.Module:  # `transformers.ResNetModel` with random weights
@@ -33,14 +33,14 @@ def image_encoder(
     stages = [f"stage{i}" for i in range(1, len(shape["depths"]) + 1)]
     return ResNetModel(ResNetConfig(layer_type="basic", out_features=stages[-1:], **shape))
 
-# %% ../../nbs/2_models/2k_vision.ipynb #074cccf1
+# %% ../../nbs/2_models/2k_vision.ipynb #2691e2fe
 def summary(
     maps: torch.Tensor,  # (B, d, h, w): an encoder's `last_hidden_state`
 ) -> torch.Tensor:  # (B, 2 d)
     "Mean and maximum of a map over its cells."
     return torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], 1)
 
-# %% ../../nbs/2_models/2k_vision.ipynb #8c7f7f4c
+# %% ../../nbs/2_models/2k_vision.ipynb #949a3ef7
 def uniform(
     g: torch.Generator,  # source of randomness
     low: float,  # smallest value
@@ -50,7 +50,7 @@ def uniform(
     "Uniform random numbers."
     return low + (high - low) * torch.rand(*shape, generator=g)
 
-# %% ../../nbs/2_models/2k_vision.ipynb #29ee1f95
+# %% ../../nbs/2_models/2k_vision.ipynb #f3915a33
 def random_cameras(
     n: int,  # how many
     g: torch.Generator,  # source of randomness
@@ -62,7 +62,7 @@ def random_cameras(
     turn = torch.stack([c * mirror, -s, s * mirror, c], 1).view(n, 2, 2)
     return torch.cat([turn, uniform(g, -0.24, 0.24, n, 2, 1)], 2)
 
-# %% ../../nbs/2_models/2k_vision.ipynb #c78253ce
+# %% ../../nbs/2_models/2k_vision.ipynb #47f01257
 def through(
     x: torch.Tensor,  # (n, 3, H, W)
     cameras: torch.Tensor,  # (n, 2, 3)
@@ -71,7 +71,7 @@ def through(
     grid = F.affine_grid(cameras, x.shape, align_corners=False)
     return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
 
-# %% ../../nbs/2_models/2k_vision.ipynb #dca9c313
+# %% ../../nbs/2_models/2k_vision.ipynb #e912a860
 def hue_turns(
     angles: torch.Tensor,  # (n,) radians
 ) -> torch.Tensor:  # (n, 3, 3)
@@ -81,7 +81,7 @@ def hue_turns(
     c, s = angles.cos()[:, None, None], angles.sin()[:, None, None]
     return c * torch.eye(3) + s * across + (1 - c) / 3
 
-# %% ../../nbs/2_models/2k_vision.ipynb #b7d38692
+# %% ../../nbs/2_models/2k_vision.ipynb #c9be75d2
 def relight(
     x: torch.Tensor,  # (n, 3, H, W) in [-1, 1]
     g: torch.Generator,  # source of randomness
@@ -95,7 +95,7 @@ def relight(
     mixed = mixed * uniform(g, 0.7, 1.3, n, 1, 1)
     return torch.einsum("nij,njhw->nihw", mixed, x) + uniform(g, -0.3, 0.3, n, 1, 1, 1)
 
-# %% ../../nbs/2_models/2k_vision.ipynb #8f6f0731
+# %% ../../nbs/2_models/2k_vision.ipynb #d216db60
 def soften(
     x: torch.Tensor,  # (n, 3, H, W)
 ) -> torch.Tensor:  # (n, 3, H, W)
@@ -106,7 +106,7 @@ def soften(
         x = x[..., 1:, :] + x[..., :-1, :]
     return x / 256
 
-# %% ../../nbs/2_models/2k_vision.ipynb #cd82a01c
+# %% ../../nbs/2_models/2k_vision.ipynb #b040f3e1
 def random_lens(
     x: torch.Tensor,  # (n, 3, H, W)
     g: torch.Generator,  # source of randomness
@@ -118,19 +118,16 @@ def random_lens(
     x = x.lerp(soften(x), blur)
     return (x + uniform(g, 0, noise, n, 1, 1, 1) * torch.randn(x.shape, generator=g)).clamp(-1, 1)
 
-# %% ../../nbs/2_models/2k_vision.ipynb #de6f8fef
+# %% ../../nbs/2_models/2k_vision.ipynb #3e5ceca0
 def random_view(
     x: torch.Tensor,  # (n, 3, H, W) in [-1, 1]
     g: torch.Generator,  # source of randomness
-    plain: int = 0,  # the first so many keep their colours
 ) -> tuple:  # the views, and the cameras that took them
     "A view of each image."
     cameras = random_cameras(len(x), g)
-    seen = through(x, cameras)
-    lit = torch.cat([seen[:plain], relight(seen[plain:], g)])
-    return random_lens(lit, g), cameras
+    return random_lens(relight(through(x, cameras), g), g), cameras
 
-# %% ../../nbs/2_models/2k_vision.ipynb #3617342a
+# %% ../../nbs/2_models/2k_vision.ipynb #557ff3e0
 def features_at(
     maps: torch.Tensor,  # (n, d, h, w)
     places: torch.Tensor,  # (n, k, 2) in [-1, 1]
@@ -139,20 +136,26 @@ def features_at(
     got = F.grid_sample(maps.float(), places[:, :, None], padding_mode="border", align_corners=False)
     return got[..., 0].transpose(1, 2)
 
-# %% ../../nbs/2_models/2k_vision.ipynb #e7446af4
+# %% ../../nbs/2_models/2k_vision.ipynb #3b8e5b29
+def busyness(
+    x: torch.Tensor,  # (n, 3, H, W)
+) -> torch.Tensor:  # (n, 1, H, W)
+    "How much each point differs from the median of its row; the world's backgrounds are stripes of sky and ground."
+    return (x - x.median(3, keepdim=True).values).abs().mean(1, keepdim=True)
+
+# %% ../../nbs/2_models/2k_vision.ipynb #84caea51
 def busy_places(
     x: torch.Tensor,  # (n, 3, H, W)
     g: torch.Generator,  # source of randomness
     k: int = 8,  # places to take
     among: int = 32,  # random places to choose from
 ) -> torch.Tensor:  # (n, k, 2) in [-1, 1]
-    "Of many random places of each image those that differ most from the mean of their row."
+    "The busiest of many random places of each image."
     where = uniform(g, -0.95, 0.95, len(x), among, 2)
-    differs = soften((x - x.median(3, keepdim=True).values).abs()).mean(1, keepdim=True)
-    best = features_at(differs, where)[..., 0].topk(k).indices
+    best = features_at(soften(busyness(x)), where)[..., 0].topk(k).indices
     return where.gather(1, best[..., None].expand(-1, -1, 2))
 
-# %% ../../nbs/2_models/2k_vision.ipynb #f054988b
+# %% ../../nbs/2_models/2k_vision.ipynb #49d3a457
 def seen_at(
     points: torch.Tensor,  # (n, k, 2): places in the image
     cameras: torch.Tensor,  # (n, 2, 3)
@@ -161,38 +164,30 @@ def seen_at(
     back = torch.linalg.inv(cameras[:, :, :2])
     return torch.einsum("nij,nkj->nki", back, points - cameras[:, None, :, 2])
 
-# %% ../../nbs/2_models/2k_vision.ipynb #6d9944d6
+# %% ../../nbs/2_models/2k_vision.ipynb #b48dca57
 def two_views(
     x: torch.Tensor,  # (n, 3, H, W) in [-1, 1]
     g: torch.Generator,  # source of randomness
-    plain: int = 0,  # the first so many keep their colours
-) -> tuple:  # views (2 n, 3, H, W), places in them (2 n, 8, 2); beyond [-1, 1] a place is not seen
+) -> tuple:  # views (2 n, 3, H, W), places in them (2 n, 8, 2), seen in both (n, 8) bool
     "Two views of each image, and the same busy places in both."
-    views, cameras = zip(*(random_view(x, g, plain) for _ in range(2)))
+    views, cameras = zip(*(random_view(x, g) for _ in range(2)))
     where = busy_places(x, g)
-    return torch.cat(views), torch.cat([seen_at(where, c) for c in cameras])
+    places = [seen_at(where, c) for c in cameras]
+    both = torch.stack([(p.abs() < 1).all(-1) for p in places]).all(0)
+    return torch.cat(views), torch.cat(places), both
 
-# %% ../../nbs/2_models/2k_vision.ipynb #dbf5e55d
-def find_own(
-    a: torch.Tensor,  # (m, d)
-    b: torch.Tensor,  # (n, d)
-    own: torch.Tensor,  # (m,): the row of `b` that belongs to each row of `a`
-    temperature: float = 0.2,  # a smaller one looks at the most similar wrong rows alone
-) -> torch.Tensor:  # scalar; ln n if nothing is known
-    "InfoNCE of cosine similarities, one way."
-    s = F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).T
-    return F.cross_entropy(s / temperature, own)
-
-# %% ../../nbs/2_models/2k_vision.ipynb #1757c642
+# %% ../../nbs/2_models/2k_vision.ipynb #fd3f00e4
 def contrast(
     a: torch.Tensor,  # (n, d)
     b: torch.Tensor,  # (n, d): row i belongs to row i of `a`
+    temperature: float = 0.2,  # a smaller one looks at the most similar wrong rows alone
 ) -> torch.Tensor:  # scalar; ln n if nothing is known
-    "InfoNCE both ways (SimCLR, equation 1, with the other view's rows as negatives)."
-    own = torch.arange(len(a), device=a.device)
-    return (find_own(a, b, own) + find_own(b, a, own)) / 2
+    "InfoNCE of cosine similarities, both ways (SimCLR, equation 1, with the other view's rows as negatives)."
+    a, b = F.normalize(a.float(), dim=-1), F.normalize(b.float(), dim=-1)
+    s, own = a @ b.T / temperature, torch.arange(len(a), device=a.device)
+    return (F.cross_entropy(s, own) + F.cross_entropy(s.T, own)) / 2
 
-# %% ../../nbs/2_models/2k_vision.ipynb #a889e256
+# %% ../../nbs/2_models/2k_vision.ipynb #01aee1ea
 def cell_colours(
     x: torch.Tensor,  # (n, 3, 64, 64)
     side: int = 4,  # patches a cell, along each side
@@ -201,12 +196,25 @@ def cell_colours(
     small = F.avg_pool2d(x, x.shape[-1] // (8 * side))
     return small.unflatten(3, (8, side)).unflatten(2, (8, side)).permute(0, 2, 4, 1, 3, 5).flatten(3)
 
-# %% ../../nbs/2_models/2k_vision.ipynb #0d562f12
+# %% ../../nbs/2_models/2k_vision.ipynb #b9d608e6
+def loud_colours(
+    x: torch.Tensor,  # (n, 3, H, W) in [-1, 1]
+    levels: int = 4,  # of each channel
+) -> torch.Tensor:  # (n, levels ** 3), each row sums to 1
+    "Shares of colours on a grid of red, green and blue, between levels by interpolation, weighted by `busyness`."
+    x = F.avg_pool2d(x, 2)
+    near = (x[:, :, None] - torch.linspace(-1, 1, levels, device=x.device)[:, None, None]).abs() * (levels - 1) / 2
+    r, g, b = (1 - near).clamp(0).flatten(3).unbind(1)
+    reds_and_greens = (r[:, :, None] * g[:, None]).flatten(1, 2)
+    counts = (reds_and_greens * busyness(x).flatten(2)) @ b.transpose(1, 2)
+    return F.normalize(counts.flatten(1).float() + 1e-6, p=1)
+
+# %% ../../nbs/2_models/2k_vision.ipynb #7625678b
 def _head(width, out):
     "Two layers, as SimCLR has them."
     return nn.Sequential(nn.Linear(width, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Linear(256, out))
 
-# %% ../../nbs/2_models/2k_vision.ipynb #6558c72a
+# %% ../../nbs/2_models/2k_vision.ipynb #793e9e8f
 class TwoViews(nn.Module):
     "An encoder with the five heads that teach it."
 
@@ -217,40 +225,31 @@ class TwoViews(nn.Module):
         super().__init__()
         width = encoder.config.hidden_sizes[-1]
         self.encoder = encoder
-        self.shape, self.colour, self.part = _head(2 * width, 128), _head(2 * width, 128), _head(width, 128)
+        self.whole, self.part = _head(2 * width, 128), _head(width, 64)
         self.repaint, self.detail = nn.Linear(2 * width, 3 * 8 * 8), nn.Linear(width, 3 * 4 * 4)
+        self.loud = nn.Linear(2 * width, 64)
 
     def forward(
         self,
         views: torch.Tensor,  # (2 n, 3, 64, 64): first views, then second ones
         places: torch.Tensor,  # (2 n, k, 2): the same places in both
-        plain: int,  # the first so many of the n images kept their colours
+        both: torch.Tensor,  # (n, k) bool: those that both views show
     ) -> dict:  # the loss and its parts
-        "Contrast of shapes, colours and places; memory of the whole and of the cells."
+        "Contrast of images and of places; memory of the whole, of the cells and of loud colours."
         maps = self.encoder(pixel_values=views).last_hidden_state
-        seen = summary(maps)
-        kept, lit = (torch.cat(p) for p in zip(*(half.tensor_split([plain]) for half in seen.chunk(2))))
-        shape = self.shape(lit)
+        seen, cells = summary(maps), maps.permute(0, 2, 3, 1)
+        found = features_at(maps, places)[both.repeat(2, 1)]
         parts = dict(
-            shapes=contrast(*shape.chunk(2)),
-            colours=contrast(*self.colour(kept).chunk(2)),
-            places=self._places(maps, places, plain, shape),
+            images=contrast(*self.whole(seen).chunk(2)),
+            places=contrast(*self.part(found).chunk(2)),
             whole=F.l1_loss(self.repaint(seen).float(), F.avg_pool2d(views, 8).flatten(1)),
-            cells=F.l1_loss(self.detail(maps.permute(0, 2, 3, 1)).float(), cell_colours(views)),
+            cells=F.l1_loss(self.detail(cells).float(), cell_colours(views)),
+            colours=F.kl_div(self.loud(seen).float().log_softmax(1), loud_colours(views), reduction="batchmean"),
         )
-        weights = dict(colours=0.5, whole=3.0)
+        weights = dict(whole=3.0)
         return dict(loss=sum(weights.get(k, 1.0) * v for k, v in parts.items()), **parts)
 
-    def _places(self, maps, places, plain, shape):
-        "Each place of a view looks for the whole of its image in the other view."
-        n, loss = len(places) // 2, 0.0
-        for here, there in ((0, 1), (1, 0)):
-            rows = slice(here * n + plain, (here + 1) * n)
-            found, inside = features_at(maps[rows], places[rows]), (places[rows].abs() < 1).all(-1)
-            loss = loss + find_own(self.part(found[inside]), shape.chunk(2)[there], inside.nonzero()[:, 0]) / 2
-        return loss
-
-# %% ../../nbs/2_models/2k_vision.ipynb #e0bfd750
+# %% ../../nbs/2_models/2k_vision.ipynb #dbf8a492
 def save_encoder(
     encoder: nn.Module,  # a model of transformers
     folder: Path,  # made if need be
@@ -262,14 +261,13 @@ def save_encoder(
     side = dict(size=dict(shortest_edge=64), crop_size=dict(height=64, width=64))
     BitImageProcessor(image_mean=[0.5] * 3, image_std=[0.5] * 3, **side).save_pretrained(folder)
 
-# %% ../../nbs/2_models/2k_vision.ipynb #65128dd5
+# %% ../../nbs/2_models/2k_vision.ipynb #b41eace4
 def train_vision(
     name: str,  # one of `vision_sizes`
     folder: Path,  # checkpoints, curve and model
     steps: int = 300,  # steps in all
     n: int = 16_000,  # images of the pool `vision`
     batch: int = 128,  # images a step, two views of each
-    plain: int = 40,  # images a step that keep their colours
     lr: float = 2e-3,  # peak learning rate
     seed: int = 0,  # of the weights, the batches and the views
 ):  # `transformers.ResNetModel`
@@ -282,9 +280,9 @@ def train_vision(
         g, device = step_generator(seed, step), next(model.parameters()).device
         rows = torch.randint(n, (batch,), generator=g)
         with torch.autocast("cpu", enabled=False):
-            views, places = two_views(to_tensor(images[rows.numpy()]), g, plain)
+            views, *rest = two_views(to_tensor(images[rows.numpy()]), g)
         views = views.contiguous(memory_format=torch.channels_last)
-        return model(views.to(device), places.to(device), plain)
+        return model(*(v.to(device) for v in (views, *rest)))
 
     fit(model, loss, steps, folder, lr=lr, weight_decay=0.05, betas=(0.9, 0.98), decay=0.99, label=name)
     save_encoder(model.encoder, Path(folder) / "model")
