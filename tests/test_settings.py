@@ -2,7 +2,7 @@
 
 import os, subprocess, sys
 import pytest
-from selfalign.study import settings as s
+from selfalign.study import parameters as p, project, settings as s
 from selfalign.study.settings import SettingsError, resolve
 
 
@@ -13,7 +13,7 @@ def study(tmp_path, monkeypatch):
 
 
 def ini(study, text):
-    (study / "settings.ini").write_text(s.EXAMPLE_SETTINGS + text, encoding="utf-8")
+    (study / "settings.ini").write_text(project.EXAMPLE_SETTINGS + text, encoding="utf-8")
 
 
 # --- the right way -----------------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ def test_order_does_not_follow_the_file(study):
     ],
 )
 def test_convert(text, kind, value):
-    found = s.convert(text, kind)
+    found = p.convert(text, kind)
     assert found == value and type(found) is type(value)
 
 
@@ -90,17 +90,17 @@ def test_convert(text, kind, value):
 )
 def test_convert_refuses(text, kind):
     with pytest.raises((ValueError, TypeError)):
-        s.convert(text, kind)
+        p.convert(text, kind)
 
 
 def test_comments_in_the_file_and_signs_in_values(study):
-    s.write_stage(
+    project.write_stage(
         study / "nbs/numbers.ipynb",
         ['run: str = ""\nn: int = 3\nnames: list[str] = []\nsource: str = "#a"  # has a # inside'],
     )
     ini(study, "[more]\nextends = smoke\nnumbers.source = webdataset:data/{0..9}.tar#x?noise=0.3  ; why\n")
     assert resolve("more").values["numbers"]["source"] == "webdataset:data/{0..9}.tar#x?noise=0.3"
-    assert s.parameters("numbers")["source"] == s.Parameter("source", "str", "#a", "has a # inside")
+    assert s.parameters("numbers")["source"] == p.Parameter("source", "str", "#a", "has a # inside")
 
 
 def test_windows_bom_free_crlf_file(study):
@@ -181,7 +181,7 @@ def test_registry_mistakes(study, registry, message):
     ],
 )
 def test_parameters_cell_mistakes(study, cell, message):
-    s.write_stage(study / "nbs/numbers.ipynb", [cell])
+    project.write_stage(study / "nbs/numbers.ipynb", [cell])
     with pytest.raises(SettingsError, match=message):
         s.parameters("numbers")
 
@@ -194,6 +194,140 @@ def test_one_parameters_cell(study):
     (study / "nbs/numbers.ipynb").write_text("{broken")
     with pytest.raises(SettingsError, match="not a notebook"):
         s.parameters("numbers")
+
+
+# --- what a value may be -----------------------------------------------------------------------------------------
+
+RULES = """run: str = ""
+keep: float = 0.3  # share of pairs kept [0 < keep <= 1]
+steps: int = 20  # denoising steps [steps >= 1]
+rates: list[float] = [0.1]  # learning rates [0 < rates < 1]
+scheduler: str = "default"  # how noise becomes an image {default, euler, ddim, dpm}
+towers: list[str] = ["image"]  # which towers {image, text}
+pool: str = "study"  # of the scenes {selfalign.data.scenes:pools}
+prompt: str = "{start}"  # what it is given; {caption} is the caption, {start} its first half"""
+
+
+@pytest.fixture
+def ruled(study):
+    project.write_stage(study / "nbs/numbers.ipynb", [RULES])
+    (study / "settings.ini").write_text("[stages]\na = nbs/numbers.ipynb\n[x]\n", encoding="utf-8")
+    return study
+
+
+@pytest.mark.parametrize(
+    "override, value",
+    [
+        ("keep=1", 1.0),
+        ("keep=1e-6", 1e-6),
+        ("steps=1", 1),
+        ("rates=0.5, 0.001", [0.5, 0.001]),
+        ("rates=", []),
+        ("scheduler=ddim", "ddim"),
+        ("towers=text, image", ["text", "image"]),
+        ("pool=evaluation", "evaluation"),
+        ("prompt=[anything", "[anything"),
+    ],
+)
+def test_allowed(ruled, override, value):
+    assert resolve("x", [f"a.{override}"]).values["a"][override.partition("=")[0]] == value
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("keep=7", "-p a.keep=7: a.keep: 7.0 is outside 0 < keep <= 1; the nearest is 1 (share of pairs kept)"),
+        ("keep=0", "0.0 is outside 0 < keep <= 1 (share"),
+        ("keep=-1", "-1.0 is outside 0 < keep <= 1 (share"),
+        ("keep=much", "'much' is not of type float, 0 < keep <= 1 (share of pairs kept)"),
+        ("steps=0", "0 is outside steps >= 1; the nearest is 1 (denoising steps)"),
+        ("rates=0.5, 2", "2.0 is outside 0 < rates < 1 (learning rates)"),
+        ("scheduler=eulr", "'eulr' is none of default, euler, ddim, dpm; did you mean 'euler'?"),
+        ("scheduler=", "'' is none of default, euler, ddim, dpm"),
+        ("towers=image, txt", "'txt' is none of image, text; did you mean 'text'?"),
+        ("pool=evalution", "did you mean 'evaluation'?"),
+    ],
+)
+def test_not_allowed(ruled, override, message):
+    with pytest.raises(SettingsError) as e:
+        resolve("x", [f"a.{override}"])
+    assert message in str(e.value)
+
+
+def test_a_preset_is_checked_as_an_override_is(ruled):
+    with open(ruled / "settings.ini", "a", encoding="utf-8") as f:
+        f.write("a.keep = 7\n")
+    with pytest.raises(SettingsError, match=r"settings.ini \[x\]: a.keep: 7.0 is outside"):
+        resolve("x")
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("keep: float = 0.3  # share [0 < keep <= 1", "not closed"),
+        ("keep: float = 0.3  # share [0 < kept <= 1]", "should read"),
+        ("keep: float = 0.3  # share [0 < keep >= 1]", "should read"),
+        ("keep: float = 0.3  # share [0, 1]", "should read"),
+        ("keep: float = 0.3  # share [keep]", "should read"),
+        ("keep: float = 0.3  # share [1 <= keep <= 0]", "nothing is in"),
+        ("keep: float = 0.3  # [0 < keep <= 1] share", "does not stand at the end"),
+        ("keep: float = 3.0  # share [0 < keep <= 1]", "its default 3.0 is outside"),
+        ("keep: float = 3.0  # share {1, 3}", "does not fit"),
+        ('kind: str = "a"  # kind [kind >= 1]', "does not fit"),
+        ('kind: str = "a"  # kind {b, c}', "its default 'a' is none of b, c"),
+        ('kind: str = "a"  # kind {a, c', "not closed"),
+        ('kind: str = "a"  # kind {a c}', "should read"),
+        ('kind: str = (\n    "a"\n)  # kind', "on one line"),
+    ],
+)
+def test_rules_that_cannot_be_read(study, line, message):
+    project.write_stage(study / "nbs/numbers.ipynb", ['run: str = ""\n' + line])
+    with pytest.raises(SettingsError, match="parameters cell") as e:
+        s.parameters("numbers")
+    assert message in str(e.value)
+
+
+def test_choices_of_a_module_are_looked_up_once(ruled, monkeypatch):
+    resolve("x", ["a.pool=evaluation"])
+    monkeypatch.setattr(p, "_imported", lambda *_: pytest.fail("imported again"))
+    resolve("x", ["a.pool=validation"])
+
+
+def test_papermill_reads_what_we_read(ruled):
+    import papermill
+
+    found = papermill.inspect_notebook(str(ruled / "nbs/numbers.ipynb"))
+    assert list(found)[1:] == list(s.parameters("a"))
+    assert found["keep"]["default"] == "0.3"
+
+
+# --- the study's own ---------------------------------------------------------------------------------------------
+
+
+def test_every_number_and_choice_of_the_study_is_ruled(monkeypatch):
+    "A number without a range is a value that nobody checks."
+    monkeypatch.delenv("SELFALIGN_ROOT", raising=False)
+    for stage, spec in s.stages().items():
+        for one in s.parameters(stage).values():
+            number = any(kind in one.type for kind in ("int", "float"))
+            assert one.rule or not number, f"{spec.notebook}: {one.name}"
+            assert p.refusal(one, one.default) == ""
+
+
+def test_every_preset_of_the_study_is_allowed(monkeypatch):
+    monkeypatch.delenv("SELFALIGN_ROOT", raising=False)
+    for preset in s.presets():
+        assert resolve(preset).stages
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["select.keep=7", "sample.noise=5", "generate.steps=0", "generate.scheduler=eulr", "finetune.arms=lora-orignals"],
+)
+def test_the_study_refuses(monkeypatch, override):
+    monkeypatch.delenv("SELFALIGN_ROOT", raising=False)
+    with pytest.raises(SettingsError, match="outside|did you mean"):
+        resolve("micro", [override])
 
 
 # --- root --------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import errno, json, os, resource, signal, subprocess, sys, time
 from pathlib import Path
 import pandas as pd, pytest
-from selfalign.study import files, runner, settings as s, stage as st
+from selfalign.study import files, project, runner, settings as s, stage as st
 from selfalign.study.keys import keys_of
 from selfalign.study.runner import RunError, run
 from selfalign.study.settings import resolve
@@ -22,7 +22,7 @@ def study(tmp_path, monkeypatch):
 
 
 def notebook(study, name, *cells):
-    s.write_stage(study / f"nbs/{name}.ipynb", list(cells))
+    project.write_stage(study / f"nbs/{name}.ipynb", list(cells))
 
 
 def starts(folder):
@@ -163,7 +163,7 @@ def test_a_parameter_changes_its_stage_and_what_follows(study):
 
 
 def test_code_counts_comments_do_not(study):
-    before, cells = keys_of(resolve("smoke")), s.EXAMPLE_STAGES["total"]
+    before, cells = keys_of(resolve("smoke")), project.EXAMPLE_STAGES["total"]
     notebook(
         study,
         "total",
@@ -198,7 +198,7 @@ def test_modules_count_through_imports(study, tmp_path, monkeypatch):
     }.items():
         (package / f"{name}.py").write_text(text)
     monkeypatch.setattr("selfalign.__file__", str(package / "__init__.py"))
-    notebook(study, "total", s.EXAMPLE_STAGES["total"][0], "from selfalign.a import one")
+    notebook(study, "total", project.EXAMPLE_STAGES["total"][0], "from selfalign.a import one")
     before = keys_of(resolve("smoke"))
     (package / "a/other.py").write_text("x = 2")
     assert changed(study, before) == []
@@ -220,7 +220,7 @@ def test_files_named_by_parameters_count(study):
 
 
 def test_magics_are_no_obstacle(study):
-    notebook(study, "total", s.EXAMPLE_STAGES["total"][0], "%matplotlib inline\n!ls\nif True:\n    %time\n    pass")
+    notebook(study, "total", project.EXAMPLE_STAGES["total"][0], "%matplotlib inline\n!ls\nif True:\n    %time\n    pass")
     assert keys_of(resolve("smoke"))
 
 
@@ -261,7 +261,7 @@ def test_a_run_with_kernels(study, monkeypatch):
         begin = time.process_time()
         run("smoke", quiet=True)
         assert time.process_time() - begin < 2
-    notebook(study, "total", *s.EXAMPLE_STAGES["total"][:2], 'print("so far")\nboom')
+    notebook(study, "total", *project.EXAMPLE_STAGES["total"][:2], 'print("so far")\nboom')
     with pytest.raises(RunError) as e:
         run("smoke", ["total.scale=2"], quiet=True)
     for part in (
@@ -314,13 +314,13 @@ def test_variants_of_stages_in_one_run(study, fake):
 def test_an_optional_input_counts_where_the_run_has_it(study, fake):
     ini, plain = (
         study / "settings.ini",
-        s.EXAMPLE_SETTINGS.replace(": numbers\n", ": numbers more?\nmore    = nbs/more.ipynb\n"),
+        project.EXAMPLE_SETTINGS.replace(": numbers\n", ": numbers more?\nmore    = nbs/more.ipynb\n"),
     )
     notebook(
         study,
         "more",
         'run: str = ""  # run folder\nx: int = 1  # a number',
-        *s.EXAMPLE_STAGES["numbers"][1:2],
+        *project.EXAMPLE_STAGES["numbers"][1:2],
         "stage.finish()",
     )
     ini.write_text(
@@ -368,33 +368,33 @@ def test_run_has_its_own_folder_and_a_safe_name(study, fake):
 
 
 def test_forgotten_finish(study, fake):
-    notebook(study, "total", *s.EXAMPLE_STAGES["total"][:3])
+    notebook(study, "total", *project.EXAMPLE_STAGES["total"][:3])
     with pytest.raises(RunError, match=r"without stage.finish\(\)"):
         run("smoke", quiet=True)
 
 
 def test_partial_work_of_another_key_is_dropped(study, fake):
-    broken = s.EXAMPLE_STAGES["numbers"][:3] + ["1/0"]
+    broken = project.EXAMPLE_STAGES["numbers"][:3] + ["1/0"]
     notebook(study, "numbers", *broken)
     with pytest.raises(RunError, match="ZeroDivisionError"):
         run("smoke", quiet=True)
     partial = study / "data/runs/smoke/numbers.partial"
     assert len(list((partial / "shards").glob("*.parquet"))) == 2
     (partial / "shards/000000.parquet").rename(partial / "shards/000007.parquet")
-    notebook(study, "numbers", *s.EXAMPLE_STAGES["numbers"])
+    notebook(study, "numbers", *project.EXAMPLE_STAGES["numbers"])
     run("smoke", quiet=True)
     assert pd.read_csv(study / "data/runs/smoke/results.csv")["value"].tolist() == [6]
 
 
 def test_full_disk_in_a_run(study, fake):
-    notebook(study, "numbers", *s.EXAMPLE_STAGES["numbers"][:2], 'raise OSError(28, "No space left on device")')
+    notebook(study, "numbers", *project.EXAMPLE_STAGES["numbers"][:2], 'raise OSError(28, "No space left on device")')
     with pytest.raises(RunError, match="The disk is full: free some space"):
         run("smoke", quiet=True)
 
 
 def test_a_dead_kernel_is_explained(study):
     notebook(
-        study, "numbers", s.EXAMPLE_STAGES["numbers"][0], "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
+        study, "numbers", project.EXAMPLE_STAGES["numbers"][0], "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
     )
     with pytest.raises(RunError, match="The kernel died, most often because memory ran out"):
         run("smoke", only=["numbers"], quiet=True)
@@ -556,7 +556,7 @@ def test_a_full_disk_while_copying(study, fake, monkeypatch):
 # Writes down what it begins, and stays in the shard `halt` until there is a file `go`.
 SLOW = [
     'run: str = ""\nn: int = 3\nnames: list[str] = []\nhalt: int = -1',
-    s.EXAMPLE_STAGES["numbers"][1],
+    project.EXAMPLE_STAGES["numbers"][1],
     """import os, time, random
 for i, part in stage.shards(n, 2):
     with stage.shard(i) as path:
@@ -568,7 +568,7 @@ for i, part in stage.shards(n, 2):
             stage.problem("f", k, "odd" if k % 2 else "even")
         pd.DataFrame({"number": [random.Random(k).random() for k in range(n)[part]]}).to_parquet(path)""",
     'stage.result(table="t", row="r", metric="m", value=stage.collect()["number"].sum(), unit="score")',
-    *s.EXAMPLE_STAGES["numbers"][3:],
+    *project.EXAMPLE_STAGES["numbers"][3:],
 ]
 
 
@@ -675,7 +675,7 @@ def test_by_hand_makes_its_inputs_once_even_twice_at_once(study, tmp_path):
 
 
 def test_by_hand_says_what_its_inputs_lack(study):
-    notebook(study, "numbers", s.EXAMPLE_STAGES["numbers"][0], "boom")
+    notebook(study, "numbers", project.EXAMPLE_STAGES["numbers"][0], "boom")
     with pytest.raises(
         StageError, match="(?s)the inputs numbers could not be made:\nstage 'numbers'.*name 'boom'.*To continue"
     ):

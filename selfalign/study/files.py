@@ -11,7 +11,7 @@ import hashlib, json, os, re, shutil, subprocess, sys
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from .settings import StudyError, find_root
+from .project import StudyError, find_root
 
 # %% ../../nbs/0_study/05_files.ipynb #d8c33e37
 class StageError(StudyError):
