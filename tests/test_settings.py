@@ -121,7 +121,7 @@ def test_windows_bom_free_crlf_file(study):
         ("micro", ["nmbers.n=3"], "unknown stage 'nmbers'.*did you mean 'numbers'"),
         ("micro", ["numbers.m=3"], "no parameter 'm'.*there is: n, names|did you mean 'n'"),
         ("micro", ["total.scael=3"], "did you mean 'scale'"),
-        ("micro", ["numbers.n=x"], "numbers.n = 'x' is not of type int .how many numbers"),
+        ("micro", ["numbers.n=x"], "numbers.n = 'x' is not of type int, 0 ≤ n ≤ 1000 .how many numbers"),
         ("micro", ["numbers.n"], "write it as stage.parameter=value"),
         ("micro", ["n=3"], "unknown key"),
         ("micro", ["numbers.run=x"], "no parameter 'run'"),
@@ -199,12 +199,16 @@ def test_one_parameters_cell(study):
 # --- what a value may be -----------------------------------------------------------------------------------------
 
 RULES = """run: str = ""
-keep: float = 0.3  # share of pairs kept [0 < keep <= 1]
-steps: int = 20  # denoising steps [steps >= 1]
+keep: float = 0.3  # share of pairs kept [0 < keep ≤ 1]
+steps: int = 20  # denoising steps [steps ≥ 1]
 rates: list[float] = [0.1]  # learning rates [0 < rates < 1]
 scheduler: str = "default"  # how noise becomes an image {default, euler, ddim, dpm}
 towers: list[str] = ["image"]  # which towers {image, text}
-pool: str = "study"  # of the scenes {selfalign.data.scenes:pools}
+pool: str = "study"  # of the scenes {data.scenes:pools}
+kinds: list[str] = [
+    "a",
+    "b",
+]  # of texts {a, b, c}
 prompt: str = "{start}"  # what it is given; {caption} is the caption, {start} its first half"""
 
 
@@ -236,11 +240,11 @@ def test_allowed(ruled, override, value):
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("keep=7", "-p a.keep=7: a.keep: 7.0 is outside 0 < keep <= 1; the nearest is 1 (share of pairs kept)"),
-        ("keep=0", "0.0 is outside 0 < keep <= 1 (share"),
-        ("keep=-1", "-1.0 is outside 0 < keep <= 1 (share"),
-        ("keep=much", "'much' is not of type float, 0 < keep <= 1 (share of pairs kept)"),
-        ("steps=0", "0 is outside steps >= 1; the nearest is 1 (denoising steps)"),
+        ("keep=7", "-p a.keep=7: a.keep: 7.0 is outside 0 < keep ≤ 1; the nearest is 1 (share of pairs kept)"),
+        ("keep=0", "0.0 is outside 0 < keep ≤ 1 (share"),
+        ("keep=-1", "-1.0 is outside 0 < keep ≤ 1 (share"),
+        ("keep=much", "'much' is not of type float, 0 < keep ≤ 1 (share of pairs kept)"),
+        ("steps=0", "0 is outside steps ≥ 1; the nearest is 1 (denoising steps)"),
         ("rates=0.5, 2", "2.0 is outside 0 < rates < 1 (learning rates)"),
         ("scheduler=eulr", "'eulr' is none of default, euler, ddim, dpm; did you mean 'euler'?"),
         ("scheduler=", "'' is none of default, euler, ddim, dpm"),
@@ -264,20 +268,21 @@ def test_a_preset_is_checked_as_an_override_is(ruled):
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("keep: float = 0.3  # share [0 < keep <= 1", "not closed"),
-        ("keep: float = 0.3  # share [0 < kept <= 1]", "should read"),
-        ("keep: float = 0.3  # share [0 < keep >= 1]", "should read"),
+        ("keep: float = 0.3  # share [0 < keep ≤ 1", "not closed"),
+        ("keep: float = 0.3  # share [0 < kept ≤ 1]", "should read"),
+        ("keep: float = 0.3  # share [0 < keep ≥ 1]", "should read"),
         ("keep: float = 0.3  # share [0, 1]", "should read"),
         ("keep: float = 0.3  # share [keep]", "should read"),
-        ("keep: float = 0.3  # share [1 <= keep <= 0]", "nothing is in"),
-        ("keep: float = 0.3  # [0 < keep <= 1] share", "does not stand at the end"),
-        ("keep: float = 3.0  # share [0 < keep <= 1]", "its default 3.0 is outside"),
+        ("keep: float = 0.3  # share [1 ≤ keep ≤ 0]", "nothing is in"),
+        ("keep: float = 0.3  # [0 < keep ≤ 1] share", "does not stand at the end"),
+        ("keep: float = 3.0  # share [0 < keep ≤ 1]", "its default 3.0 is outside"),
         ("keep: float = 3.0  # share {1, 3}", "does not fit"),
-        ('kind: str = "a"  # kind [kind >= 1]', "does not fit"),
+        ("keep: float = 0.3  # share [0 < keep <= 1]", "write ≤"),
+        ('kind: str = "a"  # kind [kind ≥ 1]', "does not fit"),
         ('kind: str = "a"  # kind {b, c}', "its default 'a' is none of b, c"),
         ('kind: str = "a"  # kind {a, c', "not closed"),
         ('kind: str = "a"  # kind {a c}', "should read"),
-        ('kind: str = (\n    "a"\n)  # kind', "on one line"),
+        ('kind: str = (\n    "a"  # kind\n)', "at its end"),
     ],
 )
 def test_rules_that_cannot_be_read(study, line, message):
@@ -348,13 +353,11 @@ def test_wrong_root_says_so(tmp_path, monkeypatch):
 
 
 def test_reading_settings_is_light(study):
-    code = 'import sys; from selfalign.study.settings import resolve; resolve("micro"); print([m for m in ("torch", "pandas", "numpy", "papermill", "nbformat") if m in sys.modules])'
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=True
-        ).stdout.strip()
-        == "[]"
-    )
+    heavy = ("torch", "pandas", "numpy", "papermill", "nbformat")
+    code = "import sys; from selfalign.study.settings import resolve; resolve('micro'); "
+    code += f"print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 VARIANTS = """[stages]

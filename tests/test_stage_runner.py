@@ -220,7 +220,9 @@ def test_files_named_by_parameters_count(study):
 
 
 def test_magics_are_no_obstacle(study):
-    notebook(study, "total", project.EXAMPLE_STAGES["total"][0], "%matplotlib inline\n!ls\nif True:\n    %time\n    pass")
+    notebook(
+        study, "total", project.EXAMPLE_STAGES["total"][0], "%matplotlib inline\n!ls\nif True:\n    %time\n    pass"
+    )
     assert keys_of(resolve("smoke"))
 
 
@@ -394,7 +396,10 @@ def test_full_disk_in_a_run(study, fake):
 
 def test_a_dead_kernel_is_explained(study):
     notebook(
-        study, "numbers", project.EXAMPLE_STAGES["numbers"][0], "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
+        study,
+        "numbers",
+        project.EXAMPLE_STAGES["numbers"][0],
+        "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)",
     )
     with pytest.raises(RunError, match="The kernel died, most often because memory ran out"):
         run("smoke", only=["numbers"], quiet=True)

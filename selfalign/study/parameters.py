@@ -68,7 +68,7 @@ def convert(
 
 # %% ../../nbs/0_study/09_parameters.ipynb #24c861a0
 NUMBER = r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?"
-INTERVAL = re.compile(rf"\[(?:({NUMBER}) (<=?) )?(\w+)(?: (<=?|>=?) ({NUMBER}))?\]")
+INTERVAL = re.compile(rf"\[(?:({NUMBER}) ([<≤]) )?(\w+)(?: ([<≤>≥]) ({NUMBER}))?\]")
 
 # %% ../../nbs/0_study/09_parameters.ipynb #e94f4e00
 @dataclass(frozen=True)
@@ -86,40 +86,40 @@ class Interval:
 
 # %% ../../nbs/0_study/09_parameters.ipynb #ffecf0fd
 def interval(
-    rule: str,  # such as [0 < keep <= 1]
+    rule: str,  # such as [0 < keep ≤ 1]
     name: str,  # of the parameter
 ) -> Interval:  # ValueError where it is none
     "Read an interval"
     found = INTERVAL.fullmatch(rule)
-    if not found or found[3] != name or not (found[1] or found[5]) or (found[1] and (found[4] or "<")[0] == ">"):
-        raise ValueError(f"{rule} should read [0 < {name} <= 1] or [{name} >= 1]")
+    if not found or found[3] != name or not (found[1] or found[5]) or (found[1] and (found[4] or "<") in ">≥"):
+        raise ValueError(f"{rule} should read [0 < {name} ≤ 1] or [{name} ≥ 1]")
     low, left, _, right, end = found.groups()
-    ends = {} if low is None else dict(low=float(low), with_low=left == "<=")
-    if right and right[0] == "<":
-        ends |= dict(high=float(end), with_high=right == "<=")
+    ends = {} if low is None else dict(low=float(low), with_low=left == "≤")
+    if right and right in "<≤":
+        ends |= dict(high=float(end), with_high=right == "≤")
     elif right:
-        ends = dict(low=float(end), with_low=right == ">=")
+        ends = dict(low=float(end), with_low=right == "≥")
     if (between := Interval(**ends)).low > between.high:
         raise ValueError(f"nothing is in {rule}")
     return between
 
 # %% ../../nbs/0_study/09_parameters.ipynb #b0395030
-CONSTANT = re.compile(r"\{(selfalign[\w.]*):(\w+)\}")
+CONSTANT = re.compile(r"\{(\w+\.\w+):(\w+)\}")
 
 
 def _imported(
-    module: str,  # dotted name
+    module: str,  # floor.module
     constant: str,  # a list, or a dictionary whose keys count
 ) -> list[str]:  # the choices
     "What a constant lists"
     try:
-        return [str(name) for name in getattr(importlib.import_module(module), constant)]
+        return [str(name) for name in getattr(importlib.import_module(f"selfalign.{module}"), constant)]
     except (ImportError, AttributeError, TypeError) as e:
         raise ValueError(f"{module}:{constant} lists no choices ({e})") from None
 
 # %% ../../nbs/0_study/09_parameters.ipynb #89e51ad6
 def _remembered(
-    module: str,  # dotted name
+    module: str,  # floor.module
     constant: str,  # a list, or a dictionary whose keys count
 ) -> list[str]:  # the choices
     "What a constant lists, without importing its module twice"
@@ -135,14 +135,14 @@ def _remembered(
 
 # %% ../../nbs/0_study/09_parameters.ipynb #d5f8cdd3
 def choices(
-    rule: str,  # such as {crop, pad, squash} or {selfalign.data.scenes:pools}
+    rule: str,  # such as {crop, pad, squash} or {data.scenes:pools}
 ) -> list[str]:  # ValueError where there are none
     "Read a list of choices"
     if named := CONSTANT.fullmatch(rule):
         return _remembered(*named.groups())
     found = [name.strip() for name in rule[1:-1].split(",")]
     if not all(re.fullmatch(r"[\w.-]+", name) for name in found):
-        raise ValueError(f"{rule} should read {{one, another}} or {{selfalign.module:CONSTANT}}")
+        raise ValueError(f"{rule} should read {{one, another}} or {{floor.module:CONSTANT}}")
     return found
 
 # %% ../../nbs/0_study/09_parameters.ipynb #7553fc5b
@@ -228,8 +228,6 @@ def _parameter(
         raise ValueError(
             "it should read `name: type = value  # help`, with a plain value and one of the types " + ", ".join(TYPES)
         ) from None
-    if node.lineno != node.end_lineno:
-        raise ValueError("it should stand on one line")
     _check_rule(found := Parameter(*named, *_split(comment)))
     return found
 
@@ -246,6 +244,10 @@ def read_parameters(
     comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
     for node in tree.body:
         try:
+            if max(line.count("=") for line in source.splitlines()[node.lineno - 1 : node.end_lineno]) > 1:
+                raise ValueError("papermill reads no line with a second equals sign; write ≤ and ≥")
+            if any(line in comments for line in range(node.lineno, node.end_lineno)):
+                raise ValueError("its comment should stand at its end")
             found.append(_parameter(node, comments.get(node.end_lineno, "")))
         except ValueError as e:
             raise SettingsError(f"{notebook}, parameters cell: `{ast.unparse(node)}`: {e}") from None

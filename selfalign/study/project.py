@@ -70,7 +70,7 @@ numbers.n = 20  ; enough for a mean
 NUMBERS = [
     """\
 run: str = ""  # run folder; empty: a small run of its own
-n: int = 3  # how many numbers [0 <= n <= 1000]
+n: int = 3  # how many numbers [0 ≤ n ≤ 1000]
 names: list[str] = []  # what to call them""",
     """\
 import pandas as pd

@@ -53,7 +53,8 @@ def stages() -> dict[str, StageSpec]:  # stage name → its line, inputs before 
         base = first.setdefault(notebook.strip(), name)
         if base != name and not name.startswith(f"{base}-"):
             raise SettingsError(
-                f"settings.ini [stages]: {name!r} is the notebook of {base!r} once more; call this variant {base}-something"
+                f"settings.ini [stages]: {name!r} is the notebook of {base!r} once more; "
+                f"call this variant {base}-something"
             )
         needed, perhaps = (tuple(i.rstrip("?") for i in inputs.split() if i.endswith("?") == o) for o in (False, True))
         specs[name] = StageSpec(name, root / notebook.strip(), needed, base, perhaps)
