@@ -27,6 +27,11 @@ def pytest_xdist_auto_num_workers(config):
     return max(1, min(cores, psutil.virtual_memory().total // (3 * 2**30), 8))
 
 
+def pytest_collection_modifyitems(items):
+    "Notebooks take longest, so they come first: who has nothing left to do takes over tests from the end of the list."
+    items.sort(key=lambda item: "warm" not in item.fixturenames)
+
+
 def changed(config):
     "Files of the checkout's own runs, reports and notebooks that came, went or changed since the session began."
     before, after = config.stash[LEFT], checkout.own_files()

@@ -72,9 +72,10 @@ def until(condition, process=None, seconds=300):
         time.sleep(0.02)
 
 
-def start(root, run="", only=(), wait=True, env=()):
+def start(root, run="", only=(), wait=True, env=(), force=()):
     "Run the study in a process of its own, which can be killed with all its children."
-    code = f'from selfalign.study.runner import run; run("smoke", run={run or None!r}, only={list(only)!r})'
+    options = f"run={run or None!r}, only={list(only)!r}, force={list(force)!r}"
+    code = f'from selfalign.study.runner import run; run("smoke", {options})'
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         env=os.environ | {"SELFALIGN_ROOT": str(root), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | dict(env),

@@ -1,7 +1,7 @@
-"""Bad files over all readers: each is refused with a remedy, or listed with file and row while the good pairs around it stay.
+"""Bad files over all readers: refused with a remedy, or listed with file and row while the good pairs around it stay.
 
-Every case writes one bad file into a collection that is good otherwise. Cases are generated from tables of what can be wrong
-with captions, paths, images and the files themselves; hypothesis adds random and mutated files."""
+Every case writes one bad file into a collection that is good otherwise. Cases are generated from tables of what can be
+wrong with captions, paths, images and the files themselves; hypothesis adds random and mutated files."""
 
 import gzip, hashlib, io, json, os, re, struct, tarfile, tempfile, zlib
 from collections import Counter
@@ -132,7 +132,8 @@ def arrow(table):
 
 # --- the cases --------------------------------------------------------------------------------------------------------
 
-CASES = []  # (reader, what, name of the bad file, its content or a function that makes it, what must be said, whether the good pairs stay)
+# reader, what, name of the bad file, its content or a function that makes it, what must be said, if good pairs stay
+CASES = []
 
 
 def case(reader, what, name, content, said, stay=True):
@@ -258,7 +259,8 @@ for reader in JSON:
         "NaN": b'{"id": NaN, "image": NaN, "caption": NaN}',
         "wrong types": b'{"id": [1], "image": {"a": 1}, "conversations": 3, "sentences": "x"}',
         "numbers": b'{"id": 1e999, "image": 5, "filename": 5, "file_name": 6}',
-        "lone surrogate": b'{"id": "\\ud800", "image": "\\udfff.jpg", "filename": "\\udfff.jpg", "file_name": "\\udfff.jpg"}',
+        "lone surrogate": b'{"id": "\\ud800", "image": "\\udfff.jpg", "filename": "\\udfff.jpg", '
+        b'"file_name": "\\udfff.jpg"}',
     }.items():
         case(
             reader,
@@ -675,7 +677,7 @@ def survives(reader, content):
 @some
 @given(data=st.data())
 def test_mutated(reader, data):
-    "A valid file with bytes changed, taken out or put in ends in pairs, listed problems, or a StudyError; never in another exception."
+    "Bytes changed, taken out or put in: ends in pairs, listed problems, or a StudyError; never in another exception."
     content = bytearray(VALID[reader][1])
     for _ in range(data.draw(st.integers(1, 4))):
         at, n = data.draw(st.integers(0, len(content))), data.draw(st.integers(0, 12))

@@ -1,4 +1,4 @@
-"Classification, agreement with people, leakage, power: against other people's code, hand computation and simulation; bad input is named."
+"Classification, agreement with people, leakage, power: against others' code, hand computation and simulation."
 
 import hashlib, itertools
 from pathlib import Path
@@ -430,7 +430,8 @@ def test_captions_that_cannot_be_used(tmp_path):
         flickr(
             tmp_path,
             GOOD,
-            tokens=b"0.jpg#0\ta cup\n1.jpg#0\t<b>a car</b>\n1.jpg#0\tagain\n2.jpg#0 no tab\n3.jpg#0\t\n4.jpg#0\tcaf\xe9",
+            tokens=b"0.jpg#0\ta cup\n1.jpg#0\t<b>a car</b>\n1.jpg#0\tagain\n2.jpg#0 no tab\n3.jpg#0\t\n"
+            b"4.jpg#0\tcaf\xe9",
         )
     )
     assert q.items.caption.tolist() == ["a car"]
@@ -736,7 +737,7 @@ def test_the_exact_test_of_the_study_is_the_exact_one_simulated():
 
 @pytest.mark.parametrize("size,correlation", [(5, 0.2), (3, 0.5), (4, 0.0)])
 def test_power_with_clusters(size, correlation):
-    "An item takes its cluster's draw with probability √ρ, so that two of a cluster correlate by ρ; the test is over clusters."
+    "An item takes its cluster's draw with probability √ρ: two of a cluster correlate by ρ; the test is over clusters."
     clusters, d = 400, 0.1
     delta = pw.smallest_difference(clusters * size, d, size, correlation)
     rng = np.random.default_rng(3)

@@ -1,4 +1,4 @@
-"Benchmarks: each distinct thing encoded once and no answer changed, nothing lost in silence, averages as published, texts that give nothing away."
+"Benchmarks: each distinct thing encoded once, no answer changed, nothing lost in silence, averages as published."
 
 import hashlib, json, math
 from collections import Counter

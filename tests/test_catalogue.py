@@ -1,4 +1,4 @@
-"SugarCrepe, Winoground, retrieval and the catalogue: read as published, scored by the official definitions, refused when half of it is missing."
+"SugarCrepe, Winoground, retrieval, the catalogue: read as published, scored by the official definitions, or refused."
 
 import hashlib, io, json, math, os, tarfile
 from pathlib import Path
@@ -28,7 +28,7 @@ def unit(x):
 
 
 class Hand:
-    "An encoder whose vectors are set by hand: images by their colour, texts by themselves; all others by chance, always the same."
+    "An encoder whose vectors are set by hand: images by colour, texts by themselves; others random, always the same."
 
     def __init__(self, photos={}, texts={}, dimension=6):
         self.photos, self.texts, self.dimension, self.asked = photos, texts, dimension, []
@@ -410,7 +410,7 @@ def karpathy(folder, n=12, flickr=False, captions=5, **spoil):
 
 
 def near(n=12, captions=5, right=lambda i, j: True):
-    "Image i on its own axis, its captions near it if they are right, otherwise between it and the next but two, nearer to that."
+    "Image i on its own axis, right captions near it, wrong ones between it and the next but two, nearer to that."
     axes = np.eye(n)
     return Hand(
         {colour(i): axes[i] for i in range(n)},
@@ -566,7 +566,7 @@ FILES = (
 
 
 def official_loop(folder, hand):
-    "The original's evaluation, written from its description: existing images, the first thousand, strictly greater, four digits, plain means."
+    "The original's evaluation, from its description: the first thousand, strictly greater, four digits, plain means."
     by = {}
     for corpus in sorted((folder / "corpus/v1").rglob("*.yaml")):
         name = corpus.relative_to(folder / "corpus/v1").with_suffix("").as_posix()
@@ -1004,7 +1004,7 @@ def texture(seed):
 
 
 def leaky(tmp_path, n=20):
-    "A benchmark of n textures, right for even numbers, and a training set with copies of the first four and the text of the fifth."
+    "n textures, right for even numbers, and a training set with copies of the first four and the text of the fifth."
     rows = [[f"{i}.png", dict(POS=[f"true {i}"], NEG=[f"false {i}"])] for i in range(n)]
     folder = tmp_path / "vl"
     dump(folder / "corpus/v1/Attribute/color/vg.yaml", 'ANNO_PATH: "data/vg.json"\nIMG_ROOT: "vg/"\nTYPE: "TUPLE_JSON"')

@@ -423,7 +423,13 @@ def test_doctor_says_what_it_takes():
 
 def test_doctor_without_a_preset_only_looks():
     "It counts nothing, and the package for it is not even imported."
-    code = 'import sys; from typer.testing import CliRunner; from selfalign.tools.cli import app; r = CliRunner().invoke(app, ["doctor"]); print("What it would take" in r.output, "Preset micro" in r.output, "selfalign.tools.estimate" in sys.modules)'
+    code = """
+import sys
+from typer.testing import CliRunner
+from selfalign.tools.cli import app
+said = CliRunner().invoke(app, ["doctor"]).output
+print("What it would take" in said, "Preset micro" in said, "selfalign.tools.estimate" in sys.modules)
+"""
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split() == [
         "False",
         "True",

@@ -338,8 +338,12 @@ def chromium():
 )
 def test_slider_in_a_browser(run, page, tmp_path):
     "Our script runs, the slider moves counts, line and pairs, and the gallery still sorts."
-    move = """const input = document.querySelector('.panel:not([hidden]) input'); document.getElementById('twin-kind').value = '1'
-              document.getElementById('twin-kind').dispatchEvent(new Event('change')); input.value = 60; input.dispatchEvent(new Event('input'))"""
+    move = """const input = document.querySelector('.panel:not([hidden]) input')
+              const kind = document.getElementById('twin-kind')
+              kind.value = '1'
+              kind.dispatchEvent(new Event('change'))
+              input.value = 60
+              input.dispatchEvent(new Event('input'))"""
     driven = page.parent / "driven.html"
     driven.write_text(
         re.sub(r"<meta http-equiv[^>]*>", "", page.read_text(encoding="utf-8")).replace(
@@ -347,7 +351,8 @@ def test_slider_in_a_browser(run, page, tmp_path):
         ),
         encoding="utf-8",
     )
-    quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync --virtual-time-budget=4000 --dump-dom"
+    quiet = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
+    --disable-component-update --disable-sync --virtual-time-budget=4000 --dump-dom"""
     try:
         dom = subprocess.run(
             [chromium(), *quiet.split(), f"--user-data-dir={tmp_path / 'profile'}", driven.as_uri()],

@@ -289,10 +289,9 @@ def test_killed_in_the_middle_and_resumed(study_root):
     "A run killed within the 14th image (three shards of four are whole), and one in one piece, leave the same bytes."
     import study
 
-    study.start(study_root, "whole", ["generate"])
     runs = study_root / "data/runs"
     partial = runs / "killed/generate.partial"
-    shutil.copytree(runs / "whole/sample", runs / "killed/sample")  # up to date, so skipped
+    study.start(study_root, "killed", ["sample"])
     env, event = study.stopped(study_root, 14)
     process = study.start(study_root, "killed", ["generate"], wait=False, env=env)
     study.until(event.exists, process)
@@ -300,15 +299,16 @@ def test_killed_in_the_middle_and_resumed(study_root):
     process.wait()
     before = {p: p.stat().st_mtime_ns for p in (partial / "shards").glob("*.parquet")}
     assert len(before) == 3
-    assert len(list(partial.rglob(".*.png*"))) == 1, "the image at work"
+    assert len(list(partial.rglob(".*png*"))) == 1, "the image at work"
     study.start(study_root, "killed", ["generate"])
+    study.start(study_root, "whole", ["generate"], force=["generate"])
     whole, resumed = (pd.read_parquet(runs / r / "generate/tables/pairs.parquet") for r in ("whole", "killed"))
     pd.testing.assert_frame_equal(whole, resumed)
     for image in whole.image:
         assert (runs / "whole/generate" / image).read_bytes() == (runs / "killed/generate" / image).read_bytes()
     for path, when in before.items():
         assert (runs / "killed/generate/shards" / path.name).stat().st_mtime_ns == when
-    assert not list((runs / "killed").rglob(".*.png*")), "what the killed run left is swept"
+    assert not list((runs / "killed").rglob(".*png*")), "what the killed run left is swept"
     leads_back(pd.read_parquet(runs / "whole/sample/tables/pairs.parquet"), whole)
 
 

@@ -106,6 +106,24 @@ def test_the_wheel_holds_the_package(tmp_path):
     assert wanted <= set(zipfile.ZipFile(wheel).namelist())
 
 
+# --- one style ---------------------------------------------------------------------------------------------------
+
+
+RULES = {
+    "check --no-fix --select E701,E702,E703,F811,F821": ["nbs", "tests"],  # one statement a line, no unknown names
+    "check --no-fix --select E501": ["tests"],  # lines of 120
+    "format --check": ["nbs", "tests"],
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_ruff(rule):
+    "Notebooks and tests; the package is made from the notebooks."
+    command = [sys.executable, "-m", "ruff", *rule.split(), "--output-format", "concise", *RULES[rule]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def make(*args):
     "Call make as a person would, even when the tests themselves were started by make."
     env = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}

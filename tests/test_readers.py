@@ -1,4 +1,4 @@
-"Readers and writers beside other libraries: the same rows, the same records after writing, and memory that does not grow."
+"Readers and writers beside other libraries: the same rows, the same records after writing, memory that stays."
 
 import csv, io, json, os, tracemalloc
 import pandas as pd, pytest

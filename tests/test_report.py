@@ -91,7 +91,8 @@ def stage(run, name, parameters, seconds, figures=(), cells=()):
     (folder / "stage.json").write_text(json.dumps(manifest))
     (folder / "figures.json").write_text(json.dumps(list(figures)))
     head = new_markdown_cell(
-        f"# Stage {name}\n> What it does, with a formula $s = 100\\max(\\cos, 0)$.\n\nSee [scores](42_score.ipynb) and [a paper](https://example.org/paper)."
+        f"# Stage {name}\n> What it does, with a formula $s = 100\\max(\\cos, 0)$.\n\n"
+        "See [scores](42_score.ipynb) and [a paper](https://example.org/paper)."
     )
     nbformat.write(new_notebook(cells=[head, *cells]), folder / "notebook.ipynb")
 
@@ -574,7 +575,8 @@ def chromium():
 
 def browse(page, tmp, *flags):
     "Run headless Chromium on a page; returns what it printed"
-    quiet = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync --hide-scrollbars"
+    quiet = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
+    --disable-component-update --disable-sync --hide-scrollbars"""
     done = subprocess.run(
         [chromium(), *quiet.split(), f"--user-data-dir={tmp / 'profile'}", "--virtual-time-budget=4000", *flags, page],
         capture_output=True,
@@ -593,7 +595,8 @@ needs_browser = pytest.mark.skipif(
 @needs_browser
 def test_page_in_a_browser(report, tmp_path):
     "Captions did nothing, the gallery sorts by difference, and the page can be seen"
-    script = 'sort.value = "s0d"; sort.dispatchEvent(new Event("change")); subset.value = "1"; subset.dispatchEvent(new Event("change"))'
+    script = """sort.value = "s0d"; sort.dispatchEvent(new Event("change"))
+    subset.value = "1"; subset.dispatchEvent(new Event("change"))"""
     page = report.read_text(encoding="utf-8")
     driven = report.parent / "driven.html"
     driven.write_text(

@@ -158,7 +158,9 @@ def test_a_generator_saved_again_paints_the_same(tiny_generator, tmp_path):
     code = f"""import sys, numpy as np, torch
 from diffusers import StableDiffusionPipeline
 pipe = StableDiffusionPipeline.from_pretrained({str(tmp_path / "saved")!r}, use_safetensors=True)
-images = pipe({tiny.CAPTIONS[:2]!r}, num_inference_steps=3, guidance_scale=3., generator=[torch.Generator().manual_seed(s) for s in (1, 2)], output_type='np').images
+noise = [torch.Generator().manual_seed(s) for s in (1, 2)]
+options = dict(num_inference_steps=3, guidance_scale=3.0, generator=noise, output_type="np")
+images = pipe({tiny.CAPTIONS[:2]!r}, **options).images
 assert not [m for m in sys.modules if m.startswith('selfalign')]
 np.save({str(tmp_path / "theirs.npy")!r}, images)"""
     subprocess.run(

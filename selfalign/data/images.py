@@ -199,7 +199,7 @@ def save_png(
     "Write a PNG that is either whole or not there."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = path.with_name(f".tmp-{os.getpid()}-{path.name}")  # a stage that goes on sweeps these
     try:
         img.save(partial, "PNG")
         os.replace(partial, path)
