@@ -6,20 +6,22 @@ import numpy as np, pandas as pd, pytest
 from PIL import Image
 from selfalign.benchmarks.vl_checklist import checklist_table
 from selfalign.data.captions import is_true, web_caption
+from selfalign.data.microworld import clean_caption_of
 from selfalign.data.redraw import asks_for_held_out, redraw
 from selfalign.data.scenes import groups, held_out
+from selfalign.models.finetune import FinetuneConfig, best_rate
 from selfalign.self_align.evaluate import HYPOTHESES, scored_arms, scored_retention, section_table
 from selfalign.models.objective import Objective
-from selfalign.self_align.finetune import (
+from selfalign.self_align.arms import (
     ARMS,
-    OPTIONS,
-    PAPER,
-    arm_options,
+    OPTION_ARMS,
+    PAPER_ARMS,
+    Sources,
+    arm_callbacks,
+    arm_config,
     arm_pairs,
     arm_rows,
-    arm_texts,
-    best_rate,
-    clean_caption_of,
+    find_arm,
     trainings,
 )
 from selfalign.study.hypotheses import NUMBERS, Scored, arm_difference, compare_arms, judged, summarise, verdict_of
@@ -63,104 +65,133 @@ def tables(tmp_path):
         positive={pairs.key[1]: "the same"},
         negative={pairs.key[3]: "something else"},
     )
-    return pairs, generated, selection, conditioned, texts
+    return Sources(pairs, generated, selection, conditioned, texts)
 
 
 def first_pixels(images):
     return [np.asarray(p)[0, 0].tolist() for p in images]
 
 
-def test_each_arm_sees_what_its_name_says(tables):
-    assert arm_rows("lora-four-images", *tables) is None
-    found = {arm: arm_pairs(arm, arm_rows(arm, *tables)) for arm in ARMS if arm != "lora-four-images"}
-    assert first_pixels(found["lora-originals"][0]) == [[i, 0, 0] for i in range(4)]
-    assert first_pixels(found["lora-generated"][0]) == [[i, 9, 0] for i in range(4)]
-    assert first_pixels(found["lora-selected"][0]) == [[0, 9, 0], [1, 9, 0]]
-    assert first_pixels(found["lora-random-drop"][0]) == [[1, 9, 0], [3, 9, 0]] and first_pixels(
-        found["lora-oracle-selected"][0]
-    ) == [[2, 9, 0]]
-    assert found["lora-clean-originals"][1] == [clean_caption_of(k) for k in tables[0].key] and first_pixels(
-        found["lora-clean-originals"][0]
-    ) == [[i, 0, 0] for i in range(4)]
-    assert (
-        found["lora-generated"][1]
-        == found["lora-originals"][1]
-        == found["lora-perfect-generator"][1]
-        == list(tables[0].caption)
-    )
-    assert (
-        first_pixels(found["lora-mixed"][0]) == [[0, 0, 0], [2, 0, 0], [1, 9, 0], [3, 9, 0]]
-        and first_pixels(found["lora-grey"][0]) == [[128] * 3] * 4
-    )
-    assert first_pixels(found["lora-shuffled"][0]) == [[2, 9, 0], [3, 9, 0], [0, 9, 0], [1, 9, 0]] and found[
-        "lora-shuffled"
-    ][1] == list(tables[0].caption)
-    assert first_pixels(found["lora-image-conditioned"][0]) == [[3 - i, 0, 0] for i in range(4)] and found[
-        "lora-image-conditioned"
-    ][1] == list(tables[0].caption)
-    assert first_pixels(found["lora-augmented"][0]) == [[0, 9, 0], [2, 9, 0]] and found["lora-augmented"][1] == [
-        "longer 0",
-        "longer 2",
-    ]
-    assert [p[1] for p in first_pixels(found["lora-two-images"][0])] == [9, 0] * 4 and found["lora-two-images"][1] == [
-        c for c in tables[0].caption for _ in "ab"
-    ]
-    for arm in ("lora-text-tower", "lora-image-tower", *PAPER, *OPTIONS):
-        assert arm.endswith("-images") or first_pixels(found[arm][0]) == first_pixels(found["lora-generated"][0])
-    for images, captions in found.values():
-        assert len(images) == len(captions)
+def pairs_of(name, sources):
+    arm = find_arm(name)
+    return arm_pairs(arm, arm_rows(arm, sources), sources.texts)
+
+
+SEEN = {
+    "lora-originals": [[i, 0, 0] for i in range(4)],
+    "lora-generated": [[i, 9, 0] for i in range(4)],
+    "lora-selected": [[0, 9, 0], [1, 9, 0]],
+    "lora-random-drop": [[1, 9, 0], [3, 9, 0]],
+    "lora-oracle-selected": [[2, 9, 0]],
+    "lora-clean-originals": [[i, 0, 0] for i in range(4)],
+    "lora-mixed": [[0, 0, 0], [2, 0, 0], [1, 9, 0], [3, 9, 0]],
+    "lora-grey": [[128] * 3] * 4,
+    "lora-shuffled": [[2, 9, 0], [3, 9, 0], [0, 9, 0], [1, 9, 0]],
+    "lora-image-conditioned": [[3 - i, 0, 0] for i in range(4)],
+    "lora-augmented": [[0, 9, 0], [2, 9, 0]],
+}
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_each_arm_sees_what_its_name_says(tables, name):
+    found = pairs_of(name, tables)
+    assert first_pixels(found["images"]) == SEEN[name]
+    assert len(found["captions"]) == len(SEEN[name])
+
+
+@pytest.mark.parametrize(
+    "name", ["lora-originals", "lora-generated", "lora-perfect-generator", "lora-shuffled", "lora-grey"]
+)
+def test_captions_as_found(tables, name):
+    assert pairs_of(name, tables)["captions"] == list(tables.originals.caption)
+
+
+def test_other_captions(tables):
+    assert pairs_of("lora-clean-originals", tables)["captions"] == [clean_caption_of(k) for k in tables.originals.key]
+    assert pairs_of("lora-augmented", tables)["captions"] == ["longer 0", "longer 2"]
+
+
+@pytest.mark.parametrize("arm", [a for a in (*OPTION_ARMS, *PAPER_ARMS) if a.per_caption == 1], ids=lambda a: a.name)
+def test_options_learn_from_generated_images(tables, arm):
+    assert first_pixels(pairs_of(arm.name, tables)["images"]) == SEEN["lora-generated"]
+
+
+def test_two_images_a_caption(tables):
+    found = pairs_of("lora-two-images", tables)
+    assert [p[1] for p in first_pixels(found["images"])] == [9, 0] * 4
+    assert found["captions"] == [c for c in tables.originals.caption for _ in "ab"]
+    assert arm_rows(find_arm("lora-four-images"), tables) is None
+
+
+def test_selected_originals(tables):
+    kept = pd.DataFrame(dict(key=tables.originals.key, selection="selected", kept=[True, False, True, False]))
+    sources = tables._replace(selection=kept)
+    assert first_pixels(pairs_of("lora-originals-selected", sources)["images"]) == [[0, 0, 0], [2, 0, 0]]
 
 
 def test_several_images_of_one_stage(tables):
-    pairs, generated, selection, conditioned, texts = tables
+    generated, conditioned = tables.generated, tables.conditioned
     other = generated.assign(key=generated.key + "1", image=conditioned.image)
-    rows = arm_rows("lora-two-images", pairs, pd.concat([generated, other[:3]]), selection)
+    some = tables._replace(generated=pd.concat([generated, other[:3]]), conditioned=None)
+    rows = arm_rows(find_arm("lora-two-images"), some)
     assert list(rows.key) == [k for key in generated.key[:3] for k in (key, key + "1")]
-    rows = arm_rows("lora-four-images", pairs, pd.concat([generated, other, other]), selection, conditioned)
-    assert rows.parent.value_counts().eq(4).all() and list(rows.image[:4]) == ["g0.png", "o3.png", "o3.png", "o3.png"]
-    assert arm_options("lora-four-images", {})["together"] == 4
+    rows = arm_rows(find_arm("lora-four-images"), tables._replace(generated=pd.concat([generated, other, other])))
+    assert rows.parent.value_counts().eq(4).all()
+    assert list(rows.image[:4]) == ["g0.png", "o3.png", "o3.png", "o3.png"]
 
 
-def test_some_arms_are_trained_otherwise():
-    lora = dict(rank=3, alpha=3.0, towers=("image", "text"))
-    assert {arm for arm in ARMS if arm_options(arm, lora) != lora} == {
-        "lora-text-tower",
-        "lora-image-tower",
-        *PAPER,
-        *OPTIONS,
-    }
-    faithful = arm_options("faithful", lora)
-    assert (
-        faithful["adapt"].__name__ == "add_paper_lora"
-        and faithful["warmup"] == pytest.approx(1 / 0.7)
-        and faithful["alpha"] == 1
-    )
-    assert (
-        faithful["objective"] == Objective(positives=1.0)
-        and faithful["crops"] == 0.9
-        and faithful["clip"] == float("inf")
-        and faithful["eps"] == 1e-6
-    )
-    for arm, undone in PAPER.items():
-        assert arm_options(arm, lora) == faithful | undone
-    for arm, change in OPTIONS.items():
-        assert arm_options(arm, lora) == lora | change
+BASE = FinetuneConfig(steps=24, options=dict(rank=3, alpha=3.0, rslora=False, towers=("image", "text")))
+
+
+def test_which_arms_are_trained_otherwise():
+    changed = {name for name, arm in ARMS.items() if arm_config(arm, BASE) != BASE}
+    named = {a.name for a in (*OPTION_ARMS, *PAPER_ARMS)} - {"lora-rank-3"}
+    assert changed == named | {"lora-text-tower", "lora-image-tower"}
+
+
+def test_the_papers_training():
+    config = arm_config(find_arm("faithful"), BASE)
+    assert config.adapter == "paper"
+    assert config.options == dict(rank=3, alpha=1.0)
+    assert config.warmup == pytest.approx(1 / 0.7)
+    assert config.objective == Objective(positives=1.0)
+    assert (config.clip, config.eps) == (float("inf"), 1e-6)
+    assert [c.least for c in arm_callbacks(find_arm("faithful"))] == [0.9]
+
+
+@pytest.mark.parametrize(
+    "name, field, value",
+    [
+        ("faithful-zero-start", "options", dict(rank=3, alpha=1.0, xavier=False)),
+        ("faithful-blocks-only", "options", dict(rank=3, alpha=1.0, conv=False)),
+        ("faithful-scale-1", "options", dict(rank=3, alpha=4.0)),
+        ("faithful-warm-up-ends", "warmup", 0.05),
+        ("faithful-plain-loss", "objective", Objective()),
+    ],
+)
+def test_one_peculiarity_is_undone(name, field, value):
+    found, whole = vars(arm_config(find_arm(name), BASE)), vars(arm_config(find_arm("faithful"), BASE))
+    assert found[field] == value
+    assert {k for k in found if found[k] != whole[k]} == {field}
+    assert len(arm_callbacks(find_arm(name))) == 1
+
+
+def test_crops_undone():
+    assert arm_config(find_arm("faithful-no-crops"), BASE) == arm_config(find_arm("faithful"), BASE)
+    assert arm_callbacks(find_arm("faithful-no-crops")) == []
 
 
 def test_texts_beside_captions(tables):
-    rows = arm_rows("lora-positives", *tables)
-    texts = tables[-1]
-    assert arm_texts("lora-positives", rows, texts)["positives"] == [rows.caption[0], "the same", *rows.caption[2:]]
-    assert (
-        arm_texts("lora-negatives", rows, texts) == dict(negatives=["", "", "", "something else"])
-        and arm_texts("lora-generated", rows, texts) == {}
-    )
+    captions = list(tables.generated.caption)
+    assert pairs_of("lora-positives", tables)["positives"] == [captions[0], "the same", *captions[2:]]
+    assert pairs_of("lora-negatives", tables)["negatives"] == ["", "", "", "something else"]
+    assert pairs_of("lora-generated", tables)["positives"] == []
 
 
-def test_arms_that_need_the_truth_are_left_out_without_it(tables):
-    pairs, generated, selection, *_ = tables
-    real = pairs.assign(truth=None), generated, selection[selection.selection != "oracle"]
-    assert [arm for arm in ARMS if arm_rows(arm, *real) is None] == [
+def test_arms_that_need_what_is_not_there_are_left_out(tables):
+    selection = tables.selection[tables.selection.selection != "oracle"]
+    real = Sources(tables.originals.assign(truth=None), tables.generated, selection)
+    assert [name for name, arm in ARMS.items() if arm_rows(arm, real) is None] == [
         "lora-clean-originals",
         "lora-perfect-generator",
         "lora-oracle-selected",
@@ -172,7 +203,12 @@ def test_arms_that_need_the_truth_are_left_out_without_it(tables):
         "lora-negatives",
     ]
     with pytest.raises(StudyError, match="did you mean 'lora-selected'"):
-        arm_rows("lora-slected", *tables)
+        find_arm("lora-slected")
+
+
+def test_every_rate_is_taken_from_an_arm_that_chooses_its_own():
+    for arm in ARMS.values():
+        assert not arm.rate_of or not find_arm(arm.rate_of).rate_of
 
 
 def test_clean_captions_are_true_and_equal_where_nothing_was_done():

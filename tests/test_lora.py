@@ -5,35 +5,34 @@ from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch, tiny
 from PIL import Image
 from selfalign.models.adapters import (
+    TrainedWeights,
+    add_all_weights,
     add_lora,
-    find_layers,
-    layer_pattern,
     load_adapter,
     merge,
     save_adapter,
     trainable,
     wise_ft,
 )
-from selfalign.models.load import ModelError, OpenClipEncoder, load_dual_encoder
+from selfalign.models.finetune import (
+    FinetuneConfig,
+    RandomCrops,
+    TextTable,
+    TrainingPairs,
+    Validation,
+    batch_rows,
+    batch_vectors,
+    finetune,
+    keep_recipe,
+    random_crops,
+    steps_for,
+    validate,
+)
+from selfalign.models.load import ModelError, OpenClipEncoder, load_dual_encoder, normalise, squares
 from selfalign.models.objective import Objective
 from selfalign.models.paper_lora import add_paper_lora, counted, paper_layers, papers_size
-from selfalign.self_align import lora
-from selfalign.self_align.lora import (
-    AdapterWeights,
-    Pairs,
-    batch_rows,
-    examine,
-    keep_recipe,
-    normalise,
-    pair_loss,
-    pair_vectors,
-    random_crops,
-    remember,
-    retrieval_r1,
-    squares,
-    steps_for,
-    train_lora,
-)
+from selfalign.models.towers import find_layers, layer_pattern
+from selfalign.study.ranking import recall_of_pairs
 from selfalign.study.settings import StudyError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -255,26 +254,31 @@ def test_prepared_equals_direct(fresh, family):
     assert torch.equal(squares(e, pixels()), squares(e, photos())) and torch.equal(
         squares(e, pixels(2, 0, 80)), squares(e, [Image.fromarray(p) for p in pixels(2, 0, 80)])
     )
-    direct = e.encode_text(TEXTS)
-    remember(e, TEXTS + TEXTS[:2])
-    torch.testing.assert_close(e.encode_text(TEXTS), direct, atol=1e-6, rtol=0)
-    torch.testing.assert_close(e.encode_text(["something new", TEXTS[0]])[1], direct[0], atol=1e-6, rtol=0)
     with torch.no_grad():
-        torch.testing.assert_close(
-            torch.cat(pair_vectors(e, squares(e, photos()), TEXTS)),
-            torch.cat([e.encode_image(photos()), direct]),
-            atol=1e-6,
-            rtol=0,
-        )
+        x, y = e.pair_vectors(squares(e, photos()), e.tokenize(TEXTS))
+    torch.testing.assert_close(x, e.encode_image(photos()), atol=1e-6, rtol=0)
+    torch.testing.assert_close(y, e.encode_text(TEXTS), atol=1e-6, rtol=0)
 
 
-def test_each_text_is_read_once(fresh):
-    e = fresh()
-    remember(e, TEXTS)
-    asked = []
-    e.tokenizer.tokenizer = lambda texts, **kw: asked.append(texts)
-    e.encode_text(TEXTS * 3)
-    assert not asked
+@FAMILIES
+def test_pairs_in_batches_are_the_same_pairs(fresh, family):
+    e = fresh(family)
+    square, tokens = squares(e, photos()), e.tokenize(TEXTS)
+    with torch.no_grad():
+        for whole, parts in zip(e.pair_vectors(square, tokens), e.pair_vectors(square, tokens, batch=2)):
+            torch.testing.assert_close(whole, parts, atol=1e-6, rtol=0)
+
+
+@FAMILIES
+@pytest.mark.parametrize("frozen", [False, True])
+def test_each_text_is_tokenized_once(fresh, family, frozen):
+    e = fresh(family)
+    direct = e.encode_text(TEXTS)
+    table = TextTable(e, TEXTS * 3, frozen)
+    assert len(table.tokens) == len(TEXTS)
+    e.tokenizer = None  # nothing is tokenized any more
+    with torch.no_grad():
+        torch.testing.assert_close(table(TEXTS[::-1]), direct.flip(0), atol=1e-6, rtol=0)
 
 
 def test_loss_is_open_clips(fresh):
@@ -282,11 +286,11 @@ def test_loss_is_open_clips(fresh):
 
     e = fresh()
     add_lora(e)
-    square = squares(e, photos())
-    ours = pair_loss(e, Pairs(square, TEXTS))
-    theirs = ClipLoss()(*pair_vectors(e, square, TEXTS), torch.tensor(e.logit_scale))
+    pairs = TrainingPairs(squares(e, photos()), TEXTS)
+    ours = Objective()(batch_vectors(e, pairs, TextTable(e, TEXTS)))
+    theirs = ClipLoss()(*e.pair_vectors(pairs.square, e.tokenize(TEXTS)), torch.tensor(e.logit_scale))
     torch.testing.assert_close(ours, theirs)
-    weights = list(AdapterWeights(e.model).parameters())
+    weights = list(TrainedWeights(e.model).parameters())
     for g, h in zip(torch.autograd.grad(ours, weights), torch.autograd.grad(theirs, weights)):
         torch.testing.assert_close(g, h)
 
@@ -301,21 +305,20 @@ def test_batches(n, batch):
 
 def test_retrieval():
     x = torch.eye(4)
-    assert (
-        retrieval_r1(x, x, list("abcd")) == 1
-        and retrieval_r1(x, x.flip(0), list("abcd")) == 0
-        and retrieval_r1(x, x.flip(0), list("abba")) == 1
-    )
-    assert retrieval_r1(x, x[[0, 0, 2, 3]], list("abcd")) == pytest.approx((3 / 4 + 3 / 4) / 2)
+    r1 = lambda y, texts: recall_of_pairs(x, y, list(texts)).mean()
+    assert r1(x, "abcd") == 1
+    assert r1(x.flip(0), "abcd") == 0
+    assert r1(x.flip(0), "abba") == 1
 
 
-def test_examined_in_full_precision_whatever_is_around(fresh):
+def test_validated_in_full_precision_whatever_is_around(fresh):
     e = fresh()
-    square = squares(e, photos())
-    alone = examine(e, square, TEXTS)
+    pairs = TrainingPairs(squares(e, photos()), TEXTS)
+    alone = validate(e, pairs)
     with torch.autocast("cpu", torch.bfloat16):
-        assert examine(e, square, TEXTS) == alone
-    assert examine(e, square, TEXTS, batch=2)["loss"] == pytest.approx(alone["loss"], abs=1e-4) and not e.model.training
+        assert validate(e, pairs) == alone
+    assert validate(e, pairs, batch=2)["loss"] == pytest.approx(alone["loss"], abs=1e-4)
+    assert not e.model.training
 
 
 def test_recipe(tmp_path):
@@ -390,22 +393,24 @@ def test_each_quirk_can_be_left_out(fresh):
 # --- an arm ------------------------------------------------------------------------------------------------------
 
 
-def arm(reference, folder, **change):
-    "A tiny training: 12 pairs, 3 steps an epoch."
-    given = (
-        dict(
-            images=pixels(12),
-            captions=[f"{TEXTS[i % 5]} {i}" for i in range(12)],
-            steps=9,
-            lr=1e-2,
-            batch=4,
-            rank=2,
-            every=0.0,
-            validation=(pixels(5, 1), TEXTS),
-        )
-        | change
-    )
-    return train_lora(reference, folder=folder, **given)
+PAIRS = dict(images=pixels(12), captions=[f"{TEXTS[i % 5]} {i}" for i in range(12)])
+CONFIG = dict(steps=9, lr=1e-2, batch=4, options=dict(rank=2))
+
+
+def arm(reference, folder, validation=True, crops=1.0, **change):
+    "A training of twelve pairs; what is changed belongs to the pairs or to the config."
+    e = load_dual_encoder(reference)
+    given = PAIRS | {k: change.pop(k) for k in ("images", "captions", "positives", "negatives") if k in change}
+    texts = given["captions"], given.get("positives", ()), given.get("negatives", ())
+    pairs = TrainingPairs(squares(e, given["images"]), *texts)
+    callbacks = [Validation(TrainingPairs(squares(e, pixels(5, 1)), TEXTS))] if validation else []
+    if crops < 1:
+        callbacks.append(RandomCrops(crops))
+    return finetune(e, pairs, FinetuneConfig(**CONFIG | change), folder, callbacks, every=0.0)
+
+
+def examined(folder):
+    return pd.DataFrame(json.loads((Path(folder) / "validation.json").read_text()))
 
 
 def weights_of(folder):
@@ -426,12 +431,11 @@ def whole(tiny_clip, tmp_path_factory):
 
 def test_learns_and_leaves_a_plain_encoder(whole, tiny_clip):
     folder, done = whole
-    v = done.validation
+    v = examined(folder)
     original = load_dual_encoder(f"open_clip:{tiny_clip}")
     assert v.step.tolist() == [0, 3, 6, 9] and v.epoch.tolist() == [0, 1, 2, 3]
-    assert v.loss[0] == pytest.approx(examine(original, squares(original, pixels(5, 1)), TEXTS)["loss"], abs=1e-4), (
-        "at step 0 it is the original"
-    )
+    before = validate(original, TrainingPairs(squares(original, pixels(5, 1)), TEXTS))
+    assert v.loss[0] == pytest.approx(before["loss"], abs=1e-4), "at step 0 it is the original"
     assert done.curve.step.tolist() == [3, 6, 9] and done.curve.loss.iloc[-1] < done.curve.loss.iloc[0]
     assert type(done.encoder.model) is type(original.model) and done.encoder.logit_scale == original.logit_scale
     assert done.encoder.hash != original.hash and str(done.encoder.reference).endswith("+whole")
@@ -450,46 +454,46 @@ def test_the_last_step_is_what_is_kept(whole):
 
 def test_again_is_nothing(whole, tiny_clip):
     folder, done = whole
-    before = weights_of(folder)
+    before, v = weights_of(folder), examined(folder)
     again = arm(f"open_clip:{tiny_clip}", folder)
     assert equal(before, weights_of(folder)) and equal(
         done.encoder.model.state_dict(), again.encoder.model.state_dict()
     )
-    pd.testing.assert_frame_equal(done.validation, again.validation)
+    pd.testing.assert_frame_equal(v, examined(folder))
 
 
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {tests!r})
 import test_lora as t
-from selfalign.self_align import lora
-loss, calls = lora.pair_loss, []
-def counted(*a):
-    calls.append(1)
-    if len(calls) == {calls}: os.kill(os.getpid(), signal.SIGKILL)
-    return loss(*a)
-lora.pair_loss = counted
+from selfalign.models.finetune import Callback
+class Kill(Callback):
+    def before_step(self, training, step):
+        if step == {step}:
+            os.kill(os.getpid(), signal.SIGKILL)
+real = t.finetune
+t.finetune = lambda *a, every: real(*a[:-1], [*a[-1], Kill()], every)
 t.arm({reference!r}, {folder!r})
 """
 
 
 def test_killed_and_resumed(whole, tiny_clip, tmp_path):
-    "In the fifth step, after the checkpoint of the fourth."
+    "Before the fifth step, after the checkpoint of the fourth."
     reference, folder = f"open_clip:{tiny_clip}", tmp_path / "killed"
-    code = KILLED.format(tests=str(ROOT / "tests"), calls=5, reference=reference, folder=str(folder))
+    code = KILLED.format(tests=str(ROOT / "tests"), step=4, reference=reference, folder=str(folder))
     env = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 4 and not (folder / "adapter").exists()
     resumed = arm(reference, folder)
     assert equal(weights_of(folder), weights_of(whole[0])), "another model than without the kill"
-    pd.testing.assert_frame_equal(resumed.validation, whole[1].validation)
+    pd.testing.assert_frame_equal(examined(folder), examined(whole[0]))
     assert set(resumed.curve.sitting) == {0, 1}
 
 
 def test_seeds_and_pairs_matter_and_validation_does_not(whole, tiny_clip, tmp_path):
     reference, first = f"open_clip:{tiny_clip}", weights_of(whole[0])
-    arm(reference, tmp_path / "a", validation=())
+    arm(reference, tmp_path / "a", validation=False)
     assert equal(weights_of(tmp_path / "a"), first)
     arm(reference, tmp_path / "b", seed=1)
     assert not equal(weights_of(tmp_path / "b"), first)
@@ -499,7 +503,7 @@ def test_seeds_and_pairs_matter_and_validation_does_not(whole, tiny_clip, tmp_pa
 
 def test_the_papers_recipe(tiny_clip, tmp_path):
     reference = f"open_clip:{tiny_clip}"
-    paper = dict(adapt=add_paper_lora, warmup=1 / 0.7)
+    paper = dict(adapter="paper", warmup=1 / 0.7)
     done = arm(reference, tmp_path / "a", **paper)
     fresh = load_dual_encoder(reference)
     merge(load_adapter(fresh, tmp_path / "a/adapter"))
@@ -511,7 +515,7 @@ def test_the_papers_recipe(tiny_clip, tmp_path):
         for k in moved
     )
     with pytest.raises(StudyError, match="warmup = "):
-        arm(reference, tmp_path / "a", adapt=add_paper_lora)
+        arm(reference, tmp_path / "a", adapter="paper")
     with pytest.raises(StudyError, match="adapter = "):
         arm(reference, tmp_path / "a", warmup=1 / 0.7)
 
@@ -520,7 +524,7 @@ def test_other_recipe_refused(whole, tiny_clip):
     for change, what in (
         (dict(lr=0.1), "lr"),
         (dict(images=pixels(12, 9)), "pairs"),
-        (dict(rank=3), "lora"),
+        (dict(options=dict(rank=3)), "options"),
         (dict(steps=10), "steps"),
     ):
         with pytest.raises(StudyError, match=f"holds a training with {what} = "):
@@ -530,7 +534,7 @@ def test_other_recipe_refused(whole, tiny_clip):
 WORDS = [f"{TEXTS[i % 5]} {i} again" for i in range(12)]
 OBJECTIVES = dict(
     sigmoid=dict(objective=Objective("sigmoid")),
-    multi=dict(objective=Objective("multi-positive"), captions=[TEXTS[i // 2 % 5] for i in range(12)], together=2),
+    multi=dict(objective=Objective("multi-positive"), captions=[TEXTS[i // 2 % 5] for i in range(12)], group=2),
     self_positives=dict(objective=Objective(positives=1.0)),
     positives=dict(objective=Objective(positives=1.0), positives=WORDS),
     negatives=dict(objective=Objective(negatives=1.0), negatives=[w * (i % 3 > 0) for i, w in enumerate(WORDS)]),
@@ -582,7 +586,7 @@ def test_crops():
     "change, message",
     [
         (dict(objective=Objective(negatives=1.0)), "12 captions need as many texts, there are 0"),
-        (dict(together=5), "whole groups"),
+        (dict(group=5), "whole groups"),
         (dict(batch=13), "a batch of 13 from 12"),
         (dict(batch=1), "a batch of 1"),
         (dict(steps=0), "0 steps"),
@@ -597,7 +601,7 @@ def test_cannot_be_trained(tiny_clip, tmp_path, change, message):
 
 def test_the_other_family_with_dropout(tiny_judge, tmp_path):
     reference = f"transformers:{tiny_judge}"
-    change = dict(steps=4, towers="text", dropout=0.2)
+    change = dict(steps=4, options=dict(rank=2, towers="text", dropout=0.2))
     torch.manual_seed(0)
     one = arm(reference, tmp_path / "a", **change)
     torch.manual_seed(9)
@@ -618,17 +622,43 @@ def test_a_frozen_tower_is_asked_once(tiny_clip, tmp_path, tower, monkeypatch):
             OpenClipEncoder, kind, lambda self, x: (seen.append((kind, torch.is_grad_enabled())), real(self, x))[1]
         )
 
-    for kind in ("_image_features", "_text_features"):
+    for kind in ("image_features", "text_features"):
         counted(kind)
-    once = arm(reference, tmp_path / "once", steps=4, towers=(tower,))
-    frozen = "_text_features" if tower == "image" else "_image_features"
-    assert not any(grad for kind, grad in seen if kind == frozen) and any(grad for kind, grad in seen if kind != frozen)
-    assert "_text_features" not in vars(once.encoder), "the tuned encoder reads for itself"
-    monkeypatch.setattr("selfalign.self_align.lora.ask_frozen", lambda encoder, pairs, *_: pairs)
-    arm(reference, tmp_path / "always", steps=4, towers=(tower,))
-    a, b = weights_of(tmp_path / "once"), weights_of(tmp_path / "always")
-    for k in a:
-        torch.testing.assert_close(a[k], b[k], atol=1e-5, rtol=1e-3)
+    options = dict(rank=2, towers=(tower,))
+    arm(reference, tmp_path / "once", steps=4, options=options)
+    frozen = "text_features" if tower == "image" else "image_features"
+    assert not any(grad for kind, grad in seen if kind == frozen)
+    assert any(grad for kind, grad in seen if kind != frozen)
+    asked = [kind for kind, _ in seen].count(frozen)
+    seen.clear()
+    arm(reference, tmp_path / "longer", steps=12, options=options)
+    if tower == "image":
+        assert [kind for kind, _ in seen].count(frozen) == asked, "whatever the number of steps"
+    arm(reference, tmp_path / "cropped", steps=4, options=options, crops=1 - 1e-9)
+    assert seen
+
+
+def test_all_weights(tiny_clip, tmp_path):
+    "Both towers move, the temperature does not, and the saved weights are the whole result."
+    reference = f"open_clip:{tiny_clip}"
+    done = arm(reference, tmp_path / "all", adapter="all-weights", options={}, lr=1e-3)
+    original, loaded = load_dual_encoder(reference), load_dual_encoder(reference)
+    moved = {
+        k for k, v in done.encoder.model.state_dict().items() if not torch.equal(v, original.model.state_dict()[k])
+    }
+    for start in ("visual.", "transformer.", "token_embedding.", "text_projection"):
+        assert any(k.startswith(start) for k in moved), start
+    assert "logit_scale" not in moved
+    merge(load_adapter(loaded, done.adapter))
+    assert equal(loaded.model.state_dict(), done.encoder.model.state_dict())
+
+
+def test_all_weights_of_one_tower(tiny_clip):
+    e = load_dual_encoder(f"open_clip:{tiny_clip}")
+    add_all_weights(e, towers=("text",))
+    assert not [n for n, p in e.model.named_parameters() if p.requires_grad and n.startswith("visual.")]
+    with pytest.raises(ModelError, match="unknown tower"):
+        add_all_weights(e, towers=("ear",))
 
 
 def test_warmup_is_over():

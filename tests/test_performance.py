@@ -26,7 +26,8 @@ from selfalign.report.performance import (
     shape_operations,
     tower_shapes,
 )
-from selfalign.self_align.lora import Pairs, pair_loss
+from selfalign.models.finetune import TextTable, TrainingPairs, batch_vectors
+from selfalign.models.objective import Objective
 from selfalign.models.scores import score_pairs
 from selfalign.study.settings import StudyError
 
@@ -66,7 +67,7 @@ def test_chunks_equal_the_whole_context(encoder):
     with torch.inference_mode():
         whole = encoder.model.encode_text(encoder.tokenizer(texts))
         with tower_shapes(encoder.model) as seen:
-            ours = encoder._text_features(texts)
+            ours = encoder.text_features(encoder.tokenize(texts))
     torch.testing.assert_close(ours, whole, atol=2e-6, rtol=1e-5)
     assert sum(seen.values()) == len(texts) and len(seen) == 3, "chunks of 32"
     assert min(seen)[1] < 77 and sum(n * k for (_, n), k in seen.items()) < len(texts) * 77 / 2
@@ -79,10 +80,12 @@ def test_any_pooling(tiny_clip):
     with torch.inference_mode():
         expected = encoder.model.encode_text(tokens)
         encoder.model.text_pool_type, encoder.model.text_eos_id = "eos", int(tokens.max())
-        torch.testing.assert_close(encoder._text_features(tiny.CAPTIONS), expected, atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            encoder.text_features(encoder.tokenize(tiny.CAPTIONS)), expected, atol=2e-6, rtol=1e-5
+        )
         encoder.model.text_pool_type = "last"
         torch.testing.assert_close(
-            encoder._text_features(tiny.CAPTIONS), encoder.model.encode_text(tokens), atol=0, rtol=0
+            encoder.text_features(encoder.tokenize(tiny.CAPTIONS)), encoder.model.encode_text(tokens), atol=0, rtol=0
         )
 
 
@@ -115,14 +118,14 @@ def test_gradients_equal_a_plain_step(encoder, photographs):
     with torch.no_grad():
         for i, p in enumerate(weights.values()):
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
-    batch = Pairs(squares(encoder, [open_image(photographs / f"{i % 12}.jpg") for i in range(n)]), TEXTS[:n])
+    batch = TrainingPairs(squares(encoder, [open_image(photographs / f"{i % 12}.jpg") for i in range(n)]), TEXTS[:n])
 
     def gradients(loss):
         adapted.zero_grad()
         loss.backward()
         return float(loss.detach()), {k: p.grad.clone() for k, p in weights.items()}
 
-    a, ours = gradients(pair_loss(encoder, batch))
+    a, ours = gradients(Objective()(batch_vectors(encoder, batch, TextTable(encoder, batch.texts))))
     b, plain = gradients(
         plain_loss(encoder.model, encoder.tokenizer, normalise(encoder, batch.square), batch.texts, encoder.logit_scale)
     )
@@ -260,9 +263,9 @@ def test_counting_leaves_no_trace():
 
 
 def test_stopwatch_gives_back_what_it_took(encoder):
-    with Stopwatch({(encoder, "tokenizer"): "tokenise", (encoder, "_text_features"): "text tower"}) as watch:
+    with Stopwatch({(encoder, "tokenizer"): "tokenise", (encoder, "text_features"): "text tower"}) as watch:
         found = encoder.encode_text(TEXTS[:3])
-    assert "_text_features" not in vars(encoder) and torch.equal(found, encoder.encode_text(TEXTS[:3]))
+    assert "text_features" not in vars(encoder) and torch.equal(found, encoder.encode_text(TEXTS[:3]))
     assert set(watch.seconds) == {"tokenise", "text tower", "rest"} and sum(watch.seconds.values()) == pytest.approx(
         watch.total
     )

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['libraries', 'MIRRORS', 'ModelError', 'Reference', 'parse_reference', 'check_folder', 'mirrors_of', 'opening',
-           'device', 'weights_hash', 'DualEncoder', 'squares', 'normalise', 'keep_memory', 'OpenClipEncoder',
-           'TransformersEncoder', 'load_dual_encoder', 'load_generator']
+           'device', 'weights_hash', 'Tokens', 'DualEncoder', 'squares', 'normalise', 'unit', 'keep_memory',
+           'OpenClipEncoder', 'TransformersEncoder', 'load_dual_encoder', 'load_generator']
 
 # %% ../../nbs/2_models/20_load.ipynb #6ed41db8
 import functools, re
@@ -101,10 +101,11 @@ def mirrors_of(
 ) -> str:  # a sentence, or nothing
     "Where else a model that left the hub is said to be."
     others = [m for m in MIRRORS.get(name.rsplit("/", 1)[-1], ()) if m != name]
+    if not others:
+        return ""
     return (
-        f" The original was taken off the hub by its owner; known mirrors, unofficial (compare the hashes of their files): {', '.join(others)}."
-        if others
-        else ""
+        " The original was taken off the hub by its owner; known mirrors, unofficial "
+        f"(compare the hashes of their files): {', '.join(others)}."
     )
 
 # %% ../../nbs/2_models/20_load.ipynb #2487bc02
@@ -127,8 +128,10 @@ def opening(
             if ref.path:
                 raise ModelError(f"{ref}: not a folder that {ref.library} wrote, or damaged: {reason}") from e
             raise ModelError(
-                f"{ref}: could not be fetched: {reason}. It is no folder of this project, and the hub needs the network once.{mirrors_of(ref.name)} "
-                "Fetch it where there is a network and name the folder in the setting, e.g. -p generate.model=diffusers:FOLDER, or take a model under data/micro"
+                f"{ref}: could not be fetched: {reason}. It is no folder of this project, "
+                f"and the hub needs the network once.{mirrors_of(ref.name)} "
+                "Fetch it where there is a network and name the folder in the setting, "
+                "e.g. -p generate.model=diffusers:FOLDER, or take a model under data/micro"
             ) from e
 
     return wrapper
@@ -153,6 +156,24 @@ def weights_hash(
         h.update(k.encode())
         h.update(v.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return h.hexdigest()
+
+# %% ../../nbs/2_models/20_load.ipynb #283e1782
+@dataclass(frozen=True)
+class Tokens:
+    "Texts as numbers, all of one length."
+
+    ids: torch.Tensor  # (n, context length) int64
+    mask: torch.Tensor | None = None  # (n, context length), 1 where there is text; None: the tower finds the end itself
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, rows):
+        return Tokens(self.ids[rows], None if self.mask is None else self.mask[rows])
+
+    def to(self, device):
+        "The same on another device."
+        return Tokens(self.ids.to(device), None if self.mask is None else self.mask.to(device))
 
 # %% ../../nbs/2_models/20_load.ipynb #fa2dbcce
 class DualEncoder:
@@ -232,7 +253,7 @@ def encode_image(
     batch: int = 64,  # images at a time
 ) -> torch.Tensor:  # (n, d) float32, unit length
     "Encode images."
-    return _in_batches(lambda part: self._image_features(self.pixels(part, aspect)), images, batch)
+    return _in_batches(lambda part: self.image_features(self.pixels(part, aspect)), images, batch)
 
 # %% ../../nbs/2_models/20_load.ipynb #6267ada0
 @patch
@@ -243,7 +264,46 @@ def encode_text(
     batch: int = 256,  # texts at a time
 ) -> torch.Tensor:  # (n, d) float32, unit length
     "Encode texts."
-    return _in_batches(self._text_features, list(texts), batch)
+    return _in_batches(lambda part: self.text_features(self.tokenize(part)), list(texts), batch)
+
+# %% ../../nbs/2_models/20_load.ipynb #0630a831
+def unit(
+    features: torch.Tensor,  # (n, d)
+) -> torch.Tensor:  # (n, d) float32, unit length
+    "Rows of length one."
+    return torch.nn.functional.normalize(features.float(), dim=-1)
+
+
+@patch
+def image_vectors(
+    self: DualEncoder,
+    square: torch.Tensor,  # (n, size, size, 3) uint8, from `squares`
+) -> torch.Tensor:  # (n, d) float32, unit length
+    "Vectors of images, with their gradient if one is wanted."
+    return unit(self.image_features(normalise(self, square)))
+
+
+@patch
+def text_vectors(
+    self: DualEncoder,
+    tokens: Tokens,  # from `tokenize`
+) -> torch.Tensor:  # (n, d) float32, unit length
+    "Vectors of texts, with their gradient if one is wanted."
+    return unit(self.text_features(tokens))
+
+# %% ../../nbs/2_models/20_load.ipynb #f0061a80
+@patch
+def pair_vectors(
+    self: DualEncoder,
+    square: torch.Tensor,  # (n, size, size, 3) uint8, from `squares`
+    tokens: Tokens,  # of n captions
+    batch: int = 256,  # pairs at a time
+) -> tuple:  # two (n, d) float32 tensors of unit rows
+    "Vectors of pairs, a batch at a time."
+    parts = range(0, len(tokens), batch)
+    images = [self.image_vectors(square[i : i + batch]) for i in parts]
+    texts = [self.text_vectors(tokens[i : i + batch]) for i in parts]
+    return torch.cat(images), torch.cat(texts)
 
 # %% ../../nbs/2_models/20_load.ipynb #cb7c420b
 @functools.cache
@@ -276,9 +336,8 @@ def _open_clip_model(ref):
     else:
         name, pretrained = f"hf-hub:{ref.name}", None
     if pretrained == "":
-        raise ModelError(
-            f"{ref}: say which weights, e.g. open_clip:{arch}/{(open_clip.list_pretrained_tags_by_model(arch) or ['tag'])[0]}"
-        )
+        tags = open_clip.list_pretrained_tags_by_model(arch) or ["tag"]
+        raise ModelError(f"{ref}: say which weights, e.g. open_clip:{arch}/{tags[0]}")
     if ref.path and not (ref.path / "open_clip_config.json").is_file():
         raise ModelError(f"{ref}: the folder holds no open_clip_config.json")
     model = open_clip.create_model(name, pretrained=pretrained, weights_only=True, precision="fp32")
@@ -314,15 +373,21 @@ class OpenClipEncoder(DualEncoder):
         self.size, self.mean, self.std = int(np.max(config["size"])), config["mean"], config["std"]
         self.context_length = model.context_length
 
-    def _image_features(self, pixels):
+    def tokenize(self, texts):
+        "Texts to `Tokens`."
+        return Tokens(self.tokenizer(list(texts)))
+
+    def image_features(self, pixels):
+        "(n, 3, size, size), normalised, to (n, d)."
         return self.model.encode_image(pixels)
 
-    def _text_features(self, texts):
-        tokens, pool = self.tokenizer(texts).to(self.device), getattr(self.model, "text_pool_type", "")
+    def text_features(self, tokens):
+        "`Tokens` of n texts to (n, d)."
+        ids, pool = tokens.ids.to(self.device), getattr(self.model, "text_pool_type", "")
         if pool not in ("argmax", "eos"):
-            return self.model.encode_text(tokens)
-        end = (tokens if pool == "argmax" else (tokens == self.model.text_eos_id).int()).argmax(-1)
-        return _shortest_first(partial(_causal_text, self.model), tokens, end)
+            return self.model.encode_text(ids)
+        end = (ids if pool == "argmax" else (ids == self.model.text_eos_id).int()).argmax(-1)
+        return _shortest_first(partial(_causal_text, self.model), ids, end)
 
 # %% ../../nbs/2_models/20_load.ipynb #1dc329f1
 def _features(output):
@@ -343,29 +408,44 @@ class TransformersEncoder(DualEncoder):
             raise ModelError(f"{ref}: a {type(model).__name__} has no image and text tower")
         self.tokenizer, see = AutoTokenizer.from_pretrained(where), AutoImageProcessor.from_pretrained(where)
         super().__init__(ref, model)
-        self.size, self.mean, self.std = (
-            model.config.vision_config.image_size,
-            list(see.image_mean),
-            list(see.image_std),
-        )
+        self.size = model.config.vision_config.image_size
+        self.mean, self.std = list(see.image_mean), list(see.image_std)
         self.context_length = model.config.text_config.max_position_embeddings
+        self.reads_padding = "siglip" in model.config.model_type
 
-    def _image_features(self, pixels):
+    def image_features(self, pixels):
+        "(n, 3, size, size), normalised, to (n, d)."
         return _features(self.model.get_image_features(pixel_values=pixels))
 
 # %% ../../nbs/2_models/20_load.ipynb #c730d1c4
 @patch
-def _text_features(self: TransformersEncoder, texts):
-    sigmoid = "siglip" in self.model.config.model_type
-    tokens = self.tokenizer(
-        texts,
-        padding="max_length" if sigmoid else True,
+def tokenize(
+    self: TransformersEncoder,
+    texts: list,  # strings
+) -> Tokens:  # without a mask where the tower reads its padding
+    "Texts to tokens."
+    found = self.tokenizer(
+        list(texts),
+        padding="max_length",
         truncation=True,
         max_length=self.context_length,
+        padding_side="right",
         return_tensors="pt",
-    ).to(self.device)
-    kept = {k: v for k, v in tokens.items() if k == "input_ids" or k == "attention_mask" and not sigmoid}
-    return _features(self.model.get_text_features(**kept))
+    )
+    return Tokens(found.input_ids, None if self.reads_padding else found.attention_mask)
+
+# %% ../../nbs/2_models/20_load.ipynb #6085f112
+@patch
+def text_features(
+    self: TransformersEncoder,
+    tokens: Tokens,  # of n texts
+) -> torch.Tensor:  # (n, d)
+    "What the text tower says; no longer than the longest text where padding does not count."
+    tokens = tokens.to(self.device)
+    if tokens.mask is None:
+        return _features(self.model.get_text_features(input_ids=tokens.ids))
+    n = int(tokens.mask.sum(1).max())
+    return _features(self.model.get_text_features(input_ids=tokens.ids[:, :n], attention_mask=tokens.mask[:, :n]))
 
 # %% ../../nbs/2_models/20_load.ipynb #59a8f7d8
 @opening

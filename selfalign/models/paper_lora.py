@@ -11,13 +11,13 @@ import pandas as pd
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
-from .adapters import TOWERS, _may_adapt, _now_adapted
 from .load import ModelError
+from .towers import TOWERS, may_adapt, now_adapted
 from ..study.files import atomic_write, write_json
 
 # %% ../../nbs/2_models/2d_paper_lora.ipynb #9990f31c
 class LowRank(nn.Module):
-    "A weight with a correction of low rank beside it, as loralib shapes it."
+    "A weight with an update of low rank beside it, as loralib shapes it."
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ def paper_layers(
     model: nn.Module,  # an open_clip model
     conv: bool = True,  # the patch embedding, too
 ) -> list:  # (module's name, module, weight's name)
-    "Which weights the paper's code corrects."
+    "Which weights the paper's code updates."
     found, fused = [], ()
     for name, module in model.named_modules():
         if not name.startswith(TOWERS["image"] + TOWERS["text"]):
@@ -61,24 +61,25 @@ def paper_layers(
     for tower, starts in TOWERS.items():
         if not any(f.startswith(starts) for f in fused):
             raise ModelError(
-                f"{type(model).__name__} has no fused attention (nn.MultiheadAttention) in its {tower} tower, for which alone the paper's adapter is defined; take an open_clip ViT, or add_lora"
+                f"{type(model).__name__} has no fused attention (nn.MultiheadAttention) in its {tower} tower, "
+                "for which alone the paper's adapter is defined; take an open_clip ViT, or add_lora"
             )
     return found
 
 # %% ../../nbs/2_models/2d_paper_lora.ipynb #0c91e215
 class PaperLoRA:
-    "The paper's corrections in a model, with the methods of a `PeftModel` that this study uses."
+    "The paper's LoRA updates in a model, with the methods of a `PeftModel` that this study uses."
 
     def __init__(
         self,
-        model: nn.Module,  # corrected
+        model: nn.Module,  # updated
         layers: list,  # from `paper_layers`
         config: dict,  # how it was made
     ):
         self.model, self.layers, self.config = model, layers, config
 
     def named_parameters(self):
-        "Those of the model, the corrections among them."
+        "Those of the model, the updates among them."
         return self.model.named_parameters()
 
     def modules(self):
@@ -91,7 +92,7 @@ class PaperLoRA:
         return self
 
     def weights(self) -> dict:  # name to tensor
-        "The corrections alone."
+        "The updates alone."
         return {n: p.detach().contiguous().clone() for n, p in self.named_parameters() if "lora_" in n}
 
     def save_pretrained(
@@ -99,7 +100,7 @@ class PaperLoRA:
         folder: Path,  # made if it is not there
         **_,  # what peft takes and this has no use for
     ):
-        "Write corrections and configuration."
+        "Write updates and configuration."
         from safetensors.torch import save_file
 
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -108,7 +109,7 @@ class PaperLoRA:
         write_json(Path(folder) / "adapter_config.json", self.config)
 
     def merge_and_unload(self) -> nn.Module:  # the plain model
-        "Write the corrected weights where the old ones stood."
+        "Write the updated weights where the old ones stood."
         for _, module, weight in self.layers:
             parametrize.remove_parametrizations(module, weight, leave_parametrized=True)
         return self.model
@@ -116,14 +117,14 @@ class PaperLoRA:
 # %% ../../nbs/2_models/2d_paper_lora.ipynb #a9df2919
 def add_paper_lora(
     encoder,  # a `DualEncoder` of open_clip; it is adapted in place
-    rank: int = 4,  # of the corrections
+    rank: int = 4,  # of the LoRA updates
     alpha: float = 1.0,  # their scale is alpha/rank
     xavier: bool = True,  # the fused projection starts away from zero
-    conv: bool = True,  # the patch embedding is corrected
+    conv: bool = True,  # the patch embedding is updated
     seed: int = 0,  # of the matrices
 ) -> PaperLoRA:  # with the methods of a `PeftModel`
     "Self-Align's adapter (its code: `open_clip/model.py`, `loralib/layers.py`); the defaults are the paper's."
-    _may_adapt(encoder, rank)
+    may_adapt(encoder, rank)
     layers = paper_layers(encoder.model, conv)
     config = dict(
         kind="paper", base_model_name_or_path=str(encoder.reference), rank=rank, alpha=alpha, xavier=xavier, conv=conv
@@ -136,7 +137,7 @@ def add_paper_lora(
             parametrize.register_parametrization(
                 module, weight, LowRank(stored, rank, alpha, xavier and weight == "in_proj_weight")
             )
-    return _now_adapted(encoder, PaperLoRA(encoder.model, layers, config))
+    return now_adapted(encoder, PaperLoRA(encoder.model, layers, config))
 
 # %% ../../nbs/2_models/2d_paper_lora.ipynb #1ec2b912
 def load_paper_lora(
@@ -144,7 +145,7 @@ def load_paper_lora(
     folder: Path,  # from `save_adapter`
     config: dict,  # its `adapter_config.json`, which `load_adapter` has read and checked
 ) -> PaperLoRA:
-    "Put saved corrections of the paper's kind into a fresh encoder; called by `load_adapter`."
+    "Put saved updates of the paper's kind into a fresh encoder; called by `load_adapter`."
     from safetensors.torch import load_file
 
     adapted = add_paper_lora(encoder, **{k: config[k] for k in ("rank", "alpha", "xavier", "conv")})

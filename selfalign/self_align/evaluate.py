@@ -20,7 +20,7 @@ from ..data.sources import open_pairs
 from ..data.sampling import with_noise
 from ..study.hypotheses import Hypothesis, Scored
 from ..study.ranking import ranks, recall_at, recall_of_pairs
-from ..study.settings import at_root
+from ..study.settings import StudyError, at_root
 
 # %% ../../nbs/4_self_align/46_evaluate.ipynb #b287092a
 _paper = dict(zero_shot=0.8158, originals=0.8093, generated=0.9289)  # "Object" of VL-CheckList, Table 1
@@ -198,7 +198,7 @@ def cost(
     "Every distinct image and text of the benchmark, and the pairs for retrieval, once for each model."
     from selfalign.benchmarks.micro_checklist import distinct
     from selfalign.models.costs import embedding
-    from selfalign.self_align.finetune import trainings
+    from selfalign.self_align.arms import trainings
 
     f = see("finetune")
     if not values["checklist"]:
