@@ -7,7 +7,7 @@ from PIL import Image
 from selfalign.data import streams, tables
 from selfalign.data.readers import SourceError, make_record, read_image
 from selfalign.data.sources import look, open_pairs, parse_source
-from selfalign.data.streams import _Json, _list, csv_rows
+from selfalign.data.streams import JsonText, csv_rows, list_entries
 from selfalign.data.tables import TablePairs, as_row
 from selfalign.data.writers import layouts, write_pairs
 
@@ -33,7 +33,7 @@ class Pieces(io.StringIO):
 def test_json_in_pieces_is_json(x, size, indent):
     file = Pieces(json.dumps(x, indent=indent))
     file.size = size
-    assert [(n, v) for _, n, v in _list(_Json(file), "")] == list(enumerate(x))
+    assert [(n, v) for _, n, v in list_entries(JsonText(file), "")] == list(enumerate(x))
 
 
 @given(
@@ -165,9 +165,9 @@ def test_other_libraries_read_the_shards(tmp_path):
 
 
 def test_more_than_one_shard(tmp_path):
-    from selfalign.data.writers import _webdataset
+    from selfalign.data.writers import write_shards
 
-    _webdataset(iter(records(7)), tmp_path, per_shard=3)
+    write_shards(iter(records(7)), tmp_path, per_shard=3)
     assert len(list(tmp_path.glob("*.tar"))) == 3 and list(open_pairs(str(tmp_path)).keys) == [
         f"k{i}" for i in range(7)
     ]
@@ -283,7 +283,7 @@ def test_opening_looks_for_few_images(tmp_path, monkeypatch):
 
 def test_temporary_files_go_with_the_pairs(tmp_path):
     pairs = TablePairs("x", "x", iter([as_row("1", 1, "a.jpg", "a cat")]), [tmp_path])
-    there = pairs._folder.name
+    there = pairs.on_disk.parent
     assert os.path.isdir(there)
     del pairs
     import gc

@@ -35,6 +35,10 @@ _words = dict(
     cup=("cup", "mug"),
     chair=("chair", "seat"),
     umbrella=("umbrella", "parasol"),
+)
+
+# %% ../../nbs/1_data/14_captions.ipynb #202bd9dc
+_words |= dict(
     red=("red", "crimson"),
     yellow=("yellow", "golden"),
     green=("green", "emerald"),
@@ -88,7 +92,7 @@ def wordings(
     "All ways to say a term."
     return _words.get(term, (term,))
 
-
+# %% ../../nbs/1_data/14_captions.ipynb #32259a2f
 def word(
     term: str,  # an object, attribute, place or relation of the microworld
     rng=None,  # random generator; without one, the usual word
@@ -154,9 +158,8 @@ def describe(
     rng = np.random.default_rng(seed)
     with_background = rng.random() < _share[kind]["background"]
     said = [_said(t, kind, rng) for t in scene.things]
-    claims = dict(
-        things=[_claims(t, [k for k in s if k != "position" or len(said) == 1]) for t, s in zip(scene.things, said)]
-    )
+    placed = lambda s: [k for k in s if k != "position" or len(said) == 1]
+    claims = dict(things=[_claims(t, placed(s)) for t, s in zip(scene.things, said)])
     phrases = [with_article(_noun(t, s, rng)) for t, s in zip(scene.things, said)]
     if len(phrases) > 1:
         text = f"{phrases[0]} {word(scene.relation, rng)} {phrases[1]}"
@@ -181,11 +184,9 @@ def _dress(text, place, kind, rng):
     bare = text.split(" ", 1)[1]
     if kind == "short":
         return bare if rng.random() < 0.5 else text
-    return (
-        f"{bare} - {_boilerplate[rng.integers(len(_boilerplate))]}"
-        if rng.random() < 0.6
-        else f"img {rng.integers(10, 100)} {bare}"
-    )
+    if rng.random() < 0.6:
+        return f"{bare} - {_boilerplate[rng.integers(len(_boilerplate))]}"
+    return f"img {rng.integers(10, 100)} {bare}"
 
 # %% ../../nbs/1_data/14_captions.ipynb #a5226916
 def probe_caption(

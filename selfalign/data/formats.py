@@ -28,7 +28,7 @@ def _said(entry, column, file):
     said = next((t.get("value") for t in turns if isinstance(t, dict) and t.get("from") == "gpt"), "")
     return said.replace("<image>", "").strip() if isinstance(said, str) else ""
 
-
+# %% ../../nbs/1_data/1b_formats.ipynb #10825ede
 def llava(
     path: str,  # the JSON file
     images: str = "",  # folder of the images; empty: beside the file
@@ -41,15 +41,13 @@ def llava(
     def rows():
         for _, i, x in json_items(path):
             if isinstance(x, dict):
-                yield as_row(
-                    f"[{i}]", x.get("id", x.get("image")), x.get("image") or "", _said(x, caption_column, path.name)
-                )
+                said = _said(x, caption_column, path.name)
+                yield as_row(f"[{i}]", x.get("id", x.get("image")), x.get("image") or "", said)
             else:
                 yield f"[{i}]", "the entry is no object"
 
-    return TablePairs(
-        f"llava:{path.name}", path.name, rows(), [path.parent, path.parent / "images"], images, caption_source
-    )
+    places = [path.parent, path.parent / "images"]
+    return TablePairs(f"llava:{path.name}", path.name, rows(), places, images, caption_source)
 
 # %% ../../nbs/1_data/1b_formats.ipynb #f950be88
 def coco(
@@ -68,13 +66,8 @@ def coco(
             if not isinstance(x, dict):
                 yield f"{name}[{i}]", "the entry is no object"
             elif name == "images":
-                yield as_row(
-                    f"images[{i}]",
-                    x.get("id"),
-                    x.get("file_name") or "",
-                    scene=x.get("scene"),
-                    caption_source=x.get("caption_source"),
-                )
+                known = dict(scene=x.get("scene"), caption_source=x.get("caption_source"))
+                yield as_row(f"images[{i}]", x.get("id"), x.get("file_name") or "", **known)
             else:
                 yield as_row(f"annotations[{i}]", x.get("image_id"), None, x.get("caption") or "")
 
@@ -87,15 +80,38 @@ def karpathy_entry(
 ) -> tuple:  # (path of the image, list of captions)
     "What an entry of Karpathy's lists says, or a ValueError that says what is wrong."
     try:
-        where, texts = (
-            "/".join(filter(None, (entry.get("filepath", ""), entry["filename"]))),
-            [s["raw"] for s in entry["sentences"]],
-        )
+        where = "/".join(filter(None, (entry.get("filepath", ""), entry["filename"])))
+        texts = [s["raw"] for s in entry["sentences"]]
     except (TypeError, KeyError, AttributeError):
         raise ValueError('no image or no captions: not {"filename", "split", "sentences": [{"raw"}, …]}') from None
     return where, texts
 
 # %% ../../nbs/1_data/1b_formats.ipynb #fbaa8bfb
+_karpathy_folders = (
+    *("", "images", "Images", "flickr30k-images", "flickr30k_images"),
+    *("Flicker8k_Dataset", "coco", "coco/images"),
+)
+
+
+def _karpathy_rows(path, split, seen):
+    "The rows of a split; the splits there are are added to `seen`."
+    for name, i, x in json_items(path):
+        if name != "images" or i is None:
+            continue
+        if not isinstance(x, dict):
+            yield f"images[{i}]", "the entry is no object"
+            continue
+        seen.add(str(x.get("split", "")))
+        if split and x.get("split") != split:
+            continue
+        try:
+            image, texts = karpathy_entry(x)
+        except ValueError as e:
+            yield f"images[{i}]", str(e)
+        else:
+            yield as_row(f"images[{i}]", image, image, texts)
+
+# %% ../../nbs/1_data/1b_formats.ipynb #ac18498c
 def karpathy(
     path: str,  # dataset_*.json
     split: str = "",  # train, restval, val or test; empty: all
@@ -104,40 +120,10 @@ def karpathy(
 ) -> TablePairs:
     "Karpathy's lists of COCO, Flickr30k and Flickr8k."
     path, seen = at_root(path), set()
-
-    def rows():
-        for name, i, x in json_items(path):
-            if name != "images" or i is None:
-                continue
-            if not isinstance(x, dict):
-                yield f"images[{i}]", "the entry is no object"
-                continue
-            seen.add(str(x.get("split", "")))
-            if split and x.get("split") != split:
-                continue
-            try:
-                image, texts = karpathy_entry(x)
-            except ValueError as e:
-                yield f"images[{i}]", str(e)
-            else:
-                yield as_row(f"images[{i}]", image, image, texts)
-
-    places = [
-        b / p
-        for b in (path.parent, path.parent.parent)
-        for p in (
-            "",
-            "images",
-            "Images",
-            "flickr30k-images",
-            "flickr30k_images",
-            "Flicker8k_Dataset",
-            "coco",
-            "coco/images",
-        )
-    ]
+    rows = _karpathy_rows(path, split, seen)
+    places = [base / name for base in (path.parent, path.parent.parent) for name in _karpathy_folders]
     try:
-        return TablePairs(f"karpathy:{path.name}", path.name, rows(), places, images, caption_source, repeats=True)
+        return TablePairs(f"karpathy:{path.name}", path.name, rows, places, images, caption_source, repeats=True)
     except SourceError as e:
         if split and seen and split not in seen:
             raise SourceError(f"{path.name} has no split {split!r}; {nearest(split, sorted(seen))}") from None
@@ -169,9 +155,8 @@ def flickr(
     path = at_root(path)
     lists = {p.name.split(".")[-2].removesuffix("Images"): p for p in sorted(path.parent.glob("*Images.txt"))}
     if split and split not in lists:
-        raise SourceError(
-            f"{path.name}: no list of the split {split!r} beside it, such as Flickr_8k.testImages.txt; {nearest(split, lists)}"
-        )
+        what = f"{path.name}: no list of the split {split!r} beside it, such as Flickr_8k.testImages.txt"
+        raise SourceError(f"{what}; {nearest(split, lists)}")
     wanted = {line.strip() for _, line in text_lines(lists[split]) if line} if split else ()
 
     def rows():
@@ -181,21 +166,40 @@ def flickr(
             elif not split or image in wanted:
                 yield as_row(f"line {number}", image, image, text.strip())
 
-    places = [
-        b / p
-        for b in (path.parent, path.parent.parent)
-        for p in ("flickr30k-images", "flickr30k_images", "Flicker8k_Dataset", "Images", "images", "")
-    ]
+    folders = ("flickr30k-images", "flickr30k_images", "Flicker8k_Dataset", "Images", "images", "")
+    places = [base / name for base in (path.parent, path.parent.parent) for name in folders]
     return TablePairs(f"flickr:{path.name}", path.name, rows(), places, images, caption_source, repeats=True)
 
 # %% ../../nbs/1_data/1b_formats.ipynb #c1c4077b
 usual = dict(
-    image="image image_path path img_path image_file file_name filename file filepath img image_name image".split(),
-    caption="caption text captions title description alt_text alt raw_caption blip_caption sentence sentences comment prompt".split(),
+    image=("image image_path path img_path image_file file_name filename file filepath img image_name").split(),
+    caption=(
+        "caption text captions title description alt_text alt raw_caption blip_caption sentence sentences comment "
+        "prompt"
+    ).split(),
     key="key id uid sample_id".split(),
 )
 
+# %% ../../nbs/1_data/1b_formats.ipynb #7ddc99ff
+_fetch = (
+    "fetch the images first, e.g. img2dataset --url_list {file} --input_format tsv --url_col url --caption_col caption "
+    "--output_format webdataset (a file without column names needs the line caption<tab>url on top), then open the "
+    "folder it writes"
+)
 
+
+def _refuse_columns(kind, names, found, file):
+    "Say why no column for the image or the caption could be chosen."
+    links = [n for n in names if n.lower() in ("url", "image_url") or n.startswith(("http://", "https://"))]
+    if not found and kind == "image" and links:
+        raise SourceError(f"{file} is a list of addresses; {_fetch.format(file=file)}")
+    if found:
+        choice = f"choose with ?{kind}_column={found[0]} or ?{kind}_column={found[1]}"
+        raise SourceError(f"{file} has several columns for the {kind}: {', '.join(found)}; {choice}")
+    there = f"it has {', '.join(names)[:300]}; say which with ?{kind}_column=NAME"
+    raise SourceError(f"{file} has no column known to hold the {kind}; {there}")
+
+# %% ../../nbs/1_data/1b_formats.ipynb #badf3dd5
 def choose(
     kind: str,  # image, caption or key
     names,  # columns there are
@@ -211,20 +215,9 @@ def choose(
         found = [n for n in found if n != "captions"]
     if kind == "key":
         return next(iter(found), "")
-    if len(found) == 1:
-        return found[0]
-    links = [n for n in names if n.lower() in ("url", "image_url") or n.startswith(("http://", "https://"))]
-    if not found and kind == "image" and links:
-        raise SourceError(
-            f"{file} is a list of addresses; fetch the images first, e.g. img2dataset --url_list {file} --input_format tsv --url_col url --caption_col caption --output_format webdataset (a file without column names needs the line caption<tab>url on top), then open the folder it writes"
-        )
-    if found:
-        raise SourceError(
-            f"{file} has several columns for the {kind}: {', '.join(found)}; choose with ?{kind}_column={found[0]} or ?{kind}_column={found[1]}"
-        )
-    raise SourceError(
-        f"{file} has no column known to hold the {kind}; it has {', '.join(names)[:300]}; say which with ?{kind}_column=NAME"
-    )
+    if len(found) != 1:
+        _refuse_columns(kind, names, found, file)
+    return found[0]
 
 # %% ../../nbs/1_data/1b_formats.ipynb #f456afe9
 def _columns(path):
@@ -236,7 +229,7 @@ def _columns(path):
             break
     return next((list(x) for _, x in seen if isinstance(x, dict)), []), itertools.chain(seen, rows)
 
-
+# %% ../../nbs/1_data/1b_formats.ipynb #542d7dd1
 def table(
     path: str,  # .csv, .tsv, .txt, .jsonl or .json
     image_column: str = "",  # the column of paths; empty: by its usual names
@@ -249,34 +242,21 @@ def table(
     path = at_root(path)
     names, found = _columns(path)
     if names:
-        image, caption, key = (
-            choose(k, names, g, path.name)
-            for k, g in (("image", image_column), ("caption", caption_column), ("key", key_column))
-        )
+        image = choose("image", names, image_column, path.name)
+        caption = choose("caption", names, caption_column, path.name)
+        key = choose("key", names, key_column, path.name)
 
     def rows():
         for row, x in found:
             if isinstance(x, str):
                 yield row, x
             else:
-                yield as_row(
-                    row,
-                    x.get(key) if key else x.get(image),
-                    x.get(image) or "",
-                    x.get(caption) or "",
-                    x.get("captions") if caption != "captions" else None,
-                    x.get("scene"),
-                    x.get("caption_source"),
-                )
+                named = x.get(key) if key else x.get(image), x.get(image) or "", x.get(caption) or ""
+                captions = x.get("captions") if caption != "captions" else None
+                yield as_row(row, *named, captions, x.get("scene"), x.get("caption_source"))
 
-    return TablePairs(
-        f"table:{path.name}",
-        path.name,
-        rows(),
-        [path.parent, path.parent / "images", path.parent.parent],
-        images,
-        caption_source,
-    )
+    places = [path.parent, path.parent / "images", path.parent.parent]
+    return TablePairs(f"table:{path.name}", path.name, rows(), places, images, caption_source)
 
 # %% ../../nbs/1_data/1b_formats.ipynb #c1e83ae1
 sail_columns = [
@@ -284,7 +264,7 @@ sail_columns = [
     *(f"{length}{model}_captions" for model in ("IB", "SV", "LLA") for length in ("short", "long")),
 ]
 
-
+# %% ../../nbs/1_data/1b_formats.ipynb #ed2539b5
 def sail(
     path: str,  # the CSV
     caption_column: str = "raw_caption",  # which of its captions
@@ -294,28 +274,21 @@ def sail(
     path = at_root(path)
     names, found = _columns(path)
     if names:
-        image, chosen = (
-            choose("image", names, "Image Path", path.name),
-            choose("caption", names, caption_column, path.name),
-        )
+        image = choose("image", names, "Image Path", path.name)
+        chosen = choose("caption", names, caption_column, path.name)
+        source = chosen.removesuffix("s").removesuffix("_caption")
 
     def rows():
         for row, x in found:
             if isinstance(x, str):
                 yield row, x
             else:
-                yield as_row(
-                    row,
-                    x.get(image),
-                    x.get(image) or "",
-                    x.get(chosen) or "",
-                    {k: x[k] for k in sail_columns if x.get(k)},
-                    caption_source=chosen.removesuffix("s").removesuffix("_caption"),
-                )
+                captions = {k: x[k] for k in sail_columns if x.get(k)}
+                named = x.get(image), x.get(image) or "", x.get(chosen) or ""
+                yield as_row(row, *named, captions, caption_source=source)
 
-    return TablePairs(
-        f"sail:{path.name}", path.name, rows(), [path.parent, path.parent.parent, path.parent / "images"], images
-    )
+    places = [path.parent, path.parent.parent, path.parent / "images"]
+    return TablePairs(f"sail:{path.name}", path.name, rows(), places, images)
 
 # %% ../../nbs/1_data/1b_formats.ipynb #5d207c74
 def _note(base, name):
@@ -326,6 +299,20 @@ def _note(base, name):
         return ""
 
 
+def _folder_rows(path):
+    "The images of a folder and the text files beside them."
+    for place, inside, names in os.walk(path):
+        inside.sort()
+        below, notes = Path(place).relative_to(path), {n[:-4] for n in names if n.endswith(".txt")}
+        shown = [n for n in sorted(names) if named_image(n) and not n.startswith(".")]
+        for n in shown:
+            file = (below / n).as_posix()
+            key = file.rpartition(".")[0]
+            yield as_row(file, key, file, _note(path, f"{key}.txt") if n.rpartition(".")[0] in notes else "")
+        for n in sorted(notes - {n.rpartition(".")[0] for n in shown}):
+            yield (below / f"{n}.txt").as_posix(), "a caption without an image"
+
+# %% ../../nbs/1_data/1b_formats.ipynb #dae28626
 def folder(
     path: str,  # a folder
     caption_source: str = "web",  # who wrote the captions
@@ -334,20 +321,4 @@ def folder(
     path = at_root(path)
     if not path.is_dir():
         raise SourceError(f"{path} is no folder; name the one that holds images and their .txt files")
-
-    def rows():
-        for place, inside, names in os.walk(path):
-            inside.sort()
-            below, notes = Path(place).relative_to(path), {n[:-4] for n in names if n.endswith(".txt")}
-            shown = [n for n in sorted(names) if named_image(n) and not n.startswith(".")]
-            for n in shown:
-                yield as_row(
-                    file := (below / n).as_posix(),
-                    file.rpartition(".")[0],
-                    file,
-                    _note(path, f"{file.rpartition('.')[0]}.txt") if n.rpartition(".")[0] in notes else "",
-                )
-            for n in sorted(notes - {n.rpartition(".")[0] for n in shown}):
-                yield (below / f"{n}.txt").as_posix(), "a caption without an image"
-
-    return TablePairs(f"folder:{path.name}", path.name, rows(), [path], caption_source=caption_source)
+    return TablePairs(f"folder:{path.name}", path.name, _folder_rows(path), [path], caption_source=caption_source)

@@ -15,30 +15,30 @@ from .streams import Damage
 from .tables import TablePairs, as_row
 
 # %% ../../nbs/1_data/1c_hub.ipynb #48189b30
+def _splits(path):
+    "The files of each split of a dataset in a folder; a dataset without splits has one without a name."
+    if (path / "dataset_dict.json").is_file():
+        parts = sorted(path.glob("*/state.json"))
+        return {p.parent.name: [f"{p.parent.name}/{f}" for f in _in_order(p)] for p in parts}
+    if (path / "state.json").is_file():
+        return {"": _in_order(path / "state.json")}
+    found = {}
+    for p in sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")]):
+        part = re.fullmatch(r"(.+?)-\d+-of-\d+.*", p.stem)
+        found.setdefault(part[1] if part else "", []).append(p.relative_to(path).as_posix())
+    return found
+
+# %% ../../nbs/1_data/1c_hub.ipynb #83b70c5d
 def _data_files(path, split):
-    "The files of a dataset, relative to its folder."
+    "A dataset's folder, and its files relative to it."
     if path.is_file():
         return path.parent, [path.name]
-    if (path / "dataset_dict.json").is_file():
-        found = {
-            p.parent.name: [f"{p.parent.name}/{f}" for f in _in_order(p)] for p in sorted(path.glob("*/state.json"))
-        }
-    elif (path / "state.json").is_file():
-        found = {"": _in_order(path / "state.json")}
-    else:
-        found = {}
-        for p in sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")]):
-            part = re.fullmatch(r"(.+?)-\d+-of-\d+.*", p.stem)
-            found.setdefault(part[1] if part else "", []).append(p.relative_to(path).as_posix())
-    if split and split not in found or not found:
-        raise SourceError(
-            f"{path.name}/ holds no dataset"
-            + (
-                f" with a split {split!r}; {nearest(split, found)}"
-                if found
-                else ": neither state.json nor Parquet files; name a folder written by save_to_disk"
-            )
-        )
+    found = _splits(path)
+    if not found:
+        why = "neither state.json nor Parquet files; name a folder written by save_to_disk"
+        raise SourceError(f"{path.name}/ holds no dataset: {why}")
+    if split and split not in found:
+        raise SourceError(f"{path.name}/ holds no dataset with a split {split!r}; {nearest(split, found)}")
     if len(found) > 1 and not split:
         raise SourceError(f"{path.name}/ holds the splits {', '.join(found)}; choose with ?split={next(iter(found))}")
     return path, found[split or next(iter(found))]
@@ -49,9 +49,8 @@ def _in_order(state):
     try:
         names = [Path(f["filename"]).name for f in json.loads(state.read_text(encoding="utf-8"))["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise Damage(
-            state.name, "", f"it does not list the files of the dataset ({e!r})", "save the dataset again"
-        ) from None
+        what = f"it does not list the files of the dataset ({e!r})"
+        raise Damage(state.name, "", what, "save the dataset again") from None
     return names
 
 # %% ../../nbs/1_data/1c_hub.ipynb #4885496e
@@ -79,6 +78,31 @@ def _values(path, names):
         yield from (b.to_pylist() for b in found.to_batches(2_000))
 
 # %% ../../nbs/1_data/1c_hub.ipynb #30ff83e0
+def _image_columns(schema):
+    "The columns that hold the bytes of images."
+    import pyarrow as pa
+
+    holds = lambda kind: pa.types.is_binary(kind) or pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+    return [f.name for f in schema if holds(f.type)]
+
+
+def _dataset_rows(base, files, image, caption, key, inside):
+    "The rows of all files; `inside` says whether the table holds the images themselves."
+    import pyarrow as pa
+
+    needed = list(dict.fromkeys([caption, *([key] if key else []), *([] if inside else [image])]))
+    for file in files:
+        number = -1
+        try:
+            for batch in _values(base / file, needed):
+                for x in batch:
+                    number += 1
+                    cell = f"{file}#{image}/{number}" if inside else x[image] or ""
+                    yield as_row(f"{file} row {number}", x[key] if key else cell, cell, x[caption] or "")
+        except (pa.ArrowException, OSError, KeyError) as e:
+            yield f"{file} row {number + 1}", f"damaged table: {str(e)[:200]}"
+
+# %% ../../nbs/1_data/1c_hub.ipynb #181965b8
 def datasets(
     path: str,  # a folder, or a Parquet or Arrow file
     split: str = "",  # where there are several
@@ -89,32 +113,11 @@ def datasets(
     caption_source: str = "web",  # who wrote the captions
 ) -> TablePairs:
     "A Hugging Face dataset on disk."
-    import pyarrow as pa
-
     base, files = _data_files(at_root(path), split)
-    schema = _schema(base / files[0])
-    name = Path(path).name
-    kept = [
-        f.name
-        for f in schema
-        if pa.types.is_binary(f.type) or pa.types.is_struct(f.type) and f.type.get_field_index("bytes") >= 0
-    ]
+    schema, name = _schema(base / files[0]), Path(path).name
+    kept = _image_columns(schema)
     image = choose("image", schema.names, image_column or (kept[0] if len(kept) == 1 else ""), name)
     caption, key = choose("caption", schema.names, caption_column, name), choose("key", schema.names, key_column, name)
-    needed = list(dict.fromkeys([caption, *([key] if key else []), *([] if image in kept else [image])]))
-
-    def rows():
-        for file in files:
-            number = -1
-            try:
-                for batch in _values(base / file, needed):
-                    for x in batch:
-                        number += 1
-                        cell = f"{file}#{image}/{number}" if image in kept else x[image] or ""
-                        yield as_row(f"{file} row {number}", x[key] if key else cell, cell, x[caption] or "")
-            except (pa.ArrowException, OSError, KeyError) as e:
-                yield f"{file} row {number + 1}", f"damaged table: {str(e)[:200]}"
-
-    return TablePairs(
-        f"datasets:{name}", name, rows(), [base, base / "images"], images, caption_source, cells=image in kept
-    )
+    inside = image in kept
+    rows, places = _dataset_rows(base, files, image, caption, key, inside), [base, base / "images"]
+    return TablePairs(f"datasets:{name}", name, rows, places, images, caption_source, cells=inside)

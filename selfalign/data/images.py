@@ -61,13 +61,11 @@ def _identify(data, max_pixels):
         except Image.DecompressionBombError as e:
             raise ImageProblem(f"too many pixels: {e}", "reduce the image") from None
         except Exception:
-            raise ImageProblem(
-                f"not an image (it begins with {data[:12]!r})", f"give one of {', '.join(formats)}"
-            ) from None
+            what, remedy = f"not an image (it begins with {data[:12]!r})", f"give one of {', '.join(formats)}"
+            raise ImageProblem(what, remedy) from None
     if img.width * img.height > max_pixels:
-        raise ImageProblem(
-            f"{img.width}x{img.height} pixels, more than {max_pixels:,}", "reduce the image or raise max_pixels"
-        )
+        what = f"{img.width}x{img.height} pixels, more than {max_pixels:,}"
+        raise ImageProblem(what, "reduce the image or raise max_pixels")
     return img
 
 # %% ../../nbs/1_data/11_images.ipynb #abbd81a3
@@ -75,13 +73,11 @@ def _to_rgb(img):
     "The image as 8-bit RGB."
     if img.mode.startswith(("I", "F")):
         a = np.asarray(img).astype(np.float64)
-        top = (
-            1
-            if img.mode == "F" and a.max() <= 1
-            else 255
-            if img.mode == "F" or a.max() <= 255 and img.mode == "I"
-            else 65535
-        )
+        top = 65535
+        if img.mode == "F" and a.max() <= 1:
+            top = 1
+        elif img.mode == "F" or img.mode == "I" and a.max() <= 255:
+            top = 255
         return Image.fromarray((a / top * 255).clip(0, 255).round().astype(np.uint8)).convert("RGB")
     if "A" in img.getbands() or "transparency" in img.info:
         img = img.convert("RGBA")
@@ -132,11 +128,10 @@ def _crop(img, size):
     short, long = min(img.size), max(img.size)
     if long > 16 * short:
         img = ImageOps.fit(img, (short, short))
-    w, h = (
-        (size, max(size, int(size * img.height / img.width)))
-        if img.width <= img.height
-        else (max(size, int(size * img.width / img.height)), size)
-    )
+    if img.width <= img.height:
+        w, h = size, max(size, int(size * img.height / img.width))
+    else:
+        w, h = max(size, int(size * img.width / img.height)), size
     img = img.resize((w, h), Image.Resampling.BICUBIC)
     left, top = int(round((w - size) / 2)), int(round((h - size) / 2))
     return img.crop((left, top, left + size, top + size))
@@ -183,12 +178,9 @@ def contact_sheet(
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (min(columns, len(images)) * (side + 4), rows * (side + 4)), "white")
     for i, img in enumerate(images):
-        img = ImageOps.contain(
-            img.convert("RGB"),
-            (side, side),
-            Image.Resampling.NEAREST if max(img.size) < side else Image.Resampling.BICUBIC,
-        )
-        sheet.paste(img, ((i % columns) * (side + 4) + 2, (i // columns) * (side + 4) + 2))
+        way = Image.Resampling.NEAREST if max(img.size) < side else Image.Resampling.BICUBIC
+        small = ImageOps.contain(img.convert("RGB"), (side, side), way)
+        sheet.paste(small, ((i % columns) * (side + 4) + 2, (i // columns) * (side + 4) + 2))
     return sheet
 
 # %% ../../nbs/1_data/11_images.ipynb #4964ae2a

@@ -179,10 +179,8 @@ def check_pairs(
             continue
         seen.add(row["key"])
         kept.append(row | dict(caption=caption))
-        problems += [
-            dict(file=file, row=str(row["key"]), what=f"caption: {r}", remedy="the cleaned caption was used")
-            for r in remarks
-        ]
+        told = dict(file=file, row=str(row["key"]), remedy="the cleaned caption was used")
+        problems += [told | dict(what=f"caption: {r}") for r in remarks]
     return pairs_table(pd.DataFrame(kept, columns=df.columns)), problems
 
 # %% ../../nbs/1_data/10_pairs.ipynb #59438ef8
@@ -215,9 +213,8 @@ def disjoint_subsets(
     "Random subsets that share no key."
     order = seeded_order(set(keys), seed)
     if len(order) < n_subsets * size:
-        raise PairsError(
-            f"{n_subsets} subsets of {size} need {n_subsets * size} pairs, there are {len(order)}; ask for fewer or smaller ones"
-        )
+        needed = f"{n_subsets} subsets of {size} need {n_subsets * size} pairs, there are {len(order)}"
+        raise PairsError(f"{needed}; ask for fewer or smaller ones")
     return [order[i * size : (i + 1) * size] for i in range(n_subsets)]
 
 # %% ../../nbs/1_data/10_pairs.ipynb #8e1ecb81

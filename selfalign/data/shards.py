@@ -66,24 +66,18 @@ def find_shards(
         if path.is_dir():
             found = sorted(path.glob("*.tar"))
         else:
-            found = sorted(
-                Path(p) for one in braceexpand(str(path)) for p in ([one] if Path(one).is_file() else glob(one))
-            )
+            named = [[one] if Path(one).is_file() else glob(one) for one in braceexpand(str(path))]
+            found = sorted(Path(p) for several in named for p in several)
     except (UnbalancedBracesError, ValueError) as e:
         raise SourceError(f"{pattern!r} is no pattern of archives: {e}") from None
     found = [p for p in found if p.is_file()]
     if found:
         return found
     parent = path if path.is_dir() else path.parent
-    there = sorted(p.name for p in parent.iterdir())[:8] if parent.is_dir() else []
-    raise SourceError(
-        f"no tar archives at {pattern}; "
-        + (
-            f"{parent.name}/ holds {', '.join(there) or 'nothing'}"
-            if parent.is_dir()
-            else f"{parent} does not exist: link or copy the data there"
-        )
-    )
+    if not parent.is_dir():
+        raise SourceError(f"no tar archives at {pattern}; {parent} does not exist: link or copy the data there")
+    there = sorted(p.name for p in parent.iterdir())[:8]
+    raise SourceError(f"no tar archives at {pattern}; {parent.name}/ holds {', '.join(there) or 'nothing'}")
 
 # %% ../../nbs/1_data/18_shards.ipynb #b4690bfd
 kinds = ("image", "txt", "json")
@@ -146,12 +140,8 @@ class TarPairs:
     ):
         import pyarrow as pa
 
-        self.name, self.caption_source, self.problems, self.shards = (
-            f"webdataset:{pattern}",
-            caption_source,
-            Problems(),
-            find_shards(pattern),
-        )
+        self.name, self.caption_source = f"webdataset:{pattern}", caption_source
+        self.problems, self.shards = Problems(), find_shards(pattern)
         self.root, found = find_root(), [self._add(n) for n in range(len(self.shards))]
         keys = pa.chunked_array([k for k, _ in found], pa.string())
         self._where = np.concatenate([w for _, w in found])
@@ -159,9 +149,8 @@ class TarPairs:
         if not len(self) and self.problems:
             raise SourceError("{file}: no usable pair; {row}: {what}; {remedy}".format(**self.problems[0]))
         if not len(self):
-            raise SourceError(
-                f"{self.shards[0].name}: no pair of an image and a caption in it; fetch it again, or name other archives"
-            )
+            what = f"{self.shards[0].name}: no pair of an image and a caption in it"
+            raise SourceError(f"{what}; fetch it again, or name other archives")
 
     def __len__(self):
         return len(self.keys)
@@ -186,15 +175,14 @@ def _add(self: TarPairs, n):
             where.append((n, *(files.get(k, -1) for k in kinds)))
     return pa.array(keys, pa.string()), np.array(where, np.int32).reshape(-1, 4)
 
-
+# %% ../../nbs/1_data/18_shards.ipynb #a764c536
 @patch
 def _keep(self: TarPairs, keys):
     "Keep the first sample with each key."
     rows = first_rows(key_numbers(keys))
     for i in np.setdiff1d(np.arange(len(keys)), rows):
-        self.problems.add(
-            self.shards[self._where[i, 0]].name, keys[int(i)].as_py(), "duplicate key", "left out; repair the archive"
-        )
+        shard = self.shards[self._where[i, 0]].name
+        self.problems.add(shard, keys[int(i)].as_py(), "duplicate key", "left out; repair the archive")
     self.keys, self._where = Texts(keys, rows), self._where[rows]
 
 # %% ../../nbs/1_data/18_shards.ipynb #9f6da421
@@ -205,14 +193,12 @@ def _read(shard, number, limit=200_000_000):
     names, spans, _ = tar_index(shard)
     return read_span(shard, *map(int, spans[number]), names[int(number)].as_py(), limit)
 
-
+# %% ../../nbs/1_data/18_shards.ipynb #4f215be1
 def _words(shard, txt, details):
     "Caption, further captions, what else the JSON says, and remarks."
     try:
-        (said, remarks), (caption, more) = (
-            _details(_read(shard, details, 10_000_000)),
-            _text(_read(shard, txt, 1_000_000)),
-        )
+        said, remarks = _details(_read(shard, details, 10_000_000))
+        caption, more = _text(_read(shard, txt, 1_000_000))
     except ImageProblem as e:
         return "", [], {}, [f"caption: {e}"]
     if txt < 0:
@@ -226,10 +212,8 @@ def _record(self: TarPairs, i, look):
     key, (n, image, txt, details) = self.keys[i], self._where[i]
     shard = self.shards[n]
     caption, captions, said, remarks = _words(shard, txt, details)
-    base, name = (
-        shard.relative_to(self.root) if shard.is_relative_to(self.root) else shard,
-        tar_index(shard)[0][int(image)].as_py(),
-    )
+    base = shard.relative_to(self.root) if shard.is_relative_to(self.root) else shard
+    name = tar_index(shard)[0][int(image)].as_py()
     known = dict(
         caption=caption,
         caption_source=self.caption_source or str(said.get("caption_source") or "web"),
@@ -240,7 +224,7 @@ def _record(self: TarPairs, i, look):
     record = make_record(key, functools.partial(_read, shard, image) if look else None, name, shard.name, **known)
     return record | dict(remarks=record["remarks"] + remarks)
 
-
+# %% ../../nbs/1_data/18_shards.ipynb #4a022644
 @patch
 def __getitem__(self: TarPairs, i):
     "The record with this number."

@@ -52,15 +52,16 @@ class Source:
     why: str = ""  # what it was recognised by; empty: somebody said so
 
     def __str__(self):
-        path = Path(self.place)
-        return f"{self.kind}:{path.relative_to(find_root()) if path.is_absolute() and path.is_relative_to(find_root()) else self.place}"
+        path, root = Path(self.place), find_root()
+        inside = path.is_absolute() and path.is_relative_to(root)
+        return f"{self.kind}:{path.relative_to(root) if inside else self.place}"
 
 # %% ../../nbs/1_data/1d_sources.ipynb #2a02d56a
 def _known(names):
     "Whether columns for the image and for the caption are among these."
     return all(any(n.strip().lower().replace(" ", "_") in usual[k] for n in names) for k in ("image", "caption"))
 
-
+# %% ../../nbs/1_data/1d_sources.ipynb #f26e0b18
 def _json_kind(path):
     "What a JSON file holds, by the first object in one of its lists."
     for name, i, x in itertools.islice(json_items(path), 50):
@@ -103,13 +104,9 @@ def _file_kind(path):
         return "table", "JSON Lines"
     named = {"captions_": "coco", "dataset_": "karpathy", "blip_laion": "llava"}
     try:
-        return (
-            _json_kind(path)
-            if suffix == ".json"
-            else _text_kind(path)
-            if suffix in (".csv", ".tsv", ".txt", ".token")
-            else None
-        )
+        if suffix == ".json":
+            return _json_kind(path)
+        return _text_kind(path) if suffix in (".csv", ".tsv", ".txt", ".token") else None
     except Damage:
         return next(((k, "its name; it is damaged") for start, k in named.items() if path.name.startswith(start)), None)
 
@@ -123,7 +120,7 @@ def _has_notes(path):
         inside.sort()
     return False
 
-
+# %% ../../nbs/1_data/1d_sources.ipynb #c9a53f04
 def _preferred(found):
     "Of the files that belong together, the one to be opened."
 
@@ -140,6 +137,15 @@ def _preferred(found):
     return found
 
 # %% ../../nbs/1_data/1d_sources.ipynb #567b4a9b
+def _pair_files(path, names):
+    "Which of the names in a folder, and in its `annotations/`, may be files of pairs."
+    beside = path / "annotations"
+    inside = [path / n for n in names] + (sorted(beside.iterdir()) if beside.is_dir() else [])
+    endings = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".token", ".arrow")
+    may = lambda p: p.suffix.lower() in endings or p.name.endswith((".token.txt", "captions.txt"))
+    return [p for p in inside if may(p)]
+
+# %% ../../nbs/1_data/1d_sources.ipynb #38563e0f
 def look(
     path: str | Path,  # a file or a folder
 ) -> list:  # of `Source`, most often one
@@ -155,23 +161,10 @@ def look(
         return [Source("datasets", str(path), {}, "a dataset saved with save_to_disk")]
     if next(itertools.chain(path.glob("*.parquet"), path.glob("data/*.parquet")), None):
         return [Source("datasets", str(path), {}, "Parquet files")]
-    inside = [path / n for n in names] + (
-        sorted((path / "annotations").iterdir()) if (path / "annotations").is_dir() else []
-    )
-    files = [
-        p
-        for p in inside
-        if p.suffix.lower() in (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".token", ".arrow")
-        or p.name.endswith((".token.txt", "captions.txt"))
-    ]
-    found = [Source(k[0], str(p), {}, k[1]) for p in files if p.is_file() and (k := _file_kind(p))]
-    return (
-        _preferred(found)
-        if found
-        else [Source("folder", str(path), {}, "images with text files of the same name")]
-        if _has_notes(path)
-        else []
-    )
+    found = [Source(k[0], str(p), {}, k[1]) for p in _pair_files(path, names) if p.is_file() and (k := _file_kind(p))]
+    if found:
+        return _preferred(found)
+    return [Source("folder", str(path), {}, "images with text files of the same name")] if _has_notes(path) else []
 
 # %% ../../nbs/1_data/1d_sources.ipynb #2b2910be
 def _one(found, path, kind, query):
@@ -181,17 +174,13 @@ def _one(found, path, kind, query):
         return found[0]
     end = f"?{query}" if query else ""
     if found:
-        raise SourceError(
-            f"{path} can be opened in several ways: "
-            + "; ".join(f"{s}{end} ({s.why})" for s in found[:8])
-            + "; write one of these"
-        )
+        ways = "; ".join(f"{s}{end} ({s.why})" for s in found[:8])
+        raise SourceError(f"{path} can be opened in several ways: {ways}; write one of these")
     there = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else [path.name]
-    raise SourceError(
-        f"{path}: nothing known in it{f' for {kind}:' if kind else ''}; there is {', '.join(there) or 'nothing'}. If you know better, write KIND:PATH; the kinds are {', '.join(readers)}"
-    )
+    what = f"{path}: nothing known in it{f' for {kind}:' if kind else ''}; there is {', '.join(there) or 'nothing'}"
+    raise SourceError(f"{what}. If you know better, write KIND:PATH; the kinds are {', '.join(readers)}")
 
-
+# %% ../../nbs/1_data/1d_sources.ipynb #d675edc5
 def _options(kind, query, source):
     "The options in a source, of the right types."
     known, options = options_of(kind), {}
@@ -215,13 +204,11 @@ def parse_source(
     place, _, query = rest.partition("?")
     path = at_root(place)
     if kind in ("", "auto") and (not place or not path.exists()):
-        if kind == "" and colon and not re.search(r"[/\\]", source.partition(":")[0]):
-            raise SourceError(
-                f"unknown kind of source {source.partition(':')[0]!r} in {source!r}; {nearest(source.partition(':')[0], readers)}"
-            )
-        raise SourceError(
-            f"{source}: there is no such file or folder; link or copy the data there, or write KIND:PLACE with one of {', '.join(readers)}"
-        )
+        named = source.partition(":")[0]
+        if kind == "" and colon and not re.search(r"[/\\]", named):
+            raise SourceError(f"unknown kind of source {named!r} in {source!r}; {nearest(named, readers)}")
+        remedy = f"link or copy the data there, or write KIND:PLACE with one of {', '.join(readers)}"
+        raise SourceError(f"{source}: there is no such file or folder; {remedy}")
     if kind in ("microworld", "webdataset"):
         return Source(kind, place, _options(kind, query, source))
     if not path.exists():
@@ -250,14 +237,8 @@ def survey(
     first: int = 200,  # how many pairs to look at
 ) -> dict:  # looked, usable, problems, sizes, words, captions, examples
     "What the first pairs of a collection are like."
-    problems, sizes, words, captions, examples, usable = (
-        Problems(pairs.problems),
-        Counter(),
-        Counter(),
-        Counter(),
-        [],
-        0,
-    )
+    problems, examples, usable = Problems(pairs.problems), [], 0
+    sizes, words, captions = Counter(), Counter(), Counter()
     for i in range(looked := min(first, len(pairs))):
         r = pairs[i]
         caption, remarks = clean_caption(r["caption"])
@@ -272,6 +253,5 @@ def survey(
         captions[max(1, len(json.loads(r["captions"])))] += 1
         if len(examples) < 5:
             examples.append((r["key"], caption[:100]))
-    return dict(
-        looked=looked, usable=usable, problems=problems, sizes=+sizes, words=words, captions=captions, examples=examples
-    )
+    counted = dict(sizes=+sizes, words=words, captions=captions)
+    return dict(looked=looked, usable=usable, problems=problems, **counted, examples=examples)

@@ -70,13 +70,9 @@ def _checked(rows, file, problems, strip):
                 problems.add(file, row, *wrong)
                 continue
             captions = as_captions(captions)
-            yield (
-                row,
-                *(as_caption(x) if x is not None else None for x in (key, image, caption)),
-                json.dumps(captions) if captions else None,
-                as_caption(scene) or None,
-                as_caption(source) or None,
-            )
+            named = (as_caption(x) if x is not None else None for x in (key, image, caption))
+            known = (as_caption(scene) or None, as_caption(source) or None)
+            yield row, *named, json.dumps(captions) if captions else None, *known
     except Damage as e:
         problems.add(e.file, e.row, e.what, e.remedy)
 
@@ -96,9 +92,10 @@ def store(
 
 # %% ../../nbs/1_data/1a_tables.ipynb #5b0f7eb9
 def _texts(table, column, rows):
+    "A column at some rows."
     return table[column].take(np.asarray(rows, np.int64))
 
-
+# %% ../../nbs/1_data/1a_tables.ipynb #6108361b
 def _double(table, numbers, first, repeats):
     "Which rows are duplicates, and of what."
     import pyarrow.compute as pc
@@ -106,9 +103,8 @@ def _double(table, numbers, first, repeats):
     named, worded = (table[c].is_valid().to_numpy() for c in ("image", "caption"))
     rows = np.flatnonzero(named & (first[numbers] != np.arange(len(numbers))))
     other = pc.not_equal(_texts(table, "image", rows), _texts(table, "image", first[numbers[rows]])).to_numpy()
-    found = {int(r): "duplicate key" for r in rows[other]} | {
-        int(r): "listed twice" for r in rows[~other & ~worded[rows]]
-    }
+    found = {int(r): "duplicate key" for r in rows[other]}
+    found |= {int(r): "listed twice" for r in rows[~other & ~worded[rows]]}
     again = rows[~other & worded[rows]]
     if repeats or not len(again):
         return found
@@ -117,6 +113,24 @@ def _double(table, numbers, first, repeats):
     return found | {int(r): "the same image with the same caption" for r in np.delete(both, first_rows(words))}
 
 # %% ../../nbs/1_data/1a_tables.ipynb #664ab4de
+def _images(table, numbers):
+    "The row of each image, in the order of the file, and the row of the image of each key's number, or -1."
+    rows = np.flatnonzero(table["image"].is_valid().to_numpy())
+    rows = rows[first_rows(numbers[rows])]
+    first = np.full(numbers.max(initial=-1) + 1, -1, np.int64)
+    first[numbers[rows]] = rows
+    return rows, first
+
+
+def _captions(table, numbers, first, twice, listed):
+    "The rows whose captions belong to an image."
+    kept = table["caption"].is_valid().to_numpy().copy()
+    kept[list(twice)] = False
+    for r in np.flatnonzero(kept & (first[numbers] < 0)):
+        listed(r, "a caption without an image", "add the image to the list or leave the caption out")
+    return np.flatnonzero(kept & (first[numbers] >= 0))
+
+# %% ../../nbs/1_data/1a_tables.ipynb #c63f07ce
 def group_captions(
     table,  # from `store`
     repeats: bool,  # whether the same caption twice is no duplicate
@@ -124,22 +138,13 @@ def group_captions(
 ) -> tuple:  # row of each image, rows of all captions, where each image's captions start
     "Find the captions of each image."
     numbers = key_numbers(table["key"])
-    named, worded = (table[c].is_valid().to_numpy() for c in ("image", "caption"))
-    rows = np.flatnonzero(named)
-    first = np.full(numbers.max(initial=-1) + 1, -1, np.int64)
-    rows = rows[first_rows(numbers[rows])]
-    first[numbers[rows]] = rows
+    rows, first = _images(table, numbers)
     twice = _double(table, numbers, first, repeats)
     for r, what in twice.items():
         listed(r, what, "the first one was kept")
-    kept = worded.copy()
-    kept[list(twice)] = False
-    for r in np.flatnonzero(kept & (first[numbers] < 0)):
-        listed(r, "a caption without an image", "add the image to the list or leave the caption out")
-    kept &= first[numbers] >= 0
+    order = _captions(table, numbers, first, twice, listed)
     place = np.full(len(first), -1, np.int64)
     place[numbers[rows]] = np.arange(len(rows))
-    order = np.flatnonzero(kept)
     order = order[np.argsort(place[numbers[order]], kind="stable")]
     counts = np.bincount(place[numbers[order]], minlength=len(rows))
     for r in rows[counts == 0]:
@@ -179,35 +184,23 @@ class TablePairs:
         repeats: bool = False,  # whether the same caption of an image may come twice
         cells: bool = False,  # whether images lie in tables: `table.parquet#column/row`
     ):
-        self.name, self.file, self.caption_source, self.cells, self.problems = (
-            name,
-            file,
-            caption_source,
-            cells,
-            Problems(),
-        )
-        self._folder = tempfile.TemporaryDirectory(prefix="selfalign-", ignore_cleanup_errors=True)
-        self.table = store(_checked(rows, file, self.problems, bool(images)), self._folder.name)
+        self.name, self.file, self.caption_source, self.cells = name, file, caption_source, cells
+        self.problems = Problems()
+        self._temporary = tempfile.TemporaryDirectory(prefix="selfalign-", ignore_cleanup_errors=True)
+        self.table = store(_checked(rows, file, self.problems, bool(images)), self._temporary.name)
         self._rows, self._captions, self._starts = group_captions(self.table, repeats, self._list)
         self.keys, self.images = (Texts(self.table[c], self._rows) for c in ("key", "image"))
         if not len(self):
             self._refuse()
-        self.folder, there = image_folder(
-            images, [self._file(self.images[i]) for i in range(min(64, len(self)))], places
-        )
-        if not there:
-            self.problems.add(
-                file,
-                "",
-                f"none of the first images is there: {self.images[0]} was looked for in {', '.join(str(p) for p in places)}",
-                "put the images in place, or say where they are with images=FOLDER",
-            )
-        root = find_root()
-        base = self.folder.relative_to(root) if self.folder.is_relative_to(root) else self.folder
-        self._base = f"{base.as_posix()}/"
+        self._find(images, places)
 
     def __len__(self):
         return len(self._rows)
+
+    @property
+    def on_disk(self) -> Path:  # an Arrow file, which is removed with the collection
+        "Where the table is stored."
+        return Path(self._temporary.name) / "rows.arrow"
 
     def _file(self, image):
         return image.partition("#")[0] if self.cells else image
@@ -215,11 +208,28 @@ class TablePairs:
     def _list(self, row, what, remedy):
         self.problems.add(self.file, self.table["row"][int(row)].as_py(), what, remedy)
 
-    def _refuse(self):
-        worst = max(self.problems, key=lambda p: p["what"].startswith("damaged"), default=None)
-        if worst:
-            raise SourceError("{file}: no usable pair; {row}: {what}; {remedy}".format(**worst))
-        raise SourceError(f"{self.file}: no pair in it; fetch it again, or name another file")
+# %% ../../nbs/1_data/1a_tables.ipynb #78753329
+@patch
+def _refuse(self: TablePairs):
+    "Say why there is no pair."
+    worst = max(self.problems, key=lambda p: p["what"].startswith("damaged"), default=None)
+    if worst:
+        raise SourceError("{file}: no usable pair; {row}: {what}; {remedy}".format(**worst))
+    raise SourceError(f"{self.file}: no pair in it; fetch it again, or name another file")
+
+
+@patch
+def _find(self: TablePairs, images, places):
+    "Find the folder of the images."
+    first = [self._file(self.images[i]) for i in range(min(64, len(self)))]
+    self.folder, there = image_folder(images, first, places)
+    if not there:
+        where = f"{self.images[0]} was looked for in {', '.join(map(str, places))}"
+        remedy = "put the images in place, or say where they are with images=FOLDER"
+        self.problems.add(self.file, "", f"none of the first images is there: {where}", remedy)
+    root = find_root()
+    base = self.folder.relative_to(root) if self.folder.is_relative_to(root) else self.folder
+    self._base = f"{base.as_posix()}/"
 
 # %% ../../nbs/1_data/1a_tables.ipynb #fa6bf034
 @patch
@@ -232,37 +242,33 @@ def reference(
 
 
 @patch
+def _said(self: TablePairs, i):
+    "Caption, all captions, scene and author, as the rows of a pair say them."
+    row, here = int(self._rows[i]), self._captions[self._starts[i] : self._starts[i + 1]]
+    texts = [self.table["caption"][int(j)].as_py() for j in here]
+    say = lambda column: self.table[column][row].as_py() or self.table[column][int(here[0])].as_py()
+    return dict(
+        caption=texts[0],
+        captions=say("captions") or json.dumps(texts),
+        scene=say("scene") or self.keys[i],
+        caption_source=say("caption_source") or self.caption_source,
+    )
+
+# %% ../../nbs/1_data/1a_tables.ipynb #0d4621fa
+@patch
 def _record(self: TablePairs, i, look):
     "The record with this number, with its image or without."
     if not 0 <= i < len(self):
         raise IndexError(i)
-    row, here = int(self._rows[i]), self._captions[self._starts[i] : self._starts[i + 1]]
-    texts = [self.table["caption"][int(j)].as_py() for j in here]
-    said = {
-        c: self.table[c][row].as_py() or self.table[c][int(here[0])].as_py()
-        for c in ("captions", "scene", "caption_source")
-    }
-    reference, key = self.reference(i), self.keys[i]
-    known = dict(
-        caption=texts[0],
-        captions=said["captions"] or json.dumps(texts),
-        scene=said["scene"] or key,
-        caption_source=said["caption_source"] or self.caption_source,
-    )
-    record = make_record(
-        key,
-        (lambda: read_image(reference, ".")) if look else None,
-        "",
-        self.file,
-        f"{self.table['row'][row].as_py()} ({key})",
-        reference=reference,
-        **known,
-    )
-    return record | dict(
-        remarks=record["remarks"] + ["caption: not UTF-8, unreadable letters replaced"] * ("\ufffd" in texts[0])
-    )
+    known, key = self._said(i) | dict(reference=self.reference(i)), self.keys[i]
+    row = f"{self.table['row'][int(self._rows[i])].as_py()} ({key})"
+    open_it = (lambda: read_image(known["reference"], ".")) if look else None
+    record = make_record(key, open_it, "", self.file, row, **known)
+    if "\ufffd" in known["caption"]:
+        record["remarks"] = record["remarks"] + ["caption: not UTF-8, unreadable letters replaced"]
+    return record
 
-
+# %% ../../nbs/1_data/1a_tables.ipynb #4984a665
 @patch
 def __getitem__(self: TablePairs, i):
     "The record with this number."
