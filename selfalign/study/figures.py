@@ -117,11 +117,12 @@ def bars(
 def _places(
     table,
     across: str,  # column
+    order: tuple = (),  # names, where others than those of the table are to have a place
 ) -> tuple:  # (place of each row, names in order; None where the column has numbers)
     "Where the points of a table stand"
     if table[across].dtype.kind in "if":
         return table[across].to_numpy(float), None
-    names = list(dict.fromkeys(table[across]))
+    names = list(order) or list(dict.fromkeys(table[across]))
     return np.array([names.index(n) for n in table[across]], float), names
 
 
@@ -166,9 +167,10 @@ def intervals(
     band: tuple | None = None,  # low and high end of what all are compared with
     known_as: str = "model before",  # what the band is
     unit: str = "",  # what the values are
+    order: tuple = (),  # names from top to bottom, so that several axes agree; default: those of the table
 ):  # the same axes
     "Draw points with their intervals"
-    (place, names), groups = _places(table, across), list(dict.fromkeys(table[colour])) if colour else [None]
+    (place, names), groups = _places(table, across, order), list(dict.fromkeys(table[colour])) if colour else [None]
     down = names is not None
     _guides(ax, down, band, chance, known_as)
     for i, group in enumerate(groups):
