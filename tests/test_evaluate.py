@@ -4,13 +4,14 @@ from pathlib import Path
 import json
 import numpy as np, pandas as pd, pytest
 from PIL import Image
+from selfalign.benchmarks.sections import scored_arms, scored_retention, section_table
 from selfalign.benchmarks.vl_checklist import checklist_table
 from selfalign.data.captions import is_true, web_caption
 from selfalign.data.microworld import clean_caption_of
 from selfalign.data.redraw import asks_for_held_out, redraw
 from selfalign.data.scenes import groups, held_out
 from selfalign.models.finetune import FinetuneConfig, best_rate
-from selfalign.self_align.evaluate import HYPOTHESES, scored_arms, scored_retention, section_table
+from selfalign.self_align.evaluate import HYPOTHESES
 from selfalign.models.objective import Objective
 from selfalign.self_align.arms import (
     ARMS,

@@ -9,7 +9,7 @@ from selfalign.models import full_size
 from selfalign.models.full_size import SHAPES, clip_tokenizer, count, is_random, random_weights, skeleton
 from selfalign.models.load import ModelError, load_dual_encoder, load_generator, mirrors_of
 from selfalign.tools import checks
-from selfalign.self_align.evaluate import read_questions, scored_arms
+from selfalign.benchmarks.sections import read_questions, scored_arms
 from selfalign.study.settings import StudyError, presets, resolve
 from selfalign.study.files import tree_hash
 
