@@ -7,7 +7,7 @@ __all__ = ['vision_sizes', 'image_encoder', 'summary', 'uniform', 'random_camera
            'random_lens', 'random_view', 'features_at', 'busyness', 'busy_places', 'seen_at', 'two_views', 'contrast',
            'cell_colours', 'loud_colours', 'TwoViews', 'save_encoder', 'train_vision']
 
-# %% ../../nbs/2_models/2k_vision.ipynb #edfee656
+# %% ../../nbs/2_models/2k_vision.ipynb #037181e6
 import math
 from pathlib import Path
 import torch
@@ -15,14 +15,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from .train import fit, rendered_images, step_generator, to_tensor
 
-# %% ../../nbs/2_models/2k_vision.ipynb #f166520c
+# %% ../../nbs/2_models/2k_vision.ipynb #d76b1501
 vision_sizes = {
     "vision-small": dict(embedding_size=24, hidden_sizes=[32, 64], depths=[1, 2]),
     "vision": dict(embedding_size=32, hidden_sizes=[64, 128], depths=[2, 2]),
     "vision-large": dict(embedding_size=48, hidden_sizes=[96, 208], depths=[2, 2]),
 }
 
-# %% ../../nbs/2_models/2k_vision.ipynb #72e91e1a
+# %% ../../nbs/2_models/2k_vision.ipynb #27ea382b
 def image_encoder(
     name: str,  # one of `vision_sizes`
 ) -> nn.Module:  # `transformers.ResNetModel` with random weights
@@ -33,14 +33,14 @@ def image_encoder(
     stages = [f"stage{i}" for i in range(1, len(shape["depths"]) + 1)]
     return ResNetModel(ResNetConfig(layer_type="basic", out_features=stages[-1:], **shape))
 
-# %% ../../nbs/2_models/2k_vision.ipynb #2691e2fe
+# %% ../../nbs/2_models/2k_vision.ipynb #2e605c40
 def summary(
     maps: torch.Tensor,  # (B, d, h, w): an encoder's `last_hidden_state`
 ) -> torch.Tensor:  # (B, 2 d)
     "Mean and maximum of a map over its cells."
     return torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], 1)
 
-# %% ../../nbs/2_models/2k_vision.ipynb #949a3ef7
+# %% ../../nbs/2_models/2k_vision.ipynb #6f0d24e2
 def uniform(
     g: torch.Generator,  # source of randomness
     low: float,  # smallest value
@@ -50,7 +50,7 @@ def uniform(
     "Uniform random numbers."
     return low + (high - low) * torch.rand(*shape, generator=g)
 
-# %% ../../nbs/2_models/2k_vision.ipynb #f3915a33
+# %% ../../nbs/2_models/2k_vision.ipynb #f5f7f5c0
 def random_cameras(
     n: int,  # how many
     g: torch.Generator,  # source of randomness
@@ -62,7 +62,7 @@ def random_cameras(
     turn = torch.stack([c * mirror, -s, s * mirror, c], 1).view(n, 2, 2)
     return torch.cat([turn, uniform(g, -0.24, 0.24, n, 2, 1)], 2)
 
-# %% ../../nbs/2_models/2k_vision.ipynb #47f01257
+# %% ../../nbs/2_models/2k_vision.ipynb #98271e33
 def through(
     x: torch.Tensor,  # (n, 3, H, W)
     cameras: torch.Tensor,  # (n, 2, 3)
@@ -71,7 +71,7 @@ def through(
     grid = F.affine_grid(cameras, x.shape, align_corners=False)
     return F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
 
-# %% ../../nbs/2_models/2k_vision.ipynb #e912a860
+# %% ../../nbs/2_models/2k_vision.ipynb #43c84779
 def hue_turns(
     angles: torch.Tensor,  # (n,) radians
 ) -> torch.Tensor:  # (n, 3, 3)
@@ -81,7 +81,7 @@ def hue_turns(
     c, s = angles.cos()[:, None, None], angles.sin()[:, None, None]
     return c * torch.eye(3) + s * across + (1 - c) / 3
 
-# %% ../../nbs/2_models/2k_vision.ipynb #c9be75d2
+# %% ../../nbs/2_models/2k_vision.ipynb #abb058cd
 def relight(
     x: torch.Tensor,  # (n, 3, H, W) in [-1, 1]
     g: torch.Generator,  # source of randomness
@@ -95,7 +95,7 @@ def relight(
     mixed = mixed * uniform(g, 0.7, 1.3, n, 1, 1)
     return torch.einsum("nij,njhw->nihw", mixed, x) + uniform(g, -0.3, 0.3, n, 1, 1, 1)
 
-# %% ../../nbs/2_models/2k_vision.ipynb #d216db60
+# %% ../../nbs/2_models/2k_vision.ipynb #594397e6
 def soften(
     x: torch.Tensor,  # (n, 3, H, W)
 ) -> torch.Tensor:  # (n, 3, H, W)
@@ -106,7 +106,7 @@ def soften(
         x = x[..., 1:, :] + x[..., :-1, :]
     return x / 256
 
-# %% ../../nbs/2_models/2k_vision.ipynb #b040f3e1
+# %% ../../nbs/2_models/2k_vision.ipynb #e7f726ad
 def random_lens(
     x: torch.Tensor,  # (n, 3, H, W)
     g: torch.Generator,  # source of randomness
@@ -118,7 +118,7 @@ def random_lens(
     x = x.lerp(soften(x), blur)
     return (x + uniform(g, 0, noise, n, 1, 1, 1) * torch.randn(x.shape, generator=g)).clamp(-1, 1)
 
-# %% ../../nbs/2_models/2k_vision.ipynb #3e5ceca0
+# %% ../../nbs/2_models/2k_vision.ipynb #41cf6dac
 def random_view(
     x: torch.Tensor,  # (n, 3, H, W) in [-1, 1]
     g: torch.Generator,  # source of randomness
@@ -127,7 +127,7 @@ def random_view(
     cameras = random_cameras(len(x), g)
     return random_lens(relight(through(x, cameras), g), g), cameras
 
-# %% ../../nbs/2_models/2k_vision.ipynb #557ff3e0
+# %% ../../nbs/2_models/2k_vision.ipynb #c60ad035
 def features_at(
     maps: torch.Tensor,  # (n, d, h, w)
     places: torch.Tensor,  # (n, k, 2) in [-1, 1]
@@ -136,14 +136,14 @@ def features_at(
     got = F.grid_sample(maps.float(), places[:, :, None], padding_mode="border", align_corners=False)
     return got[..., 0].transpose(1, 2)
 
-# %% ../../nbs/2_models/2k_vision.ipynb #3b8e5b29
+# %% ../../nbs/2_models/2k_vision.ipynb #03460f96
 def busyness(
     x: torch.Tensor,  # (n, 3, H, W)
 ) -> torch.Tensor:  # (n, 1, H, W)
     "How much each point differs from the median of its row; the world's backgrounds are stripes of sky and ground."
     return (x - x.median(3, keepdim=True).values).abs().mean(1, keepdim=True)
 
-# %% ../../nbs/2_models/2k_vision.ipynb #84caea51
+# %% ../../nbs/2_models/2k_vision.ipynb #ba615ab5
 def busy_places(
     x: torch.Tensor,  # (n, 3, H, W)
     g: torch.Generator,  # source of randomness
@@ -155,7 +155,7 @@ def busy_places(
     best = features_at(soften(busyness(x)), where)[..., 0].topk(k).indices
     return where.gather(1, best[..., None].expand(-1, -1, 2))
 
-# %% ../../nbs/2_models/2k_vision.ipynb #49d3a457
+# %% ../../nbs/2_models/2k_vision.ipynb #1e400e04
 def seen_at(
     points: torch.Tensor,  # (n, k, 2): places in the image
     cameras: torch.Tensor,  # (n, 2, 3)
@@ -164,7 +164,7 @@ def seen_at(
     back = torch.linalg.inv(cameras[:, :, :2])
     return torch.einsum("nij,nkj->nki", back, points - cameras[:, None, :, 2])
 
-# %% ../../nbs/2_models/2k_vision.ipynb #b48dca57
+# %% ../../nbs/2_models/2k_vision.ipynb #ee12394d
 def two_views(
     x: torch.Tensor,  # (n, 3, H, W) in [-1, 1]
     g: torch.Generator,  # source of randomness
@@ -176,7 +176,7 @@ def two_views(
     both = torch.stack([(p.abs() < 1).all(-1) for p in places]).all(0)
     return torch.cat(views), torch.cat(places), both
 
-# %% ../../nbs/2_models/2k_vision.ipynb #fd3f00e4
+# %% ../../nbs/2_models/2k_vision.ipynb #4e9a2903
 def contrast(
     a: torch.Tensor,  # (n, d)
     b: torch.Tensor,  # (n, d): row i belongs to row i of `a`
@@ -187,7 +187,7 @@ def contrast(
     s, own = a @ b.T / temperature, torch.arange(len(a), device=a.device)
     return (F.cross_entropy(s, own) + F.cross_entropy(s.T, own)) / 2
 
-# %% ../../nbs/2_models/2k_vision.ipynb #01aee1ea
+# %% ../../nbs/2_models/2k_vision.ipynb #86bd6307
 def cell_colours(
     x: torch.Tensor,  # (n, 3, 64, 64)
     side: int = 4,  # patches a cell, along each side
@@ -196,7 +196,7 @@ def cell_colours(
     small = F.avg_pool2d(x, x.shape[-1] // (8 * side))
     return small.unflatten(3, (8, side)).unflatten(2, (8, side)).permute(0, 2, 4, 1, 3, 5).flatten(3)
 
-# %% ../../nbs/2_models/2k_vision.ipynb #b9d608e6
+# %% ../../nbs/2_models/2k_vision.ipynb #dc15860d
 def loud_colours(
     x: torch.Tensor,  # (n, 3, H, W) in [-1, 1]
     levels: int = 4,  # of each channel
@@ -209,12 +209,12 @@ def loud_colours(
     counts = (reds_and_greens * busyness(x).flatten(2)) @ b.transpose(1, 2)
     return F.normalize(counts.flatten(1).float() + 1e-6, p=1)
 
-# %% ../../nbs/2_models/2k_vision.ipynb #7625678b
+# %% ../../nbs/2_models/2k_vision.ipynb #390a1199
 def _head(width, out):
     "Two layers, as SimCLR has them."
     return nn.Sequential(nn.Linear(width, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Linear(256, out))
 
-# %% ../../nbs/2_models/2k_vision.ipynb #793e9e8f
+# %% ../../nbs/2_models/2k_vision.ipynb #0d8409cd
 class TwoViews(nn.Module):
     "An encoder with the five heads that teach it."
 
@@ -246,10 +246,10 @@ class TwoViews(nn.Module):
             cells=F.l1_loss(self.detail(cells).float(), cell_colours(views)),
             colours=F.kl_div(self.loud(seen).float().log_softmax(1), loud_colours(views), reduction="batchmean"),
         )
-        weights = dict(whole=3.0)
+        weights = dict(whole=3.0, places=0.5, colours=3.0)
         return dict(loss=sum(weights.get(k, 1.0) * v for k, v in parts.items()), **parts)
 
-# %% ../../nbs/2_models/2k_vision.ipynb #dbf8a492
+# %% ../../nbs/2_models/2k_vision.ipynb #89a07959
 def save_encoder(
     encoder: nn.Module,  # a model of transformers
     folder: Path,  # made if need be
@@ -261,7 +261,7 @@ def save_encoder(
     side = dict(size=dict(shortest_edge=64), crop_size=dict(height=64, width=64))
     BitImageProcessor(image_mean=[0.5] * 3, image_std=[0.5] * 3, **side).save_pretrained(folder)
 
-# %% ../../nbs/2_models/2k_vision.ipynb #b41eace4
+# %% ../../nbs/2_models/2k_vision.ipynb #9fc6bd9f
 def train_vision(
     name: str,  # one of `vision_sizes`
     folder: Path,  # checkpoints, curve and model

@@ -79,6 +79,8 @@ FAITHFUL = {
     "size": Metric("Share of the claims about a size that hold."),
     "position": Metric("Share of the claims about a position that hold."),
     "renders": Metric("What the reader reads from clean renders."),
+    "foreground-named": Metric("Share of the cells of a thing that a linear probe of an encoder's map names."),
+    "background-unnamed": Metric("Share of the cells of no thing that the same probe leaves unnamed."),
     "reconstruction": Metric("What the reader reads from images that went through the autoencoder."),
     "diversity": Metric("Distance of images of one caption from each other.", unit="ratio", better=""),
     "likeness": Metric("Likeness of a generated image to its original.", unit="ratio", better=""),
