@@ -1,6 +1,6 @@
 "Notebooks are the source: clean, exported, documented, in order of the floors, and every one of them runs."
 
-import ast, copy, filecmp, importlib.util, inspect, json, os, re, shutil, subprocess, sys
+import copy, filecmp, importlib.util, inspect, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 from urllib.parse import unquote
 import pytest
@@ -14,10 +14,6 @@ NOTEBOOKS = sorted(
 )
 CHAPTERS = [nb for nb in NOTEBOOKS if nb.name != "index.ipynb"]
 MODULES = sorted(p for p in (ROOT / "selfalign").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
-FLOORS = {
-    name: floor
-    for floor, name in enumerate("study data models benchmarks self_align sail gmail vlm report tools".split())
-}
 
 
 def label(path):
@@ -198,44 +194,6 @@ def test_on_the_landing_page(nb):
     assert f"]({nb.relative_to(NBS).as_posix()})" in "\n".join(prose(NBS / "index.ipynb")), (
         f"index.ipynb does not link {label(nb)}"
     )
-
-
-# --- floors ------------------------------------------------------------------------------------------------------
-
-
-def imported(text, package):
-    "The `selfalign` modules that a piece of Python in `package` imports, wherever it does."
-    text = re.sub(r"^\s*[%!].*$", "", text, flags=re.M)
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Import):
-            yield from (a.name for a in node.names if a.name.startswith("selfalign."))
-        if isinstance(node, ast.ImportFrom):
-            module = importlib.util.resolve_name(
-                "." * node.level + (node.module or ""), package if node.level else None
-            )
-            if module == "selfalign":
-                yield from (f"selfalign.{a.name}" for a in node.names)
-            elif module.startswith("selfalign."):
-                yield module
-
-
-@pytest.mark.parametrize("path", MODULES + CHAPTERS, ids=label)
-def test_imports_go_down(path):
-    "Never up, never across between the chapters 4 to 7."
-    if path.suffix == ".py":
-        room, text = path.relative_to(ROOT / "selfalign").parts[0], path.read_text(encoding="utf-8")
-    else:
-        room, text = path.parent.name.split("_", 1)[1], "\n".join(source(c) for c in code_cells(path))
-    floor = FLOORS[room]
-    for module in imported(text, f"selfalign.{room}"):
-        other = module.split(".")[1]
-        if other == room or other.startswith("__"):
-            continue
-        assert other in FLOORS, f"{label(path)} imports {module}, which is on no floor"
-        assert FLOORS[other] < floor, f"{label(path)} on floor {floor} imports {module} from floor {FLOORS[other]}"
-        assert not (4 <= floor <= 7 and 4 <= FLOORS[other] <= 7), (
-            f"{label(path)} imports {module}: chapters meet only through files"
-        )
 
 
 # --- documented --------------------------------------------------------------------------------------------------
