@@ -516,7 +516,7 @@ def made():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, made):
     place = tmp_path_factory.mktemp("micro") / "checklist"
-    mc._write(place, *made, "evaluation", 64)
+    mc.write_layout(place, *made, "evaluation", 64)
     return place
 
 
@@ -644,7 +644,7 @@ def test_the_same_call_writes_the_same_bytes(made, folder, tmp_path):
     assert variants == made[1]
     few = {v: {c: rows[:1] for c, rows in by.items()} for v, by in variants.items()}
     for name in ("one", "two"):
-        mc._write(tmp_path / name, scenes, few, "evaluation", 32)
+        mc.write_layout(tmp_path / name, scenes, few, "evaluation", 32)
     listed = {p.relative_to(tmp_path / "one"): p.read_bytes() for p in (tmp_path / "one").rglob("*") if p.is_file()}
     assert listed == {
         p.relative_to(tmp_path / "two"): p.read_bytes() for p in (tmp_path / "two").rglob("*") if p.is_file()
@@ -705,7 +705,7 @@ def test_holds_reads_from_either_end():
     )
 
 
-# --- without looking ---------------------------------------------------------------------------------------------
+# --- text-only rules -----------------------------------------------------------------------------------------------
 
 
 def _checklist(folder, rows, category="Object/Size/large", name="vg"):
@@ -722,7 +722,7 @@ def test_the_rule_is_the_written_one(tmp_path):
     "Against the formula, written out anew on random texts."
     import re
     from collections import Counter
-    from selfalign.benchmarks.without_looking import annotated_texts, answer_blind, by_frequency, unused_counts
+    from selfalign.benchmarks.text_only import annotated_texts, answer_blind, by_frequency, unused_counts
 
     rng = np.random.default_rng(0)
     word = lambda: "the dog's a man lamp Yak 3 tree".split()[min(rng.geometric(0.3) - 1, 7)]
@@ -748,7 +748,7 @@ def test_the_rule_is_the_written_one(tmp_path):
 
 
 def test_what_is_asked_is_not_counted(tmp_path):
-    from selfalign.benchmarks.without_looking import annotated_texts, unused_counts
+    from selfalign.benchmarks.text_only import annotated_texts, unused_counts
 
     _checklist(
         tmp_path, [["a.jpg", dict(POS=["secret"], NEG=["x"])]] * 3 + [["b.jpg", dict(POS=["open"], NEG=["secret"])]]
@@ -766,7 +766,7 @@ def test_what_is_asked_is_not_counted(tmp_path):
 
 
 def test_lacking_files_and_damaged_rows(tmp_path):
-    from selfalign.benchmarks.without_looking import annotated_texts, answer_blind, by_length, unused_counts
+    from selfalign.benchmarks.text_only import annotated_texts, answer_blind, by_length, unused_counts
 
     _checklist(
         tmp_path,

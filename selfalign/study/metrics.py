@@ -37,10 +37,10 @@ ANSWERS = {
 FOUND = {
     "retrieval-r1": Metric("Share of image and caption pairs that find each other first, mean of both directions."),
     "zero-shot-accuracy": Metric("Share of the images whose name is the nearest of all names."),
-    "R@{}": Metric("Share of the queries with an answer of their own among the first so many."),
+    "recall@{}": Metric("Share of the queries with an answer of their own among the first so many."),
     "median rank": Metric("Rank of the best own answer, the middle one of all queries.", unit="count", better="down"),
-    "top-{}": Metric("Share of the images whose class is among the first so many."),
-    "mean per class": Metric("Mean of the shares of the classes, each counted once."),
+    "top-{} accuracy": Metric("Share of the images whose class is among the first so many."),
+    "mean per-class accuracy": Metric("Mean of the shares of the classes, each counted once."),
 }
 
 # %% ../../nbs/0_study/09_metrics.ipynb #1d71092a
@@ -93,6 +93,8 @@ WORK = {
     "words a caption": Metric("Words a caption has on average.", unit="count", better=""),
     "captions cut short": Metric("Captions longer than the model reads.", unit="count", better="down"),
     "cut off": Metric("Captions longer than the model reads.", unit="count", better=""),
+    "there": Metric("Files of a benchmark that could be had.", unit="count", better=""),
+    "named by the corpus": Metric("Files that a benchmark consists of.", unit="count", better=""),
     "listed problems": Metric("Problems that are listed with file, row and remedy.", unit="count", better="down"),
     "learning rate": Metric("Learning rate that was chosen by validation.", unit="ratio", better=""),
     "trainable-parameters": Metric("Numbers that the training changes.", unit="count", better=""),
