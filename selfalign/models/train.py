@@ -119,6 +119,51 @@ def _resume(path, module, optimiser, averages, device):
     averages.values = state["averages"]
     return state["step"], state["curve"], state["spent"]
 
+# %% ../../nbs/2_models/22_train.ipynb #57f21ed7
+class _Curve:
+    "Rows of a learning curve, and the clock of this sitting."
+
+    def __init__(self, rows, spent):
+        self.rows, self.spent, self.begun, self.running = rows, spent, time.time(), {}
+        self.sitting = rows[-1].get("sitting", 0) + 1 if rows else 0
+
+    def seconds(self):
+        return self.spent + time.time() - self.begun
+
+    def add(self, values):
+        for k, v in values.items():
+            self.running.setdefault(k, []).append(v.detach().float())
+
+    def close(self, step):
+        "A row of the means since the last one."
+        means = {k: float(torch.stack(v).mean()) for k, v in self.running.items()}
+        self.running = {}
+        self.rows.append(dict(step=step, **means, seconds=round(self.seconds(), 1), sitting=self.sitting))
+        return means
+
+# %% ../../nbs/2_models/22_train.ipynb #fd4357ff
+def _accelerator(precision):
+    "accelerate's helper of one training, whatever an earlier one in this process was."
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    keep_memory()
+    AcceleratorState._reset_state()
+    faster = fast_precision("cuda" if torch.cuda.is_available() else "cpu")
+    return Accelerator(mixed_precision=precision or faster)
+
+# %% ../../nbs/2_models/22_train.ipynb #2ed36a4c
+def _take_step(accelerator, loss, step, optimiser, weights, clip):
+    "Move the weights once; the loss and what else is to be logged."
+    with accelerator.autocast():
+        values = loss(step)
+    values = values if isinstance(values, dict) else dict(loss=values)
+    accelerator.backward(values["loss"])
+    accelerator.clip_grad_norm_(weights, clip)
+    optimiser.step()
+    optimiser.zero_grad()
+    return values
+
 # %% ../../nbs/2_models/22_train.ipynb #4e94953b
 def fit(
     module: torch.nn.Module,  # weights to train, float32
@@ -130,7 +175,7 @@ def fit(
     weight_decay: float = 0.01,  # of matrices only
     betas: tuple = (0.9, 0.99),  # how long AdamW remembers gradients and their squares
     clip: float = 1.0,  # largest gradient norm
-    eps: float = 1e-8,  # AdamW's smallest divisor
+    eps: float = 1e-8,  # AdamW's epsilon
     decay: float = 0.999,  # of the averaged weights
     warmup: float = 0.05,  # share of the steps spent warming up
     every: float = 60.0,  # seconds between checkpoints
@@ -139,61 +184,32 @@ def fit(
     precision: str = "",  # 'no' or 'bf16'; empty: the faster one here
 ) -> pd.DataFrame:  # the learning curve: step, loss, seconds, and the sitting: how often it had been resumed
     "Train in place; the averaged weights are left in `module`. Resumes from `folder` by itself."
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    keep_memory()
-    AcceleratorState._reset_state()  # an earlier training in this process may have had another precision
-    accelerator = Accelerator(
-        mixed_precision=precision or fast_precision("cuda" if torch.cuda.is_available() else "cpu")
-    )
-    folder = Path(folder)
+    accelerator, folder = _accelerator(precision), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "checkpoint.pt"
     optimiser = _optimiser(module, optimiser, lr, weight_decay, betas, eps)
     weights = [p for g in optimiser.param_groups for p in g["params"]]
     module.to(accelerator.device)
     averages = Averages(module, decay)
-    start, curve, spent = _resume(path, module, optimiser, averages, accelerator.device)
-    sitting = curve[-1].get("sitting", 0) + 1 if curve else 0
-    optimiser = accelerator.prepare(optimiser)
-    begun = saved = time.time()
-    running = {}
+    start, rows, spent = _resume(path, module, optimiser, averages, accelerator.device)
+    optimiser, curve = accelerator.prepare(optimiser), _Curve(rows, spent)
+    saved = time.time()
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=label or folder.name, mininterval=2)
     for step in bar:
         for group in optimiser.param_groups:
             group["lr"] = lr * warmup_cosine(step, steps, warmup)
-        with accelerator.autocast():
-            values = loss(step)
-        values = values if isinstance(values, dict) else dict(loss=values)
-        accelerator.backward(values["loss"])
-        accelerator.clip_grad_norm_(weights, clip)
-        optimiser.step()
-        optimiser.zero_grad()
+        curve.add(_take_step(accelerator, loss, step, optimiser, weights, clip))
         averages.update(module, step)
-        for k, v in values.items():
-            running.setdefault(k, []).append(v.detach().float())
-        if (step + 1) % log == 0 or step + 1 == steps:
-            row = {k: float(torch.stack(v).mean()) for k, v in running.items()}
-            running = {}
-            curve.append(dict(step=step + 1, **row, seconds=round(spent + time.time() - begun, 1), sitting=sitting))
-            bar.set_postfix(row)
-        if time.time() - saved > every or step + 1 == steps:
+        last = step + 1 == steps
+        if (step + 1) % log == 0 or last:
+            bar.set_postfix(curve.close(step + 1))
+        if time.time() - saved > every or last:
             saved = time.time()
-            _save(
-                dict(
-                    module=module.state_dict(),
-                    optimiser=optimiser.state_dict(),
-                    averages=averages.values,
-                    step=step + 1,
-                    curve=curve,
-                    spent=spent + saved - begun,
-                ),
-                path,
-            )
+            weights_now = dict(module=module.state_dict(), optimiser=optimiser.state_dict(), averages=averages.values)
+            _save(dict(weights_now, step=step + 1, curve=curve.rows, spent=curve.seconds()), path)
     averages.copy_to(module)
     module.eval()
-    frame = pd.DataFrame(curve)
+    frame = pd.DataFrame(curve.rows)
     frame.to_csv(folder / "training.csv", index=False)
     return frame
 
