@@ -130,10 +130,11 @@ def test_large_data_are_known_by_their_listing(tmp_path, monkeypatch):
 
 
 def test_the_manifest_says_listing(tmp_path, monkeypatch):
-    from selfalign.study import keys
+    from selfalign.study import keys, named_files
 
-    monkeypatch.setattr(keys, "data_hash", lambda p: files.data_hash(p, most_files=0))
-    monkeypatch.setattr(keys, "find_root", lambda: tmp_path)
+    monkeypatch.setattr(named_files, "data_hash", lambda p: files.data_hash(p, most_files=0))
+    monkeypatch.setenv("SELFALIGN_ROOT", str(tmp_path))
+    s.example_study(tmp_path)
     (tmp_path / "data/photos").mkdir(parents=True)
     (tmp_path / "data/photos/a.jpg").write_bytes(b"0")
     assert keys.files_of({"source": "folder:data/photos"})["data/photos"].startswith("listing:")
@@ -211,12 +212,119 @@ def test_modules_count_through_imports(study, tmp_path, monkeypatch):
 def test_files_named_by_parameters_count(study):
     (study / "data/m").mkdir(parents=True)
     (study / "data/m/w").write_text("1")
-    notebook(
-        study, "total", 'run: str = ""\nmodels: list[str] = ["open_clip:data/m?x=1", "hub/name"]\nscale: float = 1'
-    )
+    notebook(study, "total", 'run: str = ""\nmodels: list[str] = ["open_clip:data/m?x", "hub/name"]\nscale: float = 1')
     before = keys_of(resolve("smoke"))
     (study / "data/m/w").write_text("2!")
     assert changed(study, before) == ["total"]
+
+
+@pytest.fixture
+def named(study):
+    "The key of a stage whose parameter names something; the study has one stage, `total`."
+    (study / "settings.ini").write_text("[stages]\ntotal = nbs/total.ipynb\n[smoke]\n")
+    notebook(study, "total", 'run: str = ""\nsource: str = ""')
+    return lambda source: keys_of(resolve("smoke", [f"total.source={source}"]))["total"]
+
+
+@pytest.fixture
+def elsewhere(tmp_path_factory):
+    "A table and its images outside of the study."
+    folder = tmp_path_factory.mktemp("disk")
+    (folder / "images").mkdir()
+    (folder / "pairs.csv").write_text("image,caption\nimages/0.jpg,a cat\nimages/1.jpg,a dog\n")
+    for i in range(2):
+        (folder / f"images/{i}.jpg").write_bytes(b"0")
+    return folder
+
+
+def ways_to_name(study, file):
+    return [f"table:{file}", f"{file}?caption_source=human", os.path.relpath(file, study), f"table:~/{file.name}"]
+
+
+@pytest.mark.parametrize("way", range(4))
+def test_a_caption_changed_outside_the_study_counts(study, named, elsewhere, monkeypatch, way):
+    monkeypatch.setenv("HOME", str(elsewhere))
+    source = ways_to_name(study, elsewhere / "pairs.csv")[way]
+    before = named(source)
+    assert named(source) == before
+    (elsewhere / "pairs.csv").write_text("image,caption\nimages/0.jpg,a cat\nimages/1.jpg,a cow\n")
+    assert named(source) != before
+
+
+@pytest.mark.parametrize("source", ["table:{}/pairs.csv", "{}/pairs.csv?caption_source=human", "{}"])
+def test_an_image_that_a_table_names_counts(named, elsewhere, source):
+    source = source.format(elsewhere)
+    before = named(source)
+    (elsewhere / "images/other.jpg").write_bytes(b"unnamed")
+    assert (named(source) == before) == ("pairs" in source), "a table stands for the images that it names"
+    before = named(source)
+    (elsewhere / "images/1.jpg").write_bytes(b"another")
+    assert named(source) != before
+
+
+def test_an_image_in_the_folder_that_the_source_gives_counts(named, elsewhere, tmp_path_factory):
+    disk = tmp_path_factory.mktemp("large")
+    (elsewhere / "images").rename(disk / "images")
+    source = f"table:{elsewhere}/pairs.csv?images={disk}"
+    before = named(source)
+    (disk / "images/0.jpg").write_bytes(b"another")
+    assert named(source) != before
+
+
+def test_an_image_behind_a_link_counts(study, named, elsewhere, tmp_path_factory):
+    disk = tmp_path_factory.mktemp("large")
+    (elsewhere / "images").rename(disk / "images")
+    (elsewhere / "images").symlink_to(disk / "images")
+    (study / "data").mkdir()
+    (study / "data/set").symlink_to(elsewhere)
+    for source in ("table:data/set/pairs.csv", "data/set", f"{elsewhere}"):
+        before = named(source)
+        with open(disk / "images/0.jpg", "ab") as f:
+            f.write(b"more")
+        assert named(source) != before, source
+
+
+def test_an_image_that_appears_counts(named, elsewhere):
+    (elsewhere / "images/1.jpg").unlink()
+    before = named(f"{elsewhere}/pairs.csv")
+    (elsewhere / "images/1.jpg").write_bytes(b"0")
+    assert named(f"{elsewhere}/pairs.csv") != before
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("a.json", '[{"image": "images\\/0.jpg", "caption": "a cat, a .jpg file"}]'),
+        ("a.jsonl", '{"file_name": "images/0.jpg", "text": "a cat"}\n'),
+        ("a.tsv", "images/0.jpg\ta cat\n"),
+        ("results.csv", "image_name| comment_number| comment\nimages/0.jpg| 0| a cat\n"),
+        ("a.token", "images/0.jpg#0\ta cat\n"),
+        ("a.txt", "image,caption\nimages/0.jpg,a cat\n"),
+    ],
+)
+def test_images_are_found_in_every_kind_of_table(named, elsewhere, name, text):
+    (elsewhere / name).write_text(text)
+    before = named(f"{elsewhere}/{name}")
+    (elsewhere / "images/0.jpg").write_bytes(b"another")
+    assert named(f"{elsewhere}/{name}") != before
+
+
+def test_images_are_found_in_parquet(named, elsewhere):
+    pd.DataFrame({"image": ["images/0.jpg"], "n": [1]}).to_parquet(elsewhere / "a.parquet")
+    before = named(f"{elsewhere}/a.parquet")
+    (elsewhere / "images/0.jpg").write_bytes(b"another")
+    assert named(f"{elsewhere}/a.parquet") != before
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.json", "a.parquet", "a.arrow"])
+def test_a_damaged_table_is_no_obstacle(named, elsewhere, name):
+    (elsewhere / name).write_bytes(b"\xff\x00,.jpg\n{")
+    assert named(f"{elsewhere}/{name}")
+
+
+def test_a_circle_of_links_ends(named, elsewhere):
+    (elsewhere / "images/up").symlink_to(elsewhere)
+    assert named(f"{elsewhere}")
 
 
 def test_magics_are_no_obstacle(study):

@@ -47,10 +47,10 @@ def find_root() -> Path:  # the folder that holds settings.ini
 
 # %% ../../nbs/0_study/08_project.ipynb #03b4364c
 def at_root(
-    path: str | Path,  # relative to the root, or absolute
+    path: str | Path,  # relative to the root, absolute, or with ~ for one's own folder
 ) -> Path:  # the same, ready to be opened
     "Resolve a path of the settings against the root of the study"
-    return find_root() / path
+    return find_root() / Path(path).expanduser()
 
 # %% ../../nbs/0_study/08_project.ipynb #2e0d77ca
 EXAMPLE_SETTINGS = """\
