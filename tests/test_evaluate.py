@@ -4,6 +4,8 @@ from pathlib import Path
 import json
 import numpy as np, pandas as pd, pytest
 from PIL import Image
+from selfalign.benchmarks.evaluator import Retention, TwoChoice, rows_of, to_scored
+from selfalign.benchmarks.items import Benchmark, BenchmarkError
 from selfalign.benchmarks.sections import scored_arms, scored_retention, section_table
 from selfalign.benchmarks.vl_checklist import checklist_table
 from selfalign.data.captions import is_true, web_caption
@@ -26,6 +28,7 @@ from selfalign.self_align.arms import (
     trainings,
 )
 from selfalign.study.hypotheses import NUMBERS, Scored, arm_difference, compare_arms, judged, summarise, verdict_of
+from selfalign.study.metrics import metric_of
 from selfalign.study.ranking import ranks, recall_at, recall_of_pairs
 from selfalign.study.settings import StudyError, resolve
 from selfalign.study.statistics import Interval
@@ -294,11 +297,12 @@ def test_comparisons_are_corrected_together():
     of = lambda t: Scored(t, None, (0, 1, 2))
     tables = {("a", "m"): of(base + 0.3), ("b", "m"): of(base + rng.normal(0, 0.05, (3, 200))), ("c", "m"): of(base)}
     found = compare_arms(tables, [("a", "c", "m"), ("b", "c", "m"), ("z", "c", "m")])
-    assert (
-        list(found.arm) == ["a", "b"] and (found.p_holm >= found.p).all() and found.p_holm[0] < 1e-6 < found.p_holm[1]
-    )
+    assert list(found.arm) == ["a", "b"]
+    assert (found.p_holm >= found.p).all()
+    assert found.p_holm[0] < 1e-6 < found.p_holm[1]
     apart = compare_arms(tables, [("a", "c", "m"), ("b", "c", "m")], [False, True])
-    assert np.isnan(apart.p_holm[0]) and apart.p_holm[1] == apart.p[1]
+    assert np.isnan(apart.p_holm[0])
+    assert apart.p_holm[1] == apart.p[1]
 
 
 def test_seeds_are_paired_by_number_and_one_training_is_not_held_against_five():
@@ -309,10 +313,8 @@ def test_seeds_are_paired_by_number_and_one_training_is_not_held_against_five():
     whole = Scored(base, None, (0, 1, 2, 3, 4))
     difference, p, n = arm_difference(lacking, whole)
     assert difference.value == 0 and p == 1 and n == 3
-    assert (
-        arm_difference(Scored(base[[3]], None, (3,)), whole)[2] == 1
-        and arm_difference(Scored(base[[3]], None), whole)[2] == 5
-    )
+    assert arm_difference(Scored(base[[3]], None, (3,)), whole)[2] == 1
+    assert arm_difference(Scored(base[[3]], None), whole)[2] == 5
     with pytest.raises(StudyError, match="without a common seed"):
         arm_difference(Scored(base[[0]], None, (7,)), whole)
 
@@ -432,3 +434,57 @@ def test_every_row_has_interval_chance_and_n(published):
         "zero-shot",
         "word-frequency",
     } == set(results.row)
+
+
+# --- evaluators and metrics --------------------------------------------------------------------------------------
+
+
+class Constant:
+    "A model whose vectors are all the same."
+
+    encode_image = encode_text = lambda self, things: np.ones((len(things), 4), np.float32)
+
+
+def test_an_evaluator_asks_every_model_the_same_items():
+    one, two = (Retention("microworld:evaluation", 8)(Constant()) for _ in range(2))
+    assert list(one) == ["metric", "item", "value", "cluster"]
+    pd.testing.assert_frame_equal(one, two)
+    assert (one.value == 0).all(), "a tie counts against the model"
+
+
+def test_rows_become_seeds_and_items_in_any_order():
+    rows = pd.concat([rows_of("object", [s, 0, 1], cluster=list("aab")).assign(seed=s) for s in (0, 1)])
+    found = to_scored(rows.sample(frac=1, random_state=0))
+    assert found.table.tolist() == [[0, 0, 1], [1, 0, 1]]
+    assert list(found.clusters) == ["a", "a", "b"]
+    assert found.seeds == (0, 1)
+    with pytest.raises(BenchmarkError, match="not every model answered every item"):
+        to_scored(rows[:-1])
+
+
+def test_a_question_without_its_image_keeps_the_numbers_of_the_others():
+    items = pd.DataFrame(dict(key=list("abc"), category="Object/x", dataset="d", file="f", image=list("pqr")))
+    images = {"p": Image.new("RGB", (8, 8)), "q": "nowhere.png", "r": Image.new("RGB", (8, 8), "red")}
+    asked = TwoChoice(Benchmark(items.assign(positive="a cat", negative="a dog"), images, {"f": 3}, []))
+    found = asked(Constant())
+    assert sorted(set(found.item)) == [0, 2]
+    assert len(asked.problems) == 1 and asked.problems[0]["file"] == "q"
+
+
+@pytest.mark.parametrize(
+    "name, unit, better, chance",
+    [
+        ("object", "fraction", "up", 0.5),
+        ("object-blind", "fraction", "", 0.5),
+        ("R@5", "fraction", "up", None),
+        ("median rank", "count", "down", None),
+        ("retrieval-r1, corrected p", "ratio", "", None),
+    ],
+)
+def test_a_metric_is_described_once(name, unit, better, chance):
+    assert metric_of(name)[1:] == (unit, better, chance)
+
+
+def test_an_unknown_metric_is_refused_with_the_nearest_name():
+    with pytest.raises(StudyError, match="did you mean 'retrieval-r1'"):
+        metric_of("retrieval-r2")
