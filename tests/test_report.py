@@ -560,7 +560,7 @@ def test_failure_leaves_the_old_report(run, tmp_path, monkeypatch):
     def full(*a, **k):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("selfalign.report.render._tables", full)
+    monkeypatch.setattr("selfalign.report.render.copy_tables", full)
     with pytest.raises(ReportError, match="No space left"):
         render(run, tmp_path / "out")
     assert (tmp_path / "out/index.html").read_bytes() == before and {p.name for p in tmp_path.iterdir()} == {
