@@ -1,7 +1,8 @@
 "Other words for the same image: what stays true, what becomes false, and what is not touched."
 
-import re
+import json, re
 from collections import Counter
+from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings, strategies as st
 from selfalign.data.augmentation import (
@@ -15,11 +16,13 @@ from selfalign.data.augmentation import (
     holds,
     long_caption,
     positive,
+    word_groups,
 )
 from selfalign.data.captions import describe, is_true, kinds, web_caption
 from selfalign.data.claims import find_terms, lexicon, read_claims, whole_words
-from selfalign.data.microworld import Microworld
-from selfalign.data.scenes import make_scene
+from selfalign.data.microworld import Microworld, clean_caption_of
+from selfalign.data.redraw import redraw, redrawn
+from selfalign.data.scenes import make_scene, render
 from selfalign.models.writer import Writer, rewrite, start_of
 from selfalign.study.settings import StudyError
 
@@ -32,13 +35,37 @@ def test_every_word_of_the_world_has_one_meaning():
     from selfalign.data.claims import TERMS
 
     wordings = Counter(w for terms in TERMS.values() for t in terms for w in words_of(t))
-    assert max(wordings.values()) == 1 and set(wordings) == set(lexicon())
+    assert max(wordings.values()) == 1
+    assert set(wordings) == set(lexicon())
 
 
 @pytest.mark.parametrize("lists", WORD_LISTS.values(), ids=WORD_LISTS)
 def test_every_listed_word_stands_in_one_group(lists):
     words = Counter(w for groups in lists.values() for g in groups for w in g)
-    assert max(words.values()) == 1 and all(len(groups) > 1 for groups in lists.values())
+    assert max(words.values()) == 1
+    assert all(len(groups) > 1 for groups in lists.values())
+
+
+def test_words_of_a_list_are_written_in_one_line():
+    assert word_groups("red = crimson, to the left of") == (("red", "crimson"), ("to the left of",))
+
+
+def test_a_repaired_caption_is_the_one_without_noise():
+    world, clean = Microworld("study", noise=0.9), Microworld("study", noise=0)
+    for i in range(40):
+        assert clean_caption_of(world[i]["key"]) == clean[i]["caption"]
+
+
+def test_what_is_redrawn_shows_what_the_caption_claims():
+    world = Microworld("study", noise=0.9)
+    pairs = [SimpleNamespace(**world[i]) for i in range(20)]
+    once = [redrawn(p).tobytes() for p in pairs]
+    assert once == [redrawn(p).tobytes() for p in pairs]
+    assert once != [redrawn(p, seed=1).tobytes() for p in pairs]
+    for p in pairs:
+        scene = redraw(json.loads(p.claims), p.key)
+        assert is_true(json.loads(p.claims), scene)
+        assert redrawn(p).tobytes() == render(scene, p.width).tobytes()
 
 
 @pytest.mark.parametrize("kind", kinds)
@@ -94,7 +121,8 @@ def test_long_captions_can_be_checked():
         if found:
             known.append(holds(found, p["truth"]))
             assert as_text(found).startswith(p["caption"].rstrip("."))
-    assert len(known) > 50 and None not in known and {True, False} == set(known)
+    assert len(known) > 50
+    assert set(known) == {True, False}
     assert long_caption("a cat", ["a cat", "", None, 3]) is None
 
 
@@ -113,7 +141,8 @@ def test_a_negative_exchanges_one_word_of_a_kind():
                 continue
             new, kind, was, now = found
             own = next(g for g in MICROWORLD[kind] if was.lower() in g)
-            assert now not in own and any(now in g for g in MICROWORLD[kind])
+            assert now not in own
+            assert any(now in g for g in MICROWORLD[kind])
             plain = lambda t: re.sub(r"\ban\b", "a", t)
             a, b = plain(text), plain(new)
             assert any(a[: m.start()] + now + a[m.end() :] == b for m in whole_words([was]).finditer(a)), (text, new)
@@ -127,13 +156,14 @@ def test_a_positive_is_as_true_as_the_caption_and_a_negative_of_a_true_one_is_fa
         truth = scene.to_json()
         if p := positive(caption.text, str(i)):
             done[p[1]] += 1
-            assert holds(p[0], truth) == is_true(caption.claims, scene) and p[0] != caption.text
+            assert holds(p[0], truth) == is_true(caption.claims, scene)
+            assert p[0] != caption.text
         if is_true(caption.claims, scene) and (n := hard_negative(caption.text, str(i))):
             assert holds(n[0], truth) is False, (caption.text, n[0])
     assert set(done) == {"synonym", "opening", "front"}
 
 
-def test_chance_follows_from_key_and_seed():
+def test_random_choices_follow_from_key_and_seed():
     once = [hard_negative(t, str(i)) for i, t in enumerate(CAPTIONS[:50])]
     assert once == [hard_negative(t, str(i)) for i, t in reversed(list(enumerate(CAPTIONS[:50])))][::-1]
     assert once != [hard_negative(t, str(i), seed=1) for i, t in enumerate(CAPTIONS[:50])]
@@ -165,6 +195,7 @@ def test_rewriting_begins_as_asked_and_does_not_depend_on_the_batch():
     writer = Writer("transformers:data/micro/lm", tokens=8)
     texts = CAPTIONS[:9]
     alone = rewrite(writer, texts, batch=1)
-    assert alone == rewrite(writer, texts, batch=4) and all(a.startswith(start_of(t)) for a, t in zip(alone, texts))
+    assert alone == rewrite(writer, texts, batch=4)
+    assert all(a.startswith(start_of(t)) for a, t in zip(alone, texts))
     answer = rewrite(Writer("transformers:data/micro/lm", prompt="{caption}", tokens=8), texts[:1])[0]
     assert not answer.startswith(texts[0])

@@ -618,7 +618,10 @@ def outcome(source):
         assert ";" in str(e), f"no remedy: {e}"
         return str(e), None
     for p in seen["problems"]:
-        assert p["file"] and p["what"] and p["remedy"] and set(p) == {"file", "row", "what", "remedy"}
+        assert p["file"]
+        assert p["what"]
+        assert p["remedy"]
+        assert set(p) == {"file", "row", "what", "remedy"}
     return " | ".join(f"{p['file']} {p['row']}: {p['what']}; {p['remedy']}" for p in seen["problems"]), {
         r["caption"] for r in (pairs[i] for i in range(len(pairs))) if r["image"]
     }
@@ -631,9 +634,11 @@ def test_bad_file(tmp_path, reader, what, name, content, said, stay):
     if not stay:
         assert usable is None or not usable & CAPTIONS or message, "neither refused nor listed"
     elif stay is True:
-        assert usable is not None and CAPTIONS <= usable, f"good pairs are lost: {message}"
+        assert usable is not None, f"good pairs are lost: {message}"
+        assert CAPTIONS <= usable, f"good pairs are lost: {message}"
     elif stay == "first":
-        assert usable and "a good cat" in usable, f"the pairs before the damage are lost: {message}"
+        assert usable, f"the pairs before the damage are lost: {message}"
+        assert "a good cat" in usable, f"the pairs before the damage are lost: {message}"
     if usable is None:
         assert Path(source.split(":", 1)[1]).name in message or name in message, f"the file is not named: {message}"
     if said:
@@ -643,7 +648,8 @@ def test_bad_file(tmp_path, reader, what, name, content, said, stay):
             f"no row: {message[:500]}"
         )
     elif stay is False:
-        assert message and (usable is None or not usable)
+        assert message
+        assert usable is None or not usable
     assert "Traceback" not in message
 
 
@@ -657,7 +663,8 @@ def test_how_many():
         for reader, _, name, content, *_ in CASES
     }
     print(f"{len(CASES)} cases, {len(different)} different bad files:", dict(Counter(reader for reader, *_ in CASES)))
-    assert len(different) >= 200 and {r for r, *_ in CASES} == {*FORMS, "folder", "webdataset", "parquet", "arrow"}
+    assert len(different) >= 200
+    assert {r for r, *_ in CASES} == {*FORMS, "folder", "webdataset", "parquet", "arrow"}
 
 
 # --- random and mutated files -----------------------------------------------------------------------------------------
@@ -735,7 +742,8 @@ def test_found_by_looking(tmp_path, reader):
     else:
         (tmp_path / VALID[reader][0]).write_bytes(VALID[reader][1])
     message, usable = outcome(str(tmp_path))
-    assert usable == CAPTIONS and not message, message
+    assert usable == CAPTIONS, message
+    assert not message, message
 
 
 def test_two_things_are_not_guessed(tmp_path):
@@ -750,8 +758,6 @@ def test_a_million_problems_are_a_short_list():
     for i in range(3000):
         problems.add("a.json", i, f"the image is not there: {i}", "fetch it")
     problems.add("a.json", 1, "no caption", "write one")
-    assert (
-        len(problems) == Problems.limit + 2
-        and problems.total == 3001
-        and "2,000 more" in problems[Problems.limit]["what"]
-    )
+    assert len(problems) == Problems.limit + 2
+    assert problems.total == 3001
+    assert "2,000 more" in problems[Problems.limit]["what"]

@@ -39,7 +39,9 @@ def encoded(img, kind="PNG", **kw):
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF"])
 def test_formats_open_as_rgb(kind):
     img = open_image(encoded(image(), kind))
-    assert img.mode == "RGB" and img.size == (40, 24) and img.info == dict(remarks=[])
+    assert img.mode == "RGB"
+    assert img.size == (40, 24)
+    assert img.info == dict(remarks=[])
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF"])
@@ -48,7 +50,8 @@ def test_truncated_is_a_problem(kind, share):
     data = encoded(image((200, 200)), kind)
     with pytest.raises(ImageProblem) as e:
         open_image(data[: int(len(data) * share)])
-    assert e.value.what and e.value.remedy
+    assert e.value.what
+    assert e.value.remedy
 
 
 @pytest.mark.parametrize(
@@ -88,13 +91,12 @@ def test_bombs_refused_before_unpacking(side):
 
 def test_cmyk_sixteen_bit_alpha_and_animation_are_remarked():
     cmyk = open_image(encoded(image(mode="CMYK"), "JPEG"))
-    assert cmyk.mode == "RGB" and "CMYK" in cmyk.info["remarks"][0]
+    assert cmyk.mode == "RGB"
+    assert "CMYK" in cmyk.info["remarks"][0]
     grey = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
     deep = open_image(encoded(Image.fromarray(grey)))
-    assert (
-        np.abs(np.asarray(deep)[..., 0].astype(int) - np.round(grey / 257).astype(int)).max() <= 1
-        and "scaled to 8 bits" in deep.info["remarks"][0]
-    )
+    assert np.abs(np.asarray(deep)[..., 0].astype(int) - np.round(grey / 257).astype(int)).max() <= 1
+    assert "scaled to 8 bits" in deep.info["remarks"][0]
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     assert open_image(encoded(clear)).getpixel((0, 0)) == (255, 255, 255)
     moving = open_image(encoded(image(), "GIF", save_all=True, append_images=[image(seed=1), image(seed=2)]))
@@ -130,7 +132,8 @@ def test_crop_equals_the_transforms_of_clip():
 
 def test_proportions_kept_when_padded():
     disc = fit_square(Image.new("RGB", (128, 64), "red"), 64, "pad")
-    assert np.all(np.asarray(disc)[16:48] == (255, 0, 0)) and np.all(np.asarray(disc)[:15] == 128)
+    assert np.all(np.asarray(disc)[16:48] == (255, 0, 0))
+    assert np.all(np.asarray(disc)[:15] == 128)
 
 
 def test_png_is_whole_or_not_there(tmp_path):
@@ -147,14 +150,12 @@ def test_png_is_whole_or_not_there(tmp_path):
 @given(st.text(min_size=1))
 def test_file_names_stay_in_their_folder(key):
     name = file_name(key)
-    assert (
-        "/" not in name
-        and "\\" not in name
-        and not name.startswith(".")
-        and len(name) < 120
-        and name.isascii()
-        and name.isprintable()
-    )
+    assert "/" not in name
+    assert "\\" not in name
+    assert not name.startswith(".")
+    assert len(name) < 120
+    assert name.isascii()
+    assert name.isprintable()
 
 
 def test_different_keys_have_different_file_names():
@@ -195,7 +196,8 @@ def test_clean_captions_are_harmless(text):
 def test_hostile_captions(text, clean, remark):
     got, remarks = clean_caption(text)
     assert clean is None or got == clean
-    assert any(remark in r for r in remarks) and len(got) <= 4096
+    assert any(remark in r for r in remarks)
+    assert len(got) <= 4096
 
 
 def test_ordinary_captions_are_left_alone():
@@ -226,11 +228,14 @@ def test_check_pairs_lists_everything(tmp_path):
         (None, "a.png", "no key"),
     ]
     kept, problems = check_pairs(pd.DataFrame(rows, columns=["key", "image", "caption"]), tmp_path)
-    assert list(kept.key) == ["a", "f"] and kept.caption[1] == "bold" and list(kept.columns) == list(PAIR_COLUMNS)
+    assert list(kept.key) == ["a", "f"]
+    assert kept.caption[1] == "bold"
+    assert list(kept.columns) == list(PAIR_COLUMNS)
     what = " | ".join(p["what"] for p in problems)
     for said in ("duplicate key", "is not there", "leaves the folder", "no caption", "HTML removed", "no key"):
         assert said in what
-    assert len(problems) == 7 and all(p["remedy"] for p in problems)
+    assert len(problems) == 7
+    assert all(p["remedy"] for p in problems)
 
 
 def test_missing_columns_name_the_nearest():
@@ -250,7 +255,8 @@ def test_links_out_of_the_folder_are_refused(tmp_path):
 def test_subsets_are_disjoint_and_stable(keys, seed):
     size = len(keys) // 3
     subsets = disjoint_subsets(keys, 3, size, seed)
-    assert [len(s) for s in subsets] == [size] * 3 and len({k for s in subsets for k in s}) == 3 * size
+    assert [len(s) for s in subsets] == [size] * 3
+    assert len({k for s in subsets for k in s}) == 3 * size
     assert subsets == disjoint_subsets(list(keys)[::-1], 3, size, seed)
 
 
@@ -267,7 +273,8 @@ def test_order_is_that_of_the_hashes(keys, seed):
 
     keys = list(keys)
     by_hash = sorted(keys, key=lambda k: hashlib.sha256(f"{seed}/{k}".encode("utf-8", "surrogatepass")).digest())
-    assert seeded_order(keys, seed) == by_hash and [keys[i] for i in seeded_positions(iter(keys), seed)] == by_hash
+    assert seeded_order(keys, seed) == by_hash
+    assert [keys[i] for i in seeded_positions(iter(keys), seed)] == by_hash
 
 
 def test_splits_follow_scenes():
@@ -275,9 +282,8 @@ def test_splits_follow_scenes():
         [dict(key=f"{s}-{i}", image="x", caption="c", scene=f"s{s}") for s in range(50) for i in range(s % 4 + 1)]
     )
     split = split_by_scene(df, dict(train=0.8, validation=0.1, test=0.1), 3)
-    assert split.groupby(df.scene).nunique().max() == 1 and df.scene.groupby(split).nunique().to_dict() == dict(
-        train=40, validation=5, test=5
-    )
+    assert split.groupby(df.scene).nunique().max() == 1
+    assert df.scene.groupby(split).nunique().to_dict() == dict(train=40, validation=5, test=5)
     with pytest.raises(PairsError, match="add up"):
         split_by_scene(df, dict(train=0.8), 0)
 
@@ -343,29 +349,33 @@ def hostile(tmp_path):
 
 def test_hostile_archive_is_listed(hostile):
     what = {p["row"]: p["what"] for p in hostile.problems}
-    assert "leaves the archive" in what["../../evil.png"] and "leaves the archive" in what["/etc/evil.txt"]
-    assert "link" in what["0009.png"] and "link" in what["0010.png"] and "no plain file" in what["0011.png"]
-    assert what["0005"] == "no image" and what["0004"] == "no caption" and what["0001"] == "duplicate key"
+    assert "leaves the archive" in what["../../evil.png"]
+    assert "leaves the archive" in what["/etc/evil.txt"]
+    assert "link" in what["0009.png"]
+    assert "link" in what["0010.png"]
+    assert "no plain file" in what["0011.png"]
+    assert what["0005"] == "no image"
+    assert what["0004"] == "no caption"
+    assert what["0001"] == "duplicate key"
     assert sorted(hostile.keys) == ["0000", "0001", "0002", "0003", "0006", "0007", "0008", "0020"]
 
 
 def test_records_of_an_archive(hostile):
     records = {r["key"]: r for r in hostile}
-    assert records["0002"]["image"] is None and "empty" in records["0002"]["problem"]["what"]
-    assert any("UTF-8" in r for r in records["0003"]["remarks"]) and any(
-        "JSON" in r for r in records["0007"]["remarks"]
-    )
+    assert records["0002"]["image"] is None
+    assert "empty" in records["0002"]["problem"]["what"]
+    assert any("UTF-8" in r for r in records["0003"]["remarks"])
+    assert any("JSON" in r for r in records["0007"]["remarks"])
     six = records["0006"]
     assert (six["caption"], six["scene"], json.loads(six["captions"]), six["aligned"]) == (
         "from json",
         "s",
         ["p", "q"],
         None,
-    ) and six["remarks"] == ["named .jpg but holds PNG"]
-    assert (
-        read_image(six["reference"], ".").tobytes() == six["image"].tobytes()
-        and image_place(six["reference"])[1] == "0006.jpg"
     )
+    assert six["remarks"] == ["named .jpg but holds PNG"]
+    assert read_image(six["reference"], ".").tobytes() == six["image"].tobytes()
+    assert image_place(six["reference"])[1] == "0006.jpg"
 
 
 def test_draw_lists_what_it_leaves_out(hostile, tmp_path):
@@ -377,7 +387,8 @@ def test_draw_lists_what_it_leaves_out(hostile, tmp_path):
         assert said in what
     taken = list(draw(hostile, 6))
     assert len({r["sha256"] for r in taken}) == 6
-    assert pair_row(taken[0], 0, tmp_path)["image"].endswith((".png", ".jpg")) and not (tmp_path / "images").exists()
+    assert pair_row(taken[0], 0, tmp_path)["image"].endswith((".png", ".jpg"))
+    assert not (tmp_path / "images").exists()
 
 
 def test_truncated_archive_keeps_what_came_before(tmp_path):
@@ -385,7 +396,8 @@ def test_truncated_archive_keeps_what_came_before(tmp_path):
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
     source = open_pairs(f"webdataset:{path}")
-    assert 0 < len(source) < 5 and any("damaged" in p["what"] for p in source.problems)
+    assert 0 < len(source) < 5
+    assert any("damaged" in p["what"] for p in source.problems)
     assert all(r["image"] or r["problem"] for r in source)
 
 
@@ -399,10 +411,8 @@ def test_what_is_no_archive(tmp_path, content):
 def test_patterns_name_shards(tmp_path):
     for i in range(3):
         shard(tmp_path / f"{i:05d}.tar", sample(i))
-    assert (
-        len(open_pairs(f"webdataset:{tmp_path}/{{00000..00001}}.tar")) == 2
-        and len(open_pairs(f"webdataset:{tmp_path}/*.tar")) == 3
-    )
+    assert len(open_pairs(f"webdataset:{tmp_path}/{{00000..00001}}.tar")) == 2
+    assert len(open_pairs(f"webdataset:{tmp_path}/*.tar")) == 3
     with pytest.raises(SourceError, match="holds 00000.tar"):
         open_pairs(f"webdataset:{tmp_path}/none-*.tar")
 
@@ -425,7 +435,8 @@ def test_sources_refused(source, said):
 
 def test_microworld_is_the_same_every_time():
     a, b = open_pairs("microworld:study?noise=0.5&count=40"), open_pairs("microworld:study?noise=0.5&count=40")
-    assert len(a) == 40 and a.keys == [r["key"] for r in a]
+    assert len(a) == 40
+    assert a.keys == [r["key"] for r in a]
     assert [(r["caption"], r["aligned"], pixel_hash(r["image"])) for r in a if r["image"]] == [
         (r["caption"], r["aligned"], pixel_hash(r["image"])) for r in b if r["image"]
     ]

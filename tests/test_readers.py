@@ -64,7 +64,8 @@ def test_tables_of_pandas(tmp_path):
     )
     df.to_csv(tmp_path / "train_with_cap.csv", sep="\t", index=False)
     pairs = open_pairs(str(tmp_path))
-    assert [pairs[i]["caption"] for i in range(len(pairs))] == list(df.caption) and list(pairs.keys) == list(df.file)
+    assert [pairs[i]["caption"] for i in range(len(pairs))] == list(df.caption)
+    assert list(pairs.keys) == list(df.file)
 
 
 # --- written and opened by looking ------------------------------------------------------------------------------------
@@ -102,7 +103,8 @@ def test_round_trip(tmp_path, format, key):
     written = records(5, key)
     assert write_pairs(written, tmp_path / "x", format) == []
     pairs = open_pairs(str(tmp_path / "x"))
-    assert [said(r) for r in pairs] == [said(r) for r in written] and pairs.problems == []
+    assert [said(r) for r in pairs] == [said(r) for r in written]
+    assert pairs.problems == []
     assert all(read_image(r["reference"], ".").tobytes() == w["image"].tobytes() for r, w in zip(pairs, written))
 
 
@@ -116,11 +118,9 @@ def test_kinds_of_captions_are_kept(tmp_path, format):
 @pytest.mark.parametrize("key", ["../up{}", "a/b{}.jpg", ".hidden{}", "a.b{}", "ü {}"])
 def test_odd_keys_stay_in_the_folder(tmp_path, format, key):
     write_pairs(records(3, key), tmp_path / "in/x", format)
-    assert (
-        len(open_pairs(str(tmp_path / "in/x"))) == 3
-        and [p.name for p in tmp_path.iterdir()] == ["in"]
-        and [p.name for p in (tmp_path / "in").iterdir()] == ["x"]
-    )
+    assert len(open_pairs(str(tmp_path / "in/x"))) == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+    assert [p.name for p in (tmp_path / "in").iterdir()] == ["x"]
 
 
 @pytest.mark.parametrize("format", layouts)
@@ -148,9 +148,8 @@ def test_damaged_pairs_are_not_written(tmp_path):
     good = records(3)
     good[1] = make_record("bad", b"", "bad.jpg", "x.tar", caption="a cat")
     problems = write_pairs(good, tmp_path / "x")
-    assert [(p["row"], p["what"]) for p in problems] == [("bad", "the file is empty")] and list(
-        open_pairs(str(tmp_path / "x")).keys
-    ) == ["k0", "k2"]
+    assert [(p["row"], p["what"]) for p in problems] == [("bad", "the file is empty")]
+    assert list(open_pairs(str(tmp_path / "x")).keys) == ["k0", "k2"]
 
 
 def test_other_libraries_read_the_shards(tmp_path):
@@ -168,9 +167,8 @@ def test_more_than_one_shard(tmp_path):
     from selfalign.data.writers import write_shards
 
     write_shards(iter(records(7)), tmp_path, per_shard=3)
-    assert len(list(tmp_path.glob("*.tar"))) == 3 and list(open_pairs(str(tmp_path)).keys) == [
-        f"k{i}" for i in range(7)
-    ]
+    assert len(list(tmp_path.glob("*.tar"))) == 3
+    assert list(open_pairs(str(tmp_path)).keys) == [f"k{i}" for i in range(7)]
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------------
@@ -191,17 +189,13 @@ def test_both_layouts_of_llava(tmp_path, below):
         )
     )
     pairs = open_pairs(str(tmp_path))
-    assert (
-        pairs.source.kind == "llava"
-        and pairs[0]["caption"] == "a mattress"
-        and pairs[0]["image"].size == (5, 4)
-        and pairs.problems == []
-    )
+    assert pairs.source.kind == "llava"
+    assert pairs[0]["caption"] == "a mattress"
+    assert pairs[0]["image"].size == (5, 4)
+    assert pairs.problems == []
     meta = tmp_path / "blip_laion_cc_sbu_558k_meta.json"
-    assert (
-        open_pairs(str(meta))[0]["caption"] == "a bed"
-        and open_pairs(f"llava:{meta}?caption_column=caption&caption_source=web")[0]["caption"] == "web text"
-    )
+    assert open_pairs(str(meta))[0]["caption"] == "a bed"
+    assert open_pairs(f"llava:{meta}?caption_column=caption&caption_source=web")[0]["caption"] == "web text"
 
 
 def test_sidecars_of_img2dataset_do_not_confuse(tmp_path):
@@ -268,7 +262,9 @@ def test_memory_does_not_grow_with_the_pairs(tmp_path):
     many = pairs(60_000)
     held, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert len(many) == 60_000 and held < 60_000 * 40 and peak < 20e6
+    assert len(many) == 60_000
+    assert held < 60_000 * 40
+    assert peak < 20e6
 
 
 def test_opening_looks_for_few_images(tmp_path, monkeypatch):
@@ -277,8 +273,10 @@ def test_opening_looks_for_few_images(tmp_path, monkeypatch):
     pairs = TablePairs(
         "x", "x", (as_row(f"[{i}]", i, f"{i}.jpg", "a cat") for i in range(5000)), [tmp_path, tmp_path / "images"]
     )
-    assert len(looked) == 128 and "none of the first images is there" in pairs.problems[0]["what"]
-    assert pairs.coverage()["there"] == 0 and len(looked) == 128 + 5000
+    assert len(looked) == 128
+    assert "none of the first images is there" in pairs.problems[0]["what"]
+    assert pairs.coverage()["there"] == 0
+    assert len(looked) == 128 + 5000
 
 
 def test_temporary_files_go_with_the_pairs(tmp_path):

@@ -1,4 +1,4 @@
-"Select: who filters and who judges, how many, which, and what dice and the truth would keep."
+"Select: who filters and who judges, how many, which, and what a random drop and the truth would keep."
 
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
@@ -30,8 +30,10 @@ def table(n=60, groups=3, seed=0, truth=True):
 
 
 def test_the_other_one_judges():
-    assert choose_scorers(BOTH) == tuple(BOTH) and choose_scorers(pd.Series(BOTH * 3), BOTH[1]) == tuple(BOTH[::-1])
-    assert choose_scorers(BOTH, "judge") == tuple(BOTH[::-1]) and choose_scorers(BOTH[:1]) == (BOTH[0], None)
+    assert choose_scorers(BOTH) == tuple(BOTH)
+    assert choose_scorers(pd.Series(BOTH * 3), BOTH[1]) == tuple(BOTH[::-1])
+    assert choose_scorers(BOTH, "judge") == tuple(BOTH[::-1])
+    assert choose_scorers(BOTH[:1]) == (BOTH[0], None)
     assert choose_scorers([*BOTH, "open_clip:x/y"], "x/y") == ("open_clip:x/y", BOTH[0])
 
 
@@ -43,9 +45,8 @@ def test_unknown_scorer():
 
 
 def test_short_names():
-    assert [short_name(b) for b in BOTH] == ["clip", "judge"] and short_name(
-        "open_clip:ViT-B-32/openai"
-    ) == "ViT-B-32/openai"
+    assert [short_name(b) for b in BOTH] == ["clip", "judge"]
+    assert short_name("open_clip:ViT-B-32/openai") == "ViT-B-32/openai"
 
 
 # --- how many ----------------------------------------------------------------------------------------------------
@@ -89,7 +90,9 @@ def test_selections_of_one_size(n, groups, keep, seed):
     kept = select(t, keep, seed=seed)
     quota = how_many(t.score, t.group, keep)
     for k in kept.values():
-        assert k.dtype == bool and k.index.equals(t.index) and (k.groupby(t.group).sum() == quota).all()
+        assert k.dtype == bool
+        assert k.index.equals(t.index)
+        assert (k.groupby(t.group).sum() == quota).all()
     for g, part in t.groupby("group"):
         if (~kept["selected"][part.index]).any():
             assert part.score[kept["selected"]].min() >= part.score[~kept["selected"]].max()
@@ -125,11 +128,12 @@ def test_the_order_of_the_table_does_not_matter():
         assert set(t.key[k]) == set(shuffled.key[select(shuffled, seed=7)[name]])
 
 
-def test_seeds_change_the_lot_only():
+def test_seeds_change_the_random_drop_only():
     t = table()
     t["score"] += np.arange(len(t)) * 1e-3
     one, two = select(t, seed=1), select(t, seed=2)
-    assert (one["selected"] == two["selected"]).all() and (one["random-drop"] != two["random-drop"]).any()
+    assert (one["selected"] == two["selected"]).all()
+    assert (one["random-drop"] != two["random-drop"]).any()
 
 
 def test_random_drop_is_fair():
@@ -141,11 +145,10 @@ def test_random_drop_is_fair():
 def test_long_table():
     t = table()
     long = selection_table(t, select(t, 0.4))
-    assert (
-        list(long.columns) == ["key", "selection", "kept", "score"]
-        and long.groupby("selection").size().eq(len(t)).all()
-    )
-    assert long.kept.dtype == bool and not long.duplicated(["key", "selection"]).any()
+    assert list(long.columns) == ["key", "selection", "kept", "score"]
+    assert long.groupby("selection").size().eq(len(t)).all()
+    assert long.kept.dtype == bool
+    assert not long.duplicated(["key", "selection"]).any()
 
 
 # --- what it is worth --------------------------------------------------------------------------------------------
@@ -157,7 +160,8 @@ def test_difference():
     a = x > 0
     b = rng.random(400) < 0.5
     i = difference(x, a, b, np.arange(400))
-    assert i.value == pytest.approx(x[a].mean() - x[b].mean()) and i.low < i.value < i.high and i.low > 0
+    assert i.value == pytest.approx(x[a].mean() - x[b].mean())
+    assert 0 < i.low < i.value < i.high
     same = difference(x, a, a, np.arange(400))
     assert same.value == same.low == same.high == 0
 
@@ -167,17 +171,16 @@ def test_difference_resamples_scenes():
     a = np.tile([True] * 5 + [False] * 5, 40)
     value = x + a
     wide, narrow = difference(value, a, ~a, np.arange(400)), difference(value, a, ~a, np.repeat(np.arange(40), 10))
-    assert narrow.value == wide.value == pytest.approx(1) and narrow.high - narrow.low < 1e-9 < wide.high - wide.low
+    assert narrow.value == wide.value == pytest.approx(1)
+    assert narrow.high - narrow.low < 1e-9 < wide.high - wide.low
 
 
 def test_precision_curve():
     t = table(200, 1)
     curve = precision_curve(t.score, t.faithful, 20)
-    assert (
-        curve.keep.iloc[-1] == 1
-        and curve.precision.iloc[-1] == pytest.approx(t.faithful.mean())
-        and curve.keep.is_monotonic_increasing
-    )
+    assert curve.keep.iloc[-1] == 1
+    assert curve.precision.iloc[-1] == pytest.approx(t.faithful.mean())
+    assert curve.keep.is_monotonic_increasing
     for c in curve.itertuples():
         assert c.precision == pytest.approx(precision_at(t[["score", "faithful"]], c.keep))
     assert (precision_curve(t.faithful, t.faithful).precision.to_numpy() >= curve.precision.max() - 1).all()
@@ -191,4 +194,5 @@ def test_filtering_and_judging_by_one_model_deceives():
     t = pd.DataFrame(dict(key=[str(i) for i in range(20_000)], group=0, score=a))
     k = select(t, 0.5)["selected"]
     rise = lambda x: x[k].mean() - x.mean()
-    assert rise(a) == pytest.approx(2 * rise(q), rel=0.1) and rise(b) == pytest.approx(rise(q), rel=0.1)
+    assert rise(a) == pytest.approx(2 * rise(q), rel=0.1)
+    assert rise(b) == pytest.approx(rise(q), rel=0.1)
