@@ -7,6 +7,7 @@ __all__ = ['new_clip', 'save_clip', 'new_judge', 'save_judge', 'validate', 'trai
 
 # %% ../../nbs/2_models/26_contrastive.ipynb #494f4204
 import json
+from functools import partial
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -106,6 +107,21 @@ def _features(model, pixels, tokens):
     y = model.text_model(input_ids=tokens).pooler_output
     return F.normalize(x, dim=-1), F.normalize(y, dim=-1)
 
+# %% ../../nbs/2_models/26_contrastive.ipynb #b6a94a26
+def _validation_questions(n):
+    "Captions of the first scenes of the pool `validation`, and the same with another first object."
+    from dataclasses import replace
+    from selfalign.data.captions import probe_caption
+    from selfalign.data.scenes import make_scene, objects
+
+    rng, scenes = np.random.default_rng(0), [make_scene("validation", i) for i in range(n)]
+
+    def other(s):
+        swapped = replace(s.things[0], object=rng.choice([o for o in objects if o != s.things[0].object]))
+        return replace(s, things=(swapped,) + s.things[1:])
+
+    return [probe_caption(s).text for s in scenes], [probe_caption(other(s)).text for s in scenes]
+
 # %% ../../nbs/2_models/26_contrastive.ipynb #09f20a88
 @torch.no_grad()
 def validate(
@@ -114,18 +130,7 @@ def validate(
     n: int = 500,  # scenes of the pool `validation`
 ) -> dict:  # shares: 'r1' and 'object'
     "R@1 among `n` images and their captions, and object accuracy in two-choice questions."
-    from selfalign.data.captions import probe_caption
-    from selfalign.data.scenes import make_scene, objects
-    from dataclasses import replace
-
-    rng, scenes = np.random.default_rng(0), [make_scene("validation", i) for i in range(n)]
-
-    def other(s):
-        swapped = replace(s.things[0], object=rng.choice([o for o in objects if o != s.things[0].object]))
-        return replace(s, things=(swapped,) + s.things[1:])
-
-    texts = [probe_caption(s).text for s in scenes]
-    wrong = [probe_caption(other(s)).text for s in scenes]
+    texts, wrong = _validation_questions(n)
     device = next(model.parameters()).device
     x = to_tensor(rendered_images("validation", n)).to(device)
     i, t = _features(model, x, tokenize(texts, tokenizer).to(device))
@@ -167,8 +172,6 @@ def train_contrastive(
         return value
 
     fit(model, loss, steps, folder, lr=lr, weight_decay=0.1, betas=(0.9, 0.98), decay=0.99, label=name)
-    if name == "clip":
-        save_clip(model, config, tokenizer, Path(folder) / "model")
-    else:
-        save_judge(model, tokenizer, Path(folder) / "model")
+    save = partial(save_clip, model, config) if name == "clip" else partial(save_judge, model)
+    save(tokenizer, Path(folder) / "model")
     return model

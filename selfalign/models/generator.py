@@ -28,9 +28,8 @@ class WordKeeper(torch.nn.Module):
         from transformers import CLIPTextConfig, CLIPTextModel
 
         self.tokens = tokens
-        self.text = CLIPTextModel(
-            CLIPTextConfig(num_hidden_layers=3, hidden_act="gelu", projection_dim=128, **text_config(tokens))
-        )
+        shape = dict(num_hidden_layers=3, hidden_act="gelu", projection_dim=128)
+        self.text = CLIPTextModel(CLIPTextConfig(**shape, **text_config(tokens)))
         self.bag = torch.nn.Linear(128, tokens)
         self.last = torch.nn.ModuleList(torch.nn.Linear(128, tokens) for _ in range(last))
 
@@ -191,6 +190,13 @@ def velocity_loss(
     v = unet((a * z + s * eps).to(device), t.to(device), context.float().to(device)).sample
     return F.mse_loss(v.float(), (a * eps - s * z).to(device))
 
+# %% ../../nbs/2_models/28_generator.ipynb #120f5e4a
+def _filtered_pairs(autoencoder, text, clip_folder, n, keep, noise):
+    "Latents of the web pairs that the clip leaves, and what the text encoder makes of their captions."
+    data, texts = rendered_images("generator", n), caption_texts("generator", n, noise)
+    rows = clip_filter(clip_folder, data, texts, keep)
+    return encode_latents(autoencoder, data[rows]), encode_captions(text, [texts[i] for i in rows], vocabulary())
+
 # %% ../../nbs/2_models/28_generator.ipynb #c9525f10
 def train_generator(
     folder: Path,  # checkpoints, curve and model
@@ -211,17 +217,9 @@ def train_generator(
     from diffusers.models.attention_processor import AttnProcessor
     from transformers import CLIPTextModel
 
-    autoencoder, tokenizer = (
-        AutoencoderTiny.from_pretrained(autoencoder_folder, torch_dtype=torch.float32).eval(),
-        vocabulary(),
-    )
-    data, texts = rendered_images("generator", n), caption_texts("generator", n, noise)
+    autoencoder = AutoencoderTiny.from_pretrained(autoencoder_folder, torch_dtype=torch.float32).eval()
     text = CLIPTextModel.from_pretrained(text_folder, dtype=torch.float32).eval().requires_grad_(False)
-    rows = clip_filter(clip_folder, data, texts, keep)
-    latents, context = (
-        encode_latents(autoencoder, data[rows]),
-        encode_captions(text, [texts[i] for i in rows], tokenizer),
-    )
+    latents, context = _filtered_pairs(autoencoder, text, clip_folder, n, keep, noise)
     scale = float(1 / latents.std())
     latents *= scale
     autoencoder.register_to_config(scaling_factor=autoencoder.config.scaling_factor * scale)
@@ -238,7 +236,7 @@ def train_generator(
         return velocity_loss(unet, latents[pick], context[said], alphas, g)
 
     fit(unet, loss, steps, folder, lr=lr, optimiser="muon", decay=0.998, every=120, log=50, label="generator")
-    pipe = pipeline(unet, text, autoencoder, tokenizer)
+    pipe = pipeline(unet, text, autoencoder, vocabulary())
     pipe.save_pretrained(Path(folder) / "model", safe_serialization=True)
     return pipe
 
@@ -265,6 +263,16 @@ def pipeline(
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
+# %% ../../nbs/2_models/28_generator.ipynb #cd0e3ede
+def _single_captions(n, start):
+    "Probe captions of the first `n` single-object scenes of the pool `validation` from number `start` on."
+    from itertools import count, islice
+    from selfalign.data.captions import probe_caption
+    from selfalign.data.scenes import make_scene
+
+    scenes = (make_scene("validation", i) for i in count(start))
+    return [probe_caption(s) for s in islice((s for s in scenes if len(s.things) == 1), n)]
+
 # %% ../../nbs/2_models/28_generator.ipynb #f1245a91
 @torch.no_grad()
 def quick_faithfulness(
@@ -276,23 +284,10 @@ def quick_faithfulness(
     reader=None,  # a `Reader`; without one, the committed one
 ) -> dict:  # shares of object, colour, size, position read back
     "Generate from full captions and read the images back."
-    from selfalign.data.captions import probe_caption
-    from selfalign.data.scenes import make_scene
     from selfalign.models.reader import verdict
 
-    captions, i = [], start
-    while len(captions) < n:
-        scene = make_scene("validation", i)
-        i += 1
-        if len(scene.things) == 1:
-            captions.append(probe_caption(scene))
-    generators = [torch.Generator().manual_seed(k) for k in range(n)]
-    images = pipe(
-        [c.text for c in captions],
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        generator=generators,
-        height=64,
-        width=64,
-    ).images
+    captions = _single_captions(n, start)
+    size = dict(height=64, width=64, num_inference_steps=steps, guidance_scale=guidance)
+    seeds = [torch.Generator().manual_seed(k) for k in range(n)]
+    images = pipe([c.text for c in captions], generator=seeds, **size).images
     return verdict(images, [c.claims for c in captions], reader).mean().round(3).to_dict()

@@ -38,6 +38,10 @@ recipes = {
     "judge": Recipe(
         700, "web pairs of the pool `judge`, with their noise", "SigLIP dual encoder, sigmoid loss", ("vocabulary",)
     ),
+}
+
+# %% ../../nbs/2_models/2a_pretrain.ipynb #a8984921
+recipes |= {
     "autoencoder": Recipe(2400, "images of the pool `generator`", "the generator's autoencoder", part=True),
     "caption-encoder": Recipe(
         800,
@@ -52,9 +56,15 @@ recipes = {
         "Stable Diffusion pipeline",
         ("vocabulary", "autoencoder", "caption-encoder", "clip"),
     ),
-    "vision-small": Recipe(300, "images of the pool `vision`", "self-supervised image encoder, 64 wide"),
-    "vision": Recipe(300, "images of the pool `vision`", "self-supervised image encoder, 128 wide"),
-    "vision-large": Recipe(300, "images of the pool `vision`", "self-supervised image encoder, 160 wide"),
+}
+
+# %% ../../nbs/2_models/2a_pretrain.ipynb #114fe403
+_sees = "images of the pool `vision`, nothing else"
+_encoder = "self-supervised convolutional image encoder, {} channels"
+recipes |= {
+    "vision-small": Recipe(400, _sees, _encoder.format(64)),
+    "vision": Recipe(400, _sees, _encoder.format(128)),
+    "vision-large": Recipe(500, _sees, _encoder.format(208)),
     "text": Recipe(400, "captions of the pool `text`", "masked language model", ("vocabulary",)),
     "lm": Recipe(400, "captions of the pool `text`", "causal language model", ("vocabulary",)),
 }
@@ -78,43 +88,34 @@ def training_order(
         add(name)
     return out
 
+# %% ../../nbs/2_models/2a_pretrain.ipynb #8c113e68
+def _train_vocabulary(folder):
+    "Learn the byte pairs of all models."
+    from selfalign.models.vocabulary import caption_texts, train_vocabulary
+
+    train_vocabulary(caption_texts("text", 8000)).save_pretrained(folder / "model")
+
 # %% ../../nbs/2_models/2a_pretrain.ipynb #621f8bdb
 def _train(name, folder, steps):
     "Call the training of one model."
-    here = folder.parent
-    done = lambda model: here / model / "model"
-    if name == "vocabulary":
-        from selfalign.models.vocabulary import caption_texts, train_vocabulary
+    from selfalign.models import autoencoder, contrastive, generator, language, reader, vision
 
-        train_vocabulary(caption_texts("text", 8000)).save_pretrained(folder / "model")
-    elif name == "reader":
-        from selfalign.models.reader import train_reader
-
-        train_reader(folder, steps)
-    elif name in ("clip", "judge"):
-        from selfalign.models.contrastive import train_contrastive
-
-        train_contrastive(name, folder, steps)
-    elif name == "autoencoder":
-        from selfalign.models.autoencoder import train_autoencoder
-
-        train_autoencoder(folder, steps)
-    elif name == "caption-encoder":
-        from selfalign.models.generator import train_caption_encoder
-
-        train_caption_encoder(folder, steps)
-    elif name == "generator":
-        from selfalign.models.generator import train_generator
-
-        train_generator(folder, done("autoencoder"), done("caption-encoder"), done("clip"), steps)
-    elif name.startswith("vision"):
-        from selfalign.models.vision import train_vision
-
-        train_vision(name, folder, steps)
-    else:
-        from selfalign.models import language
-
-        dict(text=language.train_text, lm=language.train_lm)[name](folder, steps)
+    done = lambda model: folder.parent / model / "model"
+    trainings = {
+        "vocabulary": lambda: _train_vocabulary(folder),
+        "reader": lambda: reader.train_reader(folder, steps),
+        "clip": lambda: contrastive.train_contrastive("clip", folder, steps),
+        "judge": lambda: contrastive.train_contrastive("judge", folder, steps),
+        "autoencoder": lambda: autoencoder.train_autoencoder(folder, steps),
+        "caption-encoder": lambda: generator.train_caption_encoder(folder, steps),
+        "generator": lambda: generator.train_generator(
+            folder, done("autoencoder"), done("caption-encoder"), done("clip"), steps
+        ),
+        "text": lambda: language.train_text(folder, steps),
+        "lm": lambda: language.train_lm(folder, steps),
+    }
+    trainings |= {v: (lambda v=v: vision.train_vision(v, folder, steps)) for v in vision.vision_sizes}
+    trainings[name]()
 
 # %% ../../nbs/2_models/2a_pretrain.ipynb #eecf56da
 def to_half(
@@ -183,6 +184,24 @@ def publish_model(
     os.replace(beside, target)
     return target
 
+# %% ../../nbs/2_models/2a_pretrain.ipynb #c0a1d2e4
+def _train_once(
+    name: str,  # one of `recipes`
+    folder: Path,  # of its training
+    steps: int,  # steps in all
+    resume: bool = True,  # go on where it stopped, and keep it if it has finished with as many steps
+) -> bool:  # whether anything was trained
+    "Train a model unless that is done."
+    finished = folder / "finished.json"
+    if not resume or finished.exists() and json.loads(finished.read_text())["steps"] != steps:
+        shutil.rmtree(folder, ignore_errors=True)
+    if finished.exists():
+        return False
+    folder.mkdir(parents=True, exist_ok=True)
+    _train(name, folder, steps)
+    write_json(finished, dict(steps=steps))
+    return True
+
 # %% ../../nbs/2_models/2a_pretrain.ipynb #b030fb44
 def pretrain(
     names: list = (),  # models to train, with what they need; empty: all
@@ -195,20 +214,11 @@ def pretrain(
     out, work = Path(out or root / "data/micro"), root / "data/runs/pretrain"
     published = []
     for name in training_order(list(names)):
-        folder = work / name
-        steps = max(2, round(recipes[name].steps * budget))
-        finished = folder / "finished.json"
-        other = finished.exists() and json.loads(finished.read_text())["steps"] != steps
-        if other or not resume:
-            shutil.rmtree(folder, ignore_errors=True)
-        if not finished.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            _train(name, folder, steps)
-            if name == "vocabulary":
-                shutil.copytree(folder / "model", out / "text", dirs_exist_ok=True)
-            write_json(finished, dict(steps=steps))
+        trained = _train_once(name, work / name, max(2, round(recipes[name].steps * budget)), resume)
+        if trained and name == "vocabulary":
+            shutil.copytree(work / name / "model", out / "text", dirs_exist_ok=True)
         if not recipes[name].part:
-            published.append(publish_model(name, folder, out))
+            published.append(publish_model(name, work / name, out))
     return published
 
 # %% ../../nbs/2_models/2a_pretrain.ipynb #c1b77123
