@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['lifts', 'cost']
 
-# %% ../../nbs/4_self_align/4b_loop.ipynb #683e7589
+# %% ../../nbs/4_self_align/4b_loop.ipynb #d7f54f96
 import numpy as np
 import pandas as pd
 
