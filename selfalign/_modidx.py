@@ -1992,6 +1992,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'selfalign/study/files.py'),
                                        'selfalign.study.files.publish': ('0_study/files.html#publish', 'selfalign/study/files.py'),
                                        'selfalign.study.files.read_json': ('0_study/files.html#read_json', 'selfalign/study/files.py'),
+                                       'selfalign.study.files.recover': ('0_study/files.html#recover', 'selfalign/study/files.py'),
+                                       'selfalign.study.files.sweep': ('0_study/files.html#sweep', 'selfalign/study/files.py'),
                                        'selfalign.study.files.tree_hash': ('0_study/files.html#tree_hash', 'selfalign/study/files.py'),
                                        'selfalign.study.files.versions': ('0_study/files.html#versions', 'selfalign/study/files.py'),
                                        'selfalign.study.files.write_json': ('0_study/files.html#write_json', 'selfalign/study/files.py')},

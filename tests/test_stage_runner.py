@@ -744,6 +744,23 @@ def test_interrupted_by_hand(study):
         pass
 
 
+@pytest.mark.parametrize(
+    "name", [".tmp-7-000.png", "checkpoint.tmp", ".old-shards/000.parquet", "images/0/.tmp-9-a.png"]
+)
+def test_what_a_kill_left_is_swept(study, fake, name):
+    notebook(study, "numbers", *project.EXAMPLE_STAGES["numbers"][:3], "if 'fixed' not in globals(): 1/0")
+    with pytest.raises(RunError, match="ZeroDivisionError"):
+        run("smoke", quiet=True)
+    partial = study / "data/runs/smoke/numbers.partial"
+    (partial / name).parent.mkdir(parents=True, exist_ok=True)
+    (partial / name).write_text("half")
+    with pytest.raises(RunError, match="ZeroDivisionError"):
+        run("smoke", quiet=True)
+    left = [p.name for p in partial.rglob("*") if p.is_file()]
+    assert len(list((partial / "shards").glob("*.parquet"))) == 2, "finished shards stay"
+    assert Path(name).name not in left
+
+
 def test_killed_between_the_two_renames(study, fake, monkeypatch):
     "The moment when the old folder is away and the new one not yet there."
     folder = run("smoke", quiet=True)
@@ -758,6 +775,9 @@ def test_killed_between_the_two_renames(study, fake, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run("smoke", ["total.scale=5"], quiet=True)
     monkeypatch.setattr(Path, "rename", real)
+    assert not (folder / "total").exists()
+    run("smoke", only=["numbers"], quiet=True)
+    assert read_json(folder / "total/stage.json")["parameters"] == {"scale": 1.0}, "the older one is put back"
     run("smoke", ["total.scale=5"], quiet=True)
     assert pd.read_csv(folder / "results.csv")["value"].tolist() == [30] and not list(folder.glob(".old-*"))
 

@@ -11,7 +11,7 @@ import csv, os, re, shlex, shutil, time
 from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
-from .files import FULL, git_state, hardware, now, publish, read_json, versions, write_json
+from .files import FULL, git_state, hardware, now, publish, read_json, recover, versions, write_json
 from .keys import keys_of, stage_manifest
 from .reuse import amount_left, reuse
 from .settings import Settings, StudyError, find_root, inputs_of, nearest, resolve, stages
@@ -335,6 +335,7 @@ def run(
     forced = _with_dependents([force] if isinstance(force, str) else force, settings)
     about = dict(overrides=list(overrides), command=resume_command(preset, overrides, run), start=now())
     with lock_run(folder, wait):
+        recover(folder)
         describe_run(folder, settings, status="running", **about)
         try:
             _run_stages(folder, settings, forced, about["command"], console)

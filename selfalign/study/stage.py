@@ -20,6 +20,7 @@ from selfalign.study.files import (
     peak_memory_gb,
     publish,
     read_json,
+    sweep,
     tree_hash,
     versions,
     write_json,
@@ -108,8 +109,7 @@ def _prepare_in_run(self: Stage):
     self.manifest = read_json(self.folder / "stage.json")
     if self.manifest is None:
         raise StageError(f"{self.folder} was not prepared; stages are started with `selfalign run`")
-    for stale in self.folder.rglob(".tmp-*"):
-        stale.unlink()
+    sweep(self.folder)
     for name in ("results.csv", "figures.json", ".progress"):
         (self.folder / name).unlink(missing_ok=True)
     shutil.rmtree(self.folder / "figures", ignore_errors=True)
