@@ -8,19 +8,7 @@ __all__ = ['kinds', 'wordings', 'word', 'Caption', 'with_article', 'describe', '
 # %% ../../nbs/1_data/14_captions.ipynb #f2af2a56
 from dataclasses import dataclass, replace
 import numpy as np
-from selfalign.data.scenes import (
-    Scene,
-    Thing,
-    backgrounds,
-    colours,
-    groups,
-    objects,
-    patterns,
-    positions,
-    relations,
-    sizes,
-    make_scene,
-)
+from .scenes import Scene, Thing, colours, make_scene, objects, positions, sizes
 
 # %% ../../nbs/1_data/14_captions.ipynb #650b50e8
 kinds = ("short", "blip", "alt", "dense")

@@ -8,9 +8,10 @@ __all__ = ['groups', 'objects', 'colours', 'patterns', 'sizes', 'positions', 'ba
 
 # %% ../../nbs/1_data/13_scenes.ipynb #2c874cf5
 import hashlib, json, math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw, ImageFilter
+from PIL import Image, ImageChops, ImageDraw
+from .shapes import role_colours, shapes
 
 # %% ../../nbs/1_data/13_scenes.ipynb #605764af
 groups = dict(
@@ -47,224 +48,6 @@ backgrounds = dict(
     night=((62, 70, 112), (74, 86, 92)),
 )
 relations = ("left of", "right of", "above", "below", "carrying", "pulling", "chasing")
-
-# %% ../../nbs/1_data/13_scenes.ipynb #11944ed8
-def _oval(x, y, rx, ry, n=22):
-    t = np.linspace(0, 2 * math.pi, n, endpoint=False)
-    return list(zip(x + rx * np.cos(t), y + ry * np.sin(t)))
-
-
-def _box(x0, y0, x1, y1):
-    return [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
-
-
-def _arc(x, y, rx, ry, start, stop, n=14):
-    t = np.radians(np.linspace(start, stop, n))
-    return list(zip(x + rx * np.cos(t), y + ry * np.sin(t)))
-
-# %% ../../nbs/1_data/13_scenes.ipynb #fe39fb60
-def _cat(a, b):
-    return [
-        ("body", [(0.28, 0.30), (0.38, -0.05 - 0.2 * b), (0.46, -0.08 - 0.2 * b), (0.40, 0.36)]),
-        ("body", _oval(0.04, 0.22, 0.3 + 0.05 * a, 0.26)),
-        ("body", _oval(-0.24, -0.1, 0.22, 0.2)),
-        ("body", [(-0.44, -0.14), (-0.42, -0.44 + 0.06 * a), (-0.24, -0.26)]),
-        ("body", [(-0.24, -0.26), (-0.06, -0.44 + 0.06 * a), (-0.04, -0.14)]),
-        ("dark", _oval(-0.32, -0.12, 0.035, 0.05, 10)),
-        ("dark", _oval(-0.16, -0.12, 0.035, 0.05, 10)),
-    ]
-
-# %% ../../nbs/1_data/13_scenes.ipynb #6274da91
-def _bird(a, b):
-    return [
-        ("body", [(0.12, 0.0), (0.48, -0.16 + 0.1 * a), (0.46, 0.06 + 0.1 * a), (0.16, 0.16)]),
-        ("body", _oval(0.0, 0.05, 0.28, 0.2 + 0.04 * a)),
-        ("body", _oval(-0.26, -0.16, 0.15, 0.14)),
-        ("beak", [(-0.38, -0.2), (-0.5, -0.12), (-0.37, -0.1)]),
-        ("shade", [(-0.12, -0.02), (0.2, -0.3 + 0.2 * b), (0.16, 0.1)]),
-        ("beak", _box(-0.04, 0.22, 0.0, 0.42)),
-        ("beak", _box(0.08, 0.22, 0.12, 0.42)),
-        ("dark", _oval(-0.29, -0.19, 0.03, 0.03, 8)),
-    ]
-
-
-def _fish(a, b):
-    return [
-        ("body", [(0.18, 0.0), (0.48, -0.24 + 0.06 * b), (0.40, 0.0), (0.48, 0.24 - 0.06 * b)]),
-        ("body", _oval(-0.1, 0.0, 0.36, 0.2 + 0.07 * a)),
-        ("shade", [(-0.14, -0.18), (0.04, -0.38), (0.14, -0.14)]),
-        ("light", _oval(-0.3, -0.06, 0.06, 0.06, 12)),
-        ("dark", _oval(-0.31, -0.06, 0.03, 0.03, 8)),
-    ]
-
-# %% ../../nbs/1_data/13_scenes.ipynb #29e2dec5
-def _car(a, b):
-    return [
-        (
-            "body",
-            [(-0.24 - 0.04 * a, -0.02), (-0.14, -0.26 - 0.04 * b), (0.16, -0.26 - 0.04 * b), (0.28 + 0.04 * a, -0.02)],
-        ),
-        ("body", [(-0.48, -0.04), (0.46, -0.04), (0.48, 0.2), (-0.48, 0.2)]),
-        ("glass", [(-0.16, -0.04), (-0.1, -0.2), (0.0, -0.2), (0.0, -0.04)]),
-        ("glass", [(0.05, -0.04), (0.05, -0.2), (0.13, -0.2), (0.21, -0.04)]),
-        ("dark", _oval(-0.26, 0.21, 0.12, 0.12)),
-        ("dark", _oval(0.26, 0.21, 0.12, 0.12)),
-        ("light", _oval(-0.26, 0.21, 0.05, 0.05, 10)),
-        ("light", _oval(0.26, 0.21, 0.05, 0.05, 10)),
-    ]
-
-# %% ../../nbs/1_data/13_scenes.ipynb #9c35e76c
-def _boat(a, b):
-    return [
-        ("wood", _box(-0.03, -0.46, 0.02, 0.12)),
-        ("body", [(0.03, -0.44), (0.38 + 0.08 * a, 0.04), (0.03, 0.04)]),
-        ("body", [(-0.05, -0.36), (-0.05, 0.04), (-0.32 - 0.06 * b, 0.04)]),
-        ("wood", [(-0.46, 0.12), (0.46, 0.12), (0.3, 0.36), (-0.3, 0.36)]),
-    ]
-
-
-def _plane(a, b):
-    return [
-        ("shade", [(0.02, -0.05), (0.2, -0.38), (0.3, -0.38), (0.2, -0.02)]),
-        ("body", [(0.36, -0.06), (0.44, -0.34 + 0.05 * a), (0.5, -0.34 + 0.05 * a), (0.48, 0.02)]),
-        ("body", [(-0.48, 0.04), (-0.36, -0.1), (0.46, -0.1), (0.5, 0.0), (0.36, 0.1), (-0.36, 0.13)]),
-        ("shade", [(-0.08, 0.04), (0.14, 0.4 - 0.04 * b), (0.26, 0.4 - 0.04 * b), (0.2, 0.04)]),
-        ("glass", [(-0.42, 0.0), (-0.35, -0.07), (-0.26, -0.07), (-0.26, 0.0)]),
-    ]
-
-# %% ../../nbs/1_data/13_scenes.ipynb #f0e00de2
-def _apple(a, b):
-    return [
-        ("wood", [(-0.03, -0.24), (0.02, -0.46), (0.08, -0.44), (0.04, -0.22)]),
-        ("leaf", [(0.05, -0.32), (0.2, -0.46), (0.3, -0.36), (0.16, -0.28)]),
-        ("body", _oval(-0.14, 0.1, 0.26 + 0.04 * a, 0.34)),
-        ("body", _oval(0.14, 0.1, 0.26 + 0.04 * a, 0.34)),
-        ("light", _oval(-0.2, -0.04, 0.05, 0.08, 12)),
-    ]
-
-
-def _mushroom(a, b):
-    return [
-        ("cream", [(-0.12 - 0.03 * b, 0.0), (0.12 + 0.03 * b, 0.0), (0.17, 0.44), (-0.17, 0.44)]),
-        ("body", _arc(0, 0.06, 0.46, 0.46 - 0.08 * a, 180, 360) + [(0.46, 0.1), (-0.46, 0.1)]),
-    ]
-
-# %% ../../nbs/1_data/13_scenes.ipynb #105cb79f
-def _tree(a, b):
-    return [
-        ("wood", _box(-0.07, 0.1, 0.07, 0.48)),
-        ("body", [(-0.38, 0.2), (0, -0.16), (0.38, 0.2)]),
-        ("body", [(-0.32, 0.0), (0, -0.34 - 0.03 * a), (0.32, 0.0)]),
-        ("body", [(-0.24, -0.18), (0, -0.5), (0.24, -0.18)]),
-    ]
-
-
-def _flower(a, b):
-    petals = [
-        ("body", _oval(0.2 * math.cos(t), -0.2 + 0.2 * math.sin(t), 0.13 + 0.02 * a, 0.13 + 0.02 * a, 14))
-        for t in np.linspace(0.3, 0.3 + 2 * math.pi, 6)[:-1]
-    ]
-    return (
-        [
-            ("leaf", _box(-0.03, -0.1, 0.03, 0.5)),
-            ("leaf", [(0.0, 0.34), (0.22, 0.16 + 0.08 * b), (0.26, 0.26 + 0.08 * b)]),
-            ("leaf", [(0.0, 0.4), (-0.22, 0.22 + 0.08 * b), (-0.26, 0.32 + 0.08 * b)]),
-        ]
-        + petals
-        + [("core", _oval(0, -0.2, 0.1, 0.1, 14))]
-    )
-
-# %% ../../nbs/1_data/13_scenes.ipynb #efdf449c
-def _cactus(a, b):
-    return [
-        ("body", _arc(0, -0.28, 0.13, 0.2, 180, 360) + [(0.13, 0.3), (-0.13, 0.3)]),
-        (
-            "body",
-            [
-                (-0.12, 0.12),
-                (-0.38, 0.12),
-                (-0.38, -0.16 - 0.08 * a),
-                (-0.24, -0.16 - 0.08 * a),
-                (-0.24, 0.0),
-                (-0.12, 0.0),
-            ],
-        ),
-        (
-            "body",
-            [(0.12, 0.04), (0.24, 0.04), (0.24, -0.2 + 0.1 * b), (0.38, -0.2 + 0.1 * b), (0.38, 0.16), (0.12, 0.16)],
-        ),
-        ("pot", [(-0.24, 0.26), (0.24, 0.26), (0.18, 0.5), (-0.18, 0.5)]),
-    ]
-
-# %% ../../nbs/1_data/13_scenes.ipynb #61f6b88a
-def _cup(a, b):
-    return [
-        ("body", _oval(0.3, 0.02, 0.18, 0.2)),
-        ("hole", _oval(0.3, 0.02, 0.09, 0.11)),
-        ("body", [(-0.4, -0.3), (0.28, -0.3), (0.22 - 0.05 * a, 0.38), (-0.34 + 0.05 * a, 0.38)]),
-        ("shade", _oval(-0.06, -0.3, 0.34, 0.08)),
-    ]
-
-
-def _chair(a, b):
-    return [
-        ("body", _box(-0.3, -0.48 + 0.06 * a, -0.18, 0.46)),
-        ("body", _box(-0.3, 0.02, 0.32, 0.14)),
-        ("body", _box(0.2, 0.1, 0.32, 0.46)),
-        ("shade", _box(-0.18, -0.4 + 0.06 * a, -0.06, 0.02)),
-        ("shade", _box(-0.1, 0.14, 0.0, 0.4 - 0.1 * b)),
-    ]
-
-# %% ../../nbs/1_data/13_scenes.ipynb #d0690fe7
-def _umbrella(a, b):
-    return [
-        ("wood", _box(-0.025, -0.1, 0.025, 0.38)),
-        (
-            "wood",
-            [
-                (-0.025, 0.34),
-                (0.025, 0.34),
-                (0.04, 0.42),
-                (0.12, 0.42),
-                (0.12, 0.36),
-                (0.17, 0.36),
-                (0.17, 0.48),
-                (0.0, 0.48),
-            ],
-        ),
-        (
-            "body",
-            _arc(0, 0.02, 0.48, 0.46 - 0.06 * a, 180, 360)
-            + [(0.32, -0.06), (0.16, 0.02), (0.0, -0.06), (-0.16, 0.02), (-0.32, -0.06)],
-        ),
-        ("shade", [(0, -0.42), (0.16, 0.0), (0.0, -0.06), (-0.16, 0.0)]),
-    ]
-
-# %% ../../nbs/1_data/13_scenes.ipynb #36cea2fd
-def _star(a, b):
-    t = np.radians(np.arange(10) * 36 - 90)
-    r = np.where(np.arange(10) % 2, 0.2 + 0.05 * a, 0.5)
-    return [("body", list(zip(r * np.cos(t), r * np.sin(t) + 0.03)))]
-
-
-def _heart(a, b):
-    t = np.linspace(0, 2 * math.pi, 40, endpoint=False)
-    y = -0.032 * (13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)) - 0.02 + 0.03 * a
-    return [("body", list(zip(0.03 * (16 * np.sin(t) ** 3), y)))]
-
-# %% ../../nbs/1_data/13_scenes.ipynb #1b3e643d
-_shapes = {o: globals()[f"_{o}"] for o in objects}
-_own = dict(
-    dark=(24, 24, 28),
-    light=(250, 250, 250),
-    glass=(160, 206, 226),
-    wood=(122, 82, 48),
-    leaf=(70, 150, 60),
-    beak=(240, 160, 40),
-    cream=(238, 226, 202),
-    core=(244, 190, 40),
-    pot=(176, 96, 60),
-)
 
 # %% ../../nbs/1_data/13_scenes.ipynb #9857e0ff
 @dataclass(frozen=True)
@@ -379,7 +162,7 @@ def _fill(role, colour):
     if role == "hole":
         return _outline(colour)
     if role != "shade":
-        return _own[role]
+        return role_colours[role]
     return (64, 64, 70) if colour == "black" else _shade(colours[colour], 0.72)
 
 # %% ../../nbs/1_data/13_scenes.ipynb #750f0846
@@ -387,7 +170,7 @@ def _draw_thing(image, thing, side):
     "Draw one thing into `image`."
     d = ImageDraw.Draw(image)
     _draw_action(d, thing, side)
-    parts = [(role, _place(points, thing, side)) for role, points in _shapes[thing.object](thing.a, thing.b)]
+    parts = [(role, _place(points, thing, side)) for role, points in shapes[thing.object](thing.a, thing.b)]
     line, width = _outline(thing.colour), max(2, round(side / 64 * 0.9))
     for role, p in parts:
         if role in ("body", "shade"):
