@@ -10,17 +10,22 @@ PRESET ?= micro
 README ?= README.md
 READY  := $(VENV)/.ready
 
-.PHONY: help study test setup lab export readme constraints
+.PHONY: help study test test-fast setup lab export readme constraints
 
 help:
 	@sed -n 's/^#   //p' Makefile
-	@echo "also: make lab, export, readme, constraints; make study PRESET=smoke; PYTHON=python3.12"
+	@echo "also: make test-fast (two minutes: all but notebooks, kernels and trainings); make test ARGS='-k NAME';"
+	@echo "make lab, export, readme, constraints; make study PRESET=smoke; PYTHON=python3.12"
 
 study: setup
 	@$(BIN)/selfalign run $(PRESET)
 
 test: setup
 	@$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+
+# For those who edit: what takes no notebook, no kernel and no training, in two minutes.
+test-fast: setup
+	@$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not big" $(ARGS)
 
 lab: setup
 	@$(BIN)/selfalign lab

@@ -27,8 +27,12 @@ def pytest_xdist_auto_num_workers(config):
     return max(1, min(cores, psutil.virtual_memory().total // (3 * 2**30), 8))
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     "Notebooks take longest, so they come first: who has nothing left to do takes over tests from the end of the list."
+    for item in items:
+        if {"warm", "smoke_run"} & set(item.fixturenames):
+            item.add_marker("slow")
     items.sort(key=lambda item: "warm" not in item.fixturenames)
 
 

@@ -791,6 +791,7 @@ def numbers(n=6):
     )
 
 
+@pytest.mark.slow
 def test_agreement_by_hand(tmp_path):
     "The score is the order of the crowd, but for its ties; the others are not."
     from scipy.stats import kendalltau

@@ -175,6 +175,7 @@ def test_params_show_the_preset(study):
 # --- runs --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_run_ends_with_the_report(ran):
     root, command, first = ran
     last = first.stdout.strip().splitlines()[-1]
@@ -182,6 +183,7 @@ def test_run_ends_with_the_report(ran):
     assert (root / "reports/micro/index.html").is_file()
 
 
+@pytest.mark.slow
 def test_nothing_changed_is_quick(ran):
     root, command, _ = ran
     begun = time.perf_counter()
@@ -190,6 +192,7 @@ def test_nothing_changed_is_quick(ran):
     assert time.perf_counter() - begun < 15
 
 
+@pytest.mark.slow
 def test_report_again(ran):
     root, command, _ = ran
     shutil.rmtree(root / "reports/micro")
@@ -197,6 +200,7 @@ def test_report_again(ran):
     assert (root / "reports/micro/index.html").is_file()
 
 
+@pytest.mark.slow
 def test_changed_parameter_and_comparison(ran, tmp_path):
     root, command, _ = ran
     assert command("run", "micro", "-p", "numbers.n=10", "--run", "ten").returncode == 0
@@ -207,6 +211,7 @@ def test_changed_parameter_and_comparison(ran, tmp_path):
     assert command("compare", "micro", "tne").returncode == 2
 
 
+@pytest.mark.slow
 def test_failure_says_where_and_how_to_go_on(ran):
     root, command, _ = ran
     failed = command("run", "micro", "-p", "numbers.n=-1", "--run", "bad")

@@ -190,6 +190,7 @@ def test_variants_take_the_parameters_of_their_own_inputs():
     )
 
 
+@pytest.mark.slow
 def test_every_preset_is_planned():
     for preset in presets():
         settings = resolve(preset)

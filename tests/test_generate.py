@@ -285,6 +285,7 @@ def study_root(tmp_path_factory):
     return study.make_study(tmp_path_factory.mktemp("study"))
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_and_resumed(study_root):
     "A run killed within the 14th image (three shards of four are whole), and one in one piece, leave the same bytes."
     import study

@@ -135,7 +135,8 @@ def make(*args):
 
 @pytest.mark.skipif(not shutil.which("make"), reason="no make on this machine")
 @pytest.mark.parametrize(
-    "target,calls", [("study", "selfalign run micro"), ("test", "-m pytest"), ("lab", "selfalign lab")]
+    "target,calls",
+    [("study", "selfalign run micro"), ("test", "-m pytest"), ("test-fast", "not slow"), ("lab", "selfalign lab")],
 )
 def test_make(target, calls):
     "The targets set up first, with the exact versions, then call one command."

@@ -477,6 +477,7 @@ t.arm({reference!r}, {folder!r})
 """
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(whole, tiny_clip, tmp_path):
     "Before the fifth step, after the checkpoint of the fourth."
     reference, folder = f"open_clip:{tiny_clip}", tmp_path / "killed"

@@ -337,6 +337,7 @@ def test_magics_are_no_obstacle(study):
 # --- running -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_with_kernels(study, monkeypatch):
     "The one test that runs everything for real: outputs, manifest, skipping, rerunning, failing, continuing."
     folder = run("smoke", quiet=True)
@@ -506,6 +507,7 @@ def test_full_disk_in_a_run(study, fake):
         run("smoke", quiet=True)
 
 
+@pytest.mark.slow
 def test_a_dead_kernel_is_explained(study):
     notebook(
         study,
@@ -695,6 +697,7 @@ def begun(study):
     return list(map(int, log.read_text().split())) if log.exists() else []
 
 
+@pytest.mark.slow
 def test_killed_and_continued(study):
     "SIGKILL in the middle of a stage; the next run computes only what is missing, and the outcome is the same."
     notebook(study, "numbers", *SLOW)
@@ -729,6 +732,7 @@ except RunError as e:
 """
 
 
+@pytest.mark.slow
 def test_interrupted_by_hand(study):
     "Ctrl-C: a message, not a stack trace, and no kernel left behind."
     from filelock import FileLock
@@ -798,6 +802,7 @@ print(stage.folder)
 """
 
 
+@pytest.mark.slow
 def test_by_hand_makes_its_inputs_once_even_twice_at_once(study, tmp_path):
     "Neither ends before both have begun."
     both = [python(study, TWICE, cwd=tmp_path) for _ in range(2)]
@@ -811,6 +816,7 @@ def test_by_hand_makes_its_inputs_once_even_twice_at_once(study, tmp_path):
     assert not (study / "data/runs/smoke/total").exists()
 
 
+@pytest.mark.slow
 def test_by_hand_says_what_its_inputs_lack(study):
     notebook(study, "numbers", project.EXAMPLE_STAGES["numbers"][0], "boom")
     with pytest.raises(
