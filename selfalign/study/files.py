@@ -177,7 +177,10 @@ def data_hash(
     return listing if files > most_files or size > most_bytes else tree_hash(path, cache)
 
 # %% ../../nbs/0_study/05_files.ipynb #d34f8e70
-PACKAGES = "selfalign torch torchvision open_clip_torch timm diffusers transformers peft accelerate safetensors numpy pandas pyarrow scipy statsmodels scikit-learn pillow papermill".split()
+PACKAGES = (
+    "selfalign torch torchvision open_clip_torch timm diffusers transformers peft accelerate safetensors numpy pandas "
+    "pyarrow scipy statsmodels scikit-learn pillow papermill"
+).split()
 
 # %% ../../nbs/0_study/05_files.ipynb #dda0c445
 def versions() -> dict[str, str]:  # package → version

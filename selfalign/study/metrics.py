@@ -9,7 +9,6 @@ __all__ = ['ANSWERS', 'FOUND', 'COMPARED', 'SCORES', 'FAITHFUL', 'WORK', 'METRIC
 # %% ../../nbs/0_study/09_metrics.ipynb #888f0192
 import re
 from typing import NamedTuple
-import pandas as pd
 from .settings import StudyError, nearest
 
 # %% ../../nbs/0_study/09_metrics.ipynb #f8958dcd
@@ -135,6 +134,8 @@ def metric_of(
     return found
 
 # %% ../../nbs/0_study/09_metrics.ipynb #e69d3ba5
-def metrics_table() -> pd.DataFrame:  # metric, meaning, unit, better, chance
+def metrics_table():  # a DataFrame: metric, meaning, unit, better, chance
     "All metrics, as a table"
+    import pandas as pd
+
     return pd.DataFrame([dict(metric=name) | m._asdict() for name, m in METRICS.items()])

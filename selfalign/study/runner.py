@@ -59,7 +59,8 @@ def lock_run(
     except Timeout:
         other = read_json(folder / "run.json", {})
         raise RunError(
-            f"another run is working in {folder} (process {other.get('pid', '?')}, since {other.get('start', '?')}); wait for it, or give this one a name of its own with --run NAME"
+            f"another run is working in {folder} (process {other.get('pid', '?')}, since {other.get('start', '?')}); "
+            "wait for it, or give this one a name of its own with --run NAME"
         ) from None
     try:
         yield
@@ -153,7 +154,8 @@ def explain(
     if getattr(error, "errno", None) in FULL or "No space left" in text:
         text += "\n  The disk is full: free some space and run again; finished shards are kept."
     if "Dead" in name:
-        text += "\n  The kernel died, most often because memory ran out: close other programs or make the stage's batch smaller."
+        text += "\n  The kernel died, most often because memory ran out: "
+        text += "close other programs or make the stage's batch smaller."
     if not hasattr(error, "cell_index"):
         return f"{name}: {text}"
     lines = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback)).splitlines()

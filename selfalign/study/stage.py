@@ -119,7 +119,8 @@ def make_inputs(
     names,  # stages whose files are needed
 ):
     "Run stages of the preset `smoke`, unless they are there and up to date"
-    code = "import sys\nfrom selfalign.study.runner import StudyError, run_smoke\ntry: run_smoke(sys.argv[1:])\nexcept StudyError as e: sys.exit(str(e))"
+    code = "import sys\nfrom selfalign.study.runner import StudyError, run_smoke\n"
+    code += "try: run_smoke(sys.argv[1:])\nexcept StudyError as e: sys.exit(str(e))"
     done = subprocess.run(
         [sys.executable, "-c", code, *names],
         capture_output=True,
