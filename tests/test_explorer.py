@@ -4,21 +4,12 @@ import json, re, shutil, subprocess
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
+from selfalign.benchmarks.filters import around, filtered, kept_share, threshold_at
+from selfalign.benchmarks.thresholds import axis_of, hills, pair_html, scored_pairs, view
 from selfalign.report.gallery import gallery
 from selfalign.report.render import render
 from selfalign.report.threshold import STEPS, twin
-from selfalign.self_align.explorer import (
-    around,
-    axis_of,
-    explore,
-    filtered,
-    hills,
-    kept_share,
-    pair_html,
-    scored_pairs,
-    threshold_at,
-    view,
-)
+from selfalign.self_align.explorer import explore
 from selfalign.study.settings import StudyError
 
 BOTH, NASTY = (

@@ -8,20 +8,9 @@ __all__ = ['STEPS', 'SHARES', 'RATES', 'states', 'shown_pairs', 'twin']
 # %% ../../nbs/8_report/88_threshold.ipynb #3c5e8481
 import json
 import numpy as np
+from ..benchmarks.filters import filtered, threshold_at
+from ..benchmarks.thresholds import MARGIN, WIDTH, axis_of, drawing, hills, place, scored_pairs
 from .gallery import short_names
-from selfalign.self_align.explorer import (
-    MARGIN,
-    WIDTH,
-    around,
-    axis_of,
-    drawing,
-    filtered,
-    hills,
-    place,
-    scored_pairs,
-    threshold_at,
-)
-from ..study.settings import StudyError
 
 # %% ../../nbs/8_report/88_threshold.ipynb #7903948b
 STEPS = 80  # places of the slider
