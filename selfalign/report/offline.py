@@ -126,18 +126,18 @@ def _smaller(data, width=1000, enough=40_000):
         img = img.resize((width, round(img.height * width / img.width)))
     return _png(img.quantize(128))
 
-
+# %% ../../nbs/8_report/84_offline.ipynb #7b9f6bfe
 def _png(img):
     img.save(o := io.BytesIO(), "png", optimize=True)
     return base64.b64encode(o.getvalue()).decode()
 
 # %% ../../nbs/8_report/84_offline.ipynb #6da09680
 _tags = set(
-    "a abbr b blockquote br caption code col colgroup dd del details div dl dt em figcaption figure h1 h2 h3 h4 h5 h6 hr i "
-    "img kbd li mark ol p pre s small span strong sub summary sup table tbody td tfoot th thead tr tt u ul".split()
+    "a abbr b blockquote br caption code col colgroup dd del details div dl dt em figcaption figure h1 h2 h3 h4 h5 h6 "
+    "hr i img kbd li mark ol p pre s small span strong sub summary sup table tbody td tfoot th thead tr tt u ul".split()
 )
 
-
+# %% ../../nbs/8_report/84_offline.ipynb #62363069
 def _clean_html(source, images=True, stages=()):
     import bleach
     from bs4 import BeautifulSoup
@@ -178,7 +178,7 @@ _mathml = set(
     "mstyle mpadded mphantom menclose".split()
 )
 
-
+# %% ../../nbs/8_report/84_offline.ipynb #5cd636ed
 def formula(
     tex: str,  # as between two dollar signs
     block: bool = False,  # on a line of its own?

@@ -224,7 +224,7 @@ TURNS = (
     lambda figure, kind: True,
 )
 
-
+# %% ../../nbs/8_report/80_render.ipynb #fc151677
 def copy_files(
     figures: list,  # from `figure_of`
 ):
@@ -268,7 +268,7 @@ def table_bytes(
     table = pd.read_parquet(file)
     return table.map(lambda v: no_machine_paths(v) if isinstance(v, str) else v).to_parquet(index=False)
 
-
+# %% ../../nbs/8_report/80_render.ipynb #e79f3306
 def rows_of(
     file: Path,  # a Parquet table
 ) -> int | None:  # None: it cannot be read, or has binary columns
