@@ -1221,6 +1221,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'selfalign/models/language.py'),
                                            'selfalign.models.language.continue_caption': ( '2_models/language.html#continue_caption',
                                                                                            'selfalign/models/language.py'),
+                                           'selfalign.models.language.next_word_loss': ( '2_models/language.html#next_word_loss',
+                                                                                         'selfalign/models/language.py'),
                                            'selfalign.models.language.perplexity': ( '2_models/language.html#perplexity',
                                                                                      'selfalign/models/language.py'),
                                            'selfalign.models.language.train_lm': ( '2_models/language.html#train_lm',
