@@ -42,7 +42,13 @@ class Problems(list):
         super().__init__(known)
         self.counts, self._last, self.total = {}, {}, getattr(known, "total", len(known))
 
-    def add(self, file, row, what, remedy):
+    def add(
+        self,
+        file,  # where it was found
+        row,  # which entry
+        what: str,  # what is wrong; its kind are the words before a colon
+        remedy: str,  # what helps
+    ):
         "List a problem, or count it where enough of its kind are named."
         kind = str(file), what.partition(":")[0]
         n = self.counts[kind] = self.counts.get(kind, 0) + 1

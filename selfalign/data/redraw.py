@@ -47,14 +47,11 @@ def _claimed_pair(claims, rng):
         if claims.get("relation", relation) == relation:
             break
     own = ("size", "state", "action")  # what placing has overwritten
-    things = tuple(
-        replace(
-            t,
-            **{k: c[k] for k in own if k in c},
-            **(dict(extent=sizes[c["size"]]) if c.get("size", t.size) != t.size else {}),
-        )
-        for t, c in zip(things, claims["things"])
-    )
+    for i, (thing, said) in enumerate(zip(things, claims["things"])):
+        claimed = {k: said[k] for k in own if k in said}
+        if said.get("size", thing.size) != thing.size:
+            claimed["extent"] = sizes[said["size"]]
+        things = things[:i] + (replace(thing, **claimed),) + things[i + 1 :]
     return things, relation
 
 # %% ../../nbs/1_data/16_redraw.ipynb #9f130d0c
@@ -66,18 +63,13 @@ def redraw(
 ) -> Scene:  # a scene of which the claims are true
     "Invent a scene for a caption."
     rng = np.random.default_rng(number_of("redraw", key, k, seed))
-    things, relation = (
-        _claimed_pair(claims, rng) if len(claims["things"]) > 1 else ((_claimed_thing(claims["things"][0], rng),), "")
-    )
+    if len(claims["things"]) > 1:
+        things, relation = _claimed_pair(claims, rng)
+    else:
+        things, relation = (_claimed_thing(claims["things"][0], rng),), ""
     background = claims.get("background", list(backgrounds)[rng.integers(len(backgrounds))])
-    return Scene(
-        things,
-        relation,
-        background,
-        round(float(rng.uniform(0.86, 1.1)), 3),
-        round(float(rng.uniform(0.52, 0.68)), 3),
-        int(rng.integers(2**31)),
-    )
+    light, horizon = round(float(rng.uniform(0.86, 1.1)), 3), round(float(rng.uniform(0.52, 0.68)), 3)
+    return Scene(things, relation, background, light, horizon, int(rng.integers(2**31)))
 
 # %% ../../nbs/1_data/16_redraw.ipynb #bbcf8a7e
 def asks_for_held_out(

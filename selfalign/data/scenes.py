@@ -241,21 +241,10 @@ def random_thing(
     state = "upside down" if busy and rng.random() < 0.05 else ""
     lively = busy and o in groups["animal"] + groups["vehicle"]
     action = str(rng.choice(["", "moving", "jumping"], p=[0.88, 0.06, 0.06])) if lively else ""
-    return Thing(
-        o,
-        c,
-        pattern,
-        size,
-        round(x, 4),
-        round(y, 4),
-        round(extent, 4),
-        state,
-        action,
-        bool(rng.random() < 0.5),
-        round(float(rng.uniform(-8, 8)), 2),
-        round(float(rng.random()), 3),
-        round(float(rng.random()), 3),
-    )
+    place = dict(x=round(x, 4), y=round(y, 4), extent=round(extent, 4))
+    flip, angle = bool(rng.random() < 0.5), round(float(rng.uniform(-8, 8)), 2)
+    a, b = (round(float(rng.random()), 3) for _ in range(2))
+    return Thing(o, c, pattern, size, **place, state=state, action=action, flip=flip, angle=angle, a=a, b=b)
 
 # %% ../../nbs/1_data/13_scenes.ipynb #c9b30349
 def place_two(
@@ -304,11 +293,6 @@ def make_scene(
         while second.object == first.object:
             second = random_thing(rng, seen_by_none)
         things, relation = place_two(rng, first, second)
-    return Scene(
-        things,
-        relation,
-        list(backgrounds)[rng.integers(len(backgrounds))],
-        round(float(rng.uniform(0.86, 1.1)), 3),
-        round(float(rng.uniform(0.52, 0.68)), 3),
-        int(rng.integers(2**31)),
-    )
+    background = list(backgrounds)[rng.integers(len(backgrounds))]
+    light, horizon = round(float(rng.uniform(0.86, 1.1)), 3), round(float(rng.uniform(0.52, 0.68)), 3)
+    return Scene(things, relation, background, light, horizon, int(rng.integers(2**31)))
