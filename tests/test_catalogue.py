@@ -1235,7 +1235,7 @@ def test_the_command_sorts_and_is_judged(tiny_clip, tmp_path):
         done.exit_code == 0
         and "mean per-class accuracy" in done.output
         and "shuffled" in done.output
-        and "told apart four times out of five" in done.output
+        and "differ four times out of five" in done.output
     ), done.output
     done = sh(
         "benchmark",

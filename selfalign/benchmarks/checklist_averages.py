@@ -16,7 +16,7 @@ def broken_negative(
     positive: str,  # e.g. bicycle ON sidewalk
     negative: str,  # e.g. apron
 ) -> bool:  # subject and relation are gone
-    "Has the false text fallen apart?"
+    "Has the false text lost subject and relation?"
     p, n = positive.split(), negative.split()
     return len(p) > 2 and not set(p[1:-1]) & set(n[1:-1])
 
@@ -27,6 +27,24 @@ def _official(part):
     return files.groupby(["category", "dataset"]).mean().groupby("category").mean().mean()
 
 
+def _broken(part):
+    "Which items have a damaged false text."
+    pairs = zip(part.positive, part.negative)
+    return part.file.str.endswith("/vg_obj") & np.array([broken_negative(p, n) for p, n in pairs])
+
+
+def _averages(part):
+    "Metric → one value an item and the items."
+    usual, whole = item_values(part), part[~_broken(part)]
+    distinct = part.drop_duplicates(["image", "positive", "negative"])
+    yield "accuracy", usual, part
+    yield "official", usual - usual.mean() + _official(part), part
+    yield "mean over items", part.correct, part
+    yield "distinct items", distinct.correct, distinct
+    if len(whole):
+        yield "without broken negatives", item_values(whole), whole
+
+# %% ../../nbs/3_benchmarks/3d_checklist_averages.ipynb #6399ad52
 def checklist_rows(
     predictions: pd.DataFrame,  # answers of one mode
     **kwargs,  # repeats, seed, level of `bootstrap`
@@ -34,24 +52,7 @@ def checklist_rows(
     "Categories and sections of VL-CheckList, averaged in five ways."
     rows = []
     for name, part in checklist_groups(predictions):
-        broken = part.file.str.endswith("/vg_obj") & np.array(
-            [broken_negative(p, n) for p, n in zip(part.positive, part.negative)]
-        )
-        usual, whole, distinct = (
-            item_values(part),
-            part[~broken],
-            part.drop_duplicates(["image", "positive", "negative"]),
-        )
-        means = {
-            "accuracy": (usual, part),
-            "official": (usual - usual.mean() + _official(part), part),
-            "mean over items": (part.correct, part),
-            "distinct items": (distinct.correct, distinct),
-        }
-        if len(whole):
-            means["without broken negatives"] = item_values(whole), whole
-        rows += [
-            dict(row=name, metric=m, **bootstrap(v, p.get("cluster", p.image), **kwargs)._asdict())
-            for m, (v, p) in means.items()
-        ]
+        for metric, values, items in _averages(part):
+            found = bootstrap(values, items.get("cluster", items.image), **kwargs)
+            rows.append(dict(row=name, metric=metric, **found._asdict()))
     return pd.DataFrame(rows).drop(columns="seeds")

@@ -52,7 +52,22 @@ def nearest_pairs(
         found["embedding"] = np.array([(train.vectors @ v).max() for v in test.vectors])
     return found
 
-# %% ../../nbs/3_benchmarks/3e_planted_copies.ipynb #4fd52a2c
+# %% ../../nbs/3_benchmarks/3e_planted_copies.ipynb #b719058c
+def _shares(check, disguise, near, thresholds):
+    "What each threshold finds: cosines from it upwards, bits up to it."
+    for t in thresholds:
+        share = proportion(near >= t if check == "embedding" else near <= t)
+        ends = dict(low=share.low, high=share.high, n=share.n)
+        yield dict(check=check, threshold=t, disguise=disguise, found=share.value, **ends)
+
+
+def _to_originals(copy, own):
+    "How near each copy is to its original, by each check."
+    plain, mirror = np.bitwise_count(copy.hashes ^ own.hashes), np.bitwise_count(copy.hashes ^ own.mirrored)
+    found = {"hash": plain, "hash and mirrored": np.minimum(plain, mirror)}
+    return found | ({"embedding": (copy.vectors * own.vectors).sum(1)} if own.vectors.size else {})
+
+# %% ../../nbs/3_benchmarks/3e_planted_copies.ipynb #2c93c245
 def sensitivity(
     originals: dict,  # name → image of the training set
     unrelated: dict,  # name → image that is not in it
@@ -62,31 +77,13 @@ def sensitivity(
     least=(0.999, 0.995, 0.99, 0.98, 0.97, 0.95, 0.9),  # thresholds of the embedding
 ) -> pd.DataFrame:  # check, threshold, disguise, found, low, high, n
     "What each threshold finds; `disguise` 'false alarm' is what it finds without a copy."
-    rows = []
-
-    def add(check, near, disguise):
-        for t in least if check == "embedding" else most:
-            share = proportion(near >= t if check == "embedding" else near <= t)
-            rows.append(
-                dict(
-                    check=check,
-                    threshold=t,
-                    disguise=disguise,
-                    found=share.value,
-                    low=share.low,
-                    high=share.high,
-                    n=share.n,
-                )
-            )
-
-    own = fingerprints(originals, encoder)
+    rows, own = [], fingerprints(originals, encoder)
+    near = {}
     for name, disguise in disguises.items():
-        copy = fingerprints({n: disguise(as_image(p)) for n, p in originals.items()}, encoder)
-        plain, mirror = np.bitwise_count(copy.hashes ^ own.hashes), np.bitwise_count(copy.hashes ^ own.mirrored)
-        add("hash", plain, name)
-        add("hash and mirrored", np.minimum(plain, mirror), name)
-        if encoder:
-            add("embedding", (copy.vectors * own.vectors).sum(1), name)
-    for check, near in nearest_pairs(fingerprints(unrelated, encoder), train).items():
-        add(check, near, "false alarm")
+        copies = {n: disguise(as_image(p)) for n, p in originals.items()}
+        near[name] = _to_originals(fingerprints(copies, encoder), own)
+    near["false alarm"] = nearest_pairs(fingerprints(unrelated, encoder), train)
+    for name, checks in near.items():
+        for check, values in checks.items():
+            rows += _shares(check, name, values, least if check == "embedding" else most)
     return pd.DataFrame(rows)

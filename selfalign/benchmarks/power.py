@@ -17,9 +17,8 @@ def _share(value, name, zero=False, one=True):
     "Refuse a number that is no share; some shares may be 0 or 1."
     x = np.asarray(value, float)
     if not np.all(((x > 0) | zero & (x == 0)) & ((x < 1) | one & (x == 1))):
-        raise BenchmarkError(
-            f"{name} is {value}; it must be {'at least' if zero else 'above'} 0 and {'at most' if one else 'below'} 1"
-        )
+        lower, upper = "at least" if zero else "above", "at most" if one else "below"
+        raise BenchmarkError(f"{name} is {value}; it must be {lower} 0 and {upper} 1")
 
 # %% ../../nbs/3_benchmarks/3c_power.ipynb #f425a88a
 def independent(
@@ -42,6 +41,16 @@ def design_effect(
     return float(1 + ((sizes**2).sum() / sizes.sum() - 1) * correlation)
 
 # %% ../../nbs/3_benchmarks/3c_power.ipynb #4c860269
+def _check_answers(a, b, clusters):
+    "Refuse answers that do not belong together."
+    if a.shape != b.shape or not len(a):
+        raise BenchmarkError(f"answers must come in pairs: {len(a)} against {len(b)}")
+    if not np.isin([a, b], (0, 1)).all():
+        raise BenchmarkError("an answer is true or false; other values have no McNemar test")
+    if clusters is not None and len(clusters) != len(a):
+        raise BenchmarkError(f"{len(clusters)} labels of clusters for {len(a)} items")
+
+# %% ../../nbs/3_benchmarks/3c_power.ipynb #688a7111
 def measured(
     a,  # truth values of one model
     b,  # of the other, in the same order
@@ -49,12 +58,7 @@ def measured(
 ) -> tuple:  # (share of discordant items, correlation of the differences within a cluster)
     "What `smallest_difference` needs, from two predictions tables."
     a, b = np.asarray(a, float), np.asarray(b, float)
-    if a.shape != b.shape or not len(a):
-        raise BenchmarkError(f"answers must come in pairs: {len(a)} against {len(b)}")
-    if not np.isin([a, b], (0, 1)).all():
-        raise BenchmarkError("an answer is true or false; other values have no McNemar test")
-    if clusters is not None and len(clusters) != len(a):
-        raise BenchmarkError(f"{len(clusters)} labels of clusters for {len(a)} items")
+    _check_answers(a, b, clusters)
     difference = pd.Series(a - b)
     rest = difference - difference.mean()
     by = rest.groupby(np.arange(len(a)) if clusters is None else np.asarray(clusters))
@@ -106,6 +110,15 @@ def beside_a_number(
     return float(found) if not found.ndim else found
 
 # %% ../../nbs/3_benchmarks/3c_power.ipynb #713bc31d
+def _p_values(won, lost, exact):
+    "McNemar's test of many pairs of counts."
+    from scipy.stats import binom, norm
+
+    if exact:
+        return 2 * binom.cdf(np.minimum(won, lost), won + lost, 0.5)
+    return 2 * norm.sf(np.abs(won - lost) / np.sqrt((won + lost).clip(1)))
+
+# %% ../../nbs/3_benchmarks/3c_power.ipynb #4eb3ddfd
 def simulated_power(
     n: int,  # items
     discordant: float,  # share of items on which the models disagree
@@ -116,21 +129,12 @@ def simulated_power(
     seed: int = 0,  # of the drawing
 ) -> float:  # share of repeats in which the test finds a difference
     "How often McNemar's test finds a difference."
-    from scipy.stats import binom, norm
-
     _share(discordant, "discordant")
-    rng = np.random.default_rng(seed)
     if abs(difference) > discordant:
         raise BenchmarkError(f"models that disagree on {discordant:.3g} of the items cannot differ by {difference:.3g}")
-    won, lost, _ = rng.multinomial(
-        n, [(discordant + difference) / 2, (discordant - difference) / 2, 1 - discordant], repeats
-    ).T
-    p = (
-        2 * binom.cdf(np.minimum(won, lost), won + lost, 0.5)
-        if exact
-        else 2 * norm.sf(np.abs(won - lost) / np.sqrt((won + lost).clip(1)))
-    )
-    return float((p < level).mean())
+    shares = [(discordant + difference) / 2, (discordant - difference) / 2, 1 - discordant]
+    won, lost, _ = np.random.default_rng(seed).multinomial(n, shares, repeats).T
+    return float((_p_values(won, lost, exact) < level).mean())
 
 # %% ../../nbs/3_benchmarks/3c_power.ipynb #afc3daa2
 def smallest_over_seeds(
@@ -179,16 +183,7 @@ def power_table(
         apart = float(independent(accuracy))
         d = min(discordant, apart)
         paired, unpaired = (smallest_difference(n, x, items, correlation, **kwargs) for x in (d, apart))
-        rows.append(
-            dict(
-                row=name,
-                n=n,
-                items=items,
-                effective=n / design_effect(items, correlation),
-                accuracy=accuracy,
-                discordant=d,
-                paired=paired,
-                unpaired=unpaired,
-            )
-        )
+        effective = n / design_effect(items, correlation)
+        size = dict(row=name, n=n, items=items, effective=effective)
+        rows.append(size | dict(accuracy=accuracy, discordant=d, paired=paired, unpaired=unpaired))
     return pd.DataFrame(rows)
