@@ -1340,6 +1340,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'selfalign/models/objective.py'),
                                             'selfalign.models.objective.Objective.__post_init__': ( '2_models/objective.html#objective.__post_init__',
                                                                                                     'selfalign/models/objective.py'),
+                                            'selfalign.models.objective.Objective._contrast': ( '2_models/objective.html#objective._contrast',
+                                                                                                'selfalign/models/objective.py'),
                                             'selfalign.models.objective.Vectors': ( '2_models/objective.html#vectors',
                                                                                     'selfalign/models/objective.py'),
                                             'selfalign.models.objective._rows': ( '2_models/objective.html#_rows',

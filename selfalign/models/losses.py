@@ -7,7 +7,7 @@ __all__ = ['info_nce', 'sigmoid_loss']
 
 # %% ../../nbs/2_models/23_losses.ipynb #bd5d248b
 import torch
-import torch.nn.functional as F
+from open_clip.loss import ClipLoss, SigLipLoss
 
 # %% ../../nbs/2_models/23_losses.ipynb #c0be3ae5
 def info_nce(
@@ -15,10 +15,8 @@ def info_nce(
     texts: torch.Tensor,  # (B, d), unit norm
     logit_scale: torch.Tensor,  # inverse temperature, already exponentiated
 ) -> torch.Tensor:  # scalar
-    "Symmetric cross-entropy over the batch."
-    logits = logit_scale * images @ texts.T
-    target = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    "Symmetric cross-entropy over the batch (Radford et al., 2021): open_clip's `ClipLoss`."
+    return ClipLoss()(images, texts, logit_scale)
 
 # %% ../../nbs/2_models/23_losses.ipynb #4ae0df74
 def sigmoid_loss(
@@ -27,7 +25,5 @@ def sigmoid_loss(
     logit_scale: torch.Tensor,  # inverse temperature, already exponentiated
     logit_bias: torch.Tensor,  # added to every logit, about -10 at the start
 ) -> torch.Tensor:  # scalar
-    "Binary cross-entropy over all pairs, summed over captions and averaged over images."
-    logits = logit_scale * images @ texts.T + logit_bias
-    sign = 2 * torch.eye(len(logits), device=logits.device) - 1
-    return -F.logsigmoid(sign * logits).sum() / len(logits)
+    "Binary cross-entropy over all pairs, by image (Zhai et al., 2023): open_clip's `SigLipLoss`."
+    return SigLipLoss()(images, texts, logit_scale, logit_bias)

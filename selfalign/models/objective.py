@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
+from open_clip.loss import DistillClipLoss
 from .load import ModelError
-from .losses import sigmoid_loss
+from .losses import info_nce, sigmoid_loss
 from ..study.settings import nearest
 
 # %% ../../nbs/2_models/2e_objective.ipynb #0538a451
@@ -87,7 +88,8 @@ def distillation_term(
 ) -> torch.Tensor:  # scalar
     "Cross-entropy between the frozen model's choices and the tuned one's (open_clip's `DistillClipLoss`)."
     new, old = v.scale * v.images @ v.texts.T, v.scale * v.before[0] @ v.before[1].T
-    return sum(_soft(n, F.softmax(o, 1)) for n, o in ((new, old), (new.T, old.T))) / 2
+    loss = DistillClipLoss().dist_loss
+    return (loss(old, new) + loss(old.T, new.T)) / 2
 
 # %% ../../nbs/2_models/2e_objective.ipynb #fe3dae76
 CONTRASTS = ("infonce", "multi-positive", "sigmoid")
@@ -109,12 +111,16 @@ class Objective:
             if term != "contrast" and not weight >= 0:
                 raise ModelError(f"{term} = {weight}: a term's weight is 0 or more")
 
+    def _contrast(self, v):
+        if self.contrast == "sigmoid":
+            return sigmoid_loss(v.images, v.texts, torch.tensor(v.scale), torch.tensor(v.bias))
+        if self.contrast == "multi-positive" or v.negatives is not None:
+            return contrast_nce(v if self.contrast == "multi-positive" else v._replace(same=None))
+        return info_nce(v.images, v.texts, torch.tensor(v.scale))
+
     def __call__(self, v):
         "The loss of a batch."
-        if self.contrast == "sigmoid":
-            loss = sigmoid_loss(v.images, v.texts, torch.tensor(v.scale), torch.tensor(v.bias))
-        else:
-            loss = contrast_nce(v if self.contrast == "multi-positive" else v._replace(same=None))
+        loss = self._contrast(v)
         for term, weight in (
             (positive_term, self.positives),
             (negative_term, self.negatives),
