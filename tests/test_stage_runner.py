@@ -3,7 +3,7 @@
 import errno, json, os, resource, signal, subprocess, sys, time
 from pathlib import Path
 import pandas as pd, pytest
-from selfalign.study import files, project, runner, settings as s, stage as st
+from selfalign.study import execution, files, project, runner, settings as s, stage as st
 from selfalign.study.keys import keys_of
 from selfalign.study.runner import RunError, run
 from selfalign.study.settings import resolve
@@ -52,7 +52,7 @@ def fake(study, monkeypatch):
         finally:
             scope["stage"]._lock.release()
 
-    monkeypatch.setattr(runner, "_execute", execute)
+    monkeypatch.setattr(execution, "execute", execute)
     return ran
 
 
@@ -368,7 +368,7 @@ def test_a_run_with_kernels(study, monkeypatch):
     assert manifest["hardware"]["cores"] >= 1 and manifest["peak_memory_gb"] > 0 and "python" in manifest["versions"]
     assert str(study) not in (folder / "total/notebook.ipynb").read_text()
     with monkeypatch.context() as patched:
-        patched.setattr(runner, "_execute", lambda *_: pytest.fail("executed again"))
+        patched.setattr(execution, "execute", lambda *_: pytest.fail("executed again"))
         begin = time.process_time()
         run("smoke", quiet=True)
         assert time.process_time() - begin < 2
