@@ -17,10 +17,14 @@ def keys(n, start=0):
 
 def test_grows_and_reads_in_any_order(tmp_path):
     store = EmbeddingStore(tmp_path, KIND)
-    assert embed(store, keys(10), rows, batch=3, shard=4) == 10 and embed(store, keys(12), rows) == 2
+    assert embed(store, keys(10), rows, batch=3, shard=4) == 10
+    assert embed(store, keys(12), rows) == 2
     again = EmbeddingStore(tmp_path)
-    assert len(again) == 12 and again.manifest["dtype"] == "float16" and again.shard(0).dtype == np.float16
-    assert again.read(["11", "0", "7", "0"])[:, 0].tolist() == [11, 0, 7, 0] and again.read([]).shape == (0, 4)
+    assert len(again) == 12
+    assert again.manifest["dtype"] == "float16"
+    assert again.shard(0).dtype == np.float16
+    assert again.read(["11", "0", "7", "0"])[:, 0].tolist() == [11, 0, 7, 0]
+    assert again.read([]).shape == (0, 4)
     again.verify()
 
 

@@ -87,7 +87,9 @@ def of(run, scorer=BOTH[0], kinds=("original", "generated")):
 def test_threshold_of_a_rate(scores, keep):
     t, wanted = threshold_at(scores, keep), max(1, round(keep * len(scores)))
     kept = [s for s in scores if s >= t]
-    assert t in scores and len(kept) >= wanted and len([s for s in scores if s > t]) < wanted
+    assert t in scores
+    assert len(kept) >= wanted
+    assert len([s for s in scores if s > t]) < wanted
     assert kept_share(scores, t) == len(kept) / len(scores)
 
 
@@ -137,7 +139,7 @@ def test_above_and_below(rows, line, n):
     assert below.score.tolist() == sorted((s for s in scores if s < line), reverse=True)[:n]
 
 
-def test_dice():
+def test_range_of_a_random_drop():
     "The range of a random drop holds what random drops have."
     rng = np.random.default_rng(0)
     true = (rng.random(200) < 0.4).astype(float)
@@ -194,10 +196,13 @@ def test_captions_and_images_are_not_trusted(run):
     row = of(run).iloc[0]
     for caption in (NASTY, "1 < 2 & <img src=x onerror=alert(1)>"):
         html = pair_html(row.where(row.index != "caption", caption))
-        assert "<script" not in html and html.count("<img") == 1 and "onerror=alert(1)>" not in html
+        assert "<script" not in html
+        assert html.count("<img") == 1
+        assert "onerror=alert(1)>" not in html
     for image in ("../sample/p00.png", "/etc/passwd", "nothing.png"):
         html = pair_html(row.where(row.index != "image", image))
-        assert "not shown: " in html and "<img" not in html
+        assert "not shown: " in html
+        assert "<img" not in html
 
 
 def test_a_damaged_image_says_so(run, tmp_path):
@@ -207,13 +212,16 @@ def test_a_damaged_image_says_so(run, tmp_path):
         f.write_bytes(f.read_bytes()[:40])
     t = of(mine, kinds=("original",))
     html = view(t, float(t.score.median()))
-    assert html.count("not shown: not an image") == 8 and "<img" not in html
+    assert html.count("not shown: not an image") == 8
+    assert "<img" not in html
 
 
 def test_no_truth_no_precision(tmp_path):
     t = of(make_run(tmp_path, truth=False))
     html = view(t, 25.0)
-    assert "true above" not in html and "as the caption says" not in html and filtered(t, 25.0).random.isna().all()
+    assert "true above" not in html
+    assert "as the caption says" not in html
+    assert filtered(t, 25.0).random.isna().all()
 
 
 # --- the widget --------------------------------------------------------------------------------------------------
@@ -230,30 +238,28 @@ def images(html):
 def test_widget(run):
     box = explore(run, pairs=3)
     c, t = box.controls, of(run, kinds=("original",))
-    assert (
-        c.scorer.value == BOTH[0]
-        and c.kinds.value == ("original",)
-        and kept(box.shown.value) == [12]
-        and len(images(box.shown.value)) == 6
-    )
+    assert c.scorer.value == BOTH[0]
+    assert c.kinds.value == ("original",)
+    assert kept(box.shown.value) == [12]
+    assert len(images(box.shown.value)) == 6
     before = images(box.shown.value)
     c.threshold.value = line = float(t.score.nlargest(5).iloc[-1])
-    assert kept(box.shown.value) == [5] and c.keep.value == pytest.approx(5 / 24) and images(box.shown.value) != before
+    assert kept(box.shown.value) == [5]
+    assert c.keep.value == pytest.approx(5 / 24)
+    assert images(box.shown.value) != before
     c.keep.value = 0.75
-    assert kept(box.shown.value) == [18] and c.threshold.value == threshold_at(t.score, 0.75) < line
+    assert kept(box.shown.value) == [18]
+    assert c.threshold.value == threshold_at(t.score, 0.75) < line
     c.scorer.value = BOTH[1]
-    assert (
-        c.keep.value == 0.75
-        and kept(box.shown.value) == [18]
-        and c.threshold.value == threshold_at(of(run, BOTH[1], ("original",)).score, 0.75)
-    )
+    assert c.keep.value == 0.75
+    assert kept(box.shown.value) == [18]
+    assert c.threshold.value == threshold_at(of(run, BOTH[1], ("original",)).score, 0.75)
     c.kinds.value = ("original", "generated")
     both = of(run, BOTH[1])
-    assert (
-        kept(box.shown.value) == filtered(both, threshold_at(both.score, 0.75)).kept.tolist()
-        and sum(kept(box.shown.value)) == 36
-    )
-    assert (c.threshold.min, c.threshold.max) == axis_of(both.score) and "<script" not in box.shown.value
+    assert kept(box.shown.value) == filtered(both, threshold_at(both.score, 0.75)).kept.tolist()
+    assert sum(kept(box.shown.value)) == 36
+    assert (c.threshold.min, c.threshold.max) == axis_of(both.score)
+    assert "<script" not in box.shown.value
 
 
 # --- the page ----------------------------------------------------------------------------------------------------
