@@ -80,7 +80,7 @@ def probe(
     features: torch.Tensor,  # (n, d), to learn from
     labels,  # n of them, strings or numbers
     tests: torch.Tensor,  # (m, d), to be asked about
-    penalty: float = 10.0,  # of squared weights; scikit-learn's 1 / C
+    penalty: float = 1.0,  # of squared weights; scikit-learn's 1 / C
 ) -> np.ndarray:  # m answers, of the kind of the labels
     "Answers of a logistic regression on frozen features."
     names, numbers = np.unique(np.asarray(labels), return_inverse=True)
@@ -153,5 +153,5 @@ def probe_cells(
     "What a probe of single cells calls each cell: an object, or nothing."
     rows = lambda m: m.permute(0, 2, 3, 1).flatten(0, 2)
     kept = balanced(names.ravel(), seed)
-    answers = probe(rows(maps)[kept], names.ravel()[kept], rows(tests), penalty=1.0)
+    answers = probe(rows(maps)[kept], names.ravel()[kept], rows(tests))
     return answers.reshape(len(tests), *names.shape[1:])
