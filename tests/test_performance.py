@@ -11,7 +11,7 @@ from selfalign.models.adapters import add_lora
 from selfalign.models.load import _causal_text, _shortest_first, load_dual_encoder, normalise, squares
 from selfalign.models.full_size import clip_tokenizer
 from selfalign.models.operations import operations
-from selfalign.report.performance import (
+from selfalign.report.measuring import (
     Stopwatch,
     StandIns,
     agree,
