@@ -52,23 +52,19 @@ def floor_of(module):
 KNOWN_UP = {
     "selfalign/report/threshold.py": {"selfalign.self_align.explorer"},
     "nbs/8_report/88_threshold.ipynb": {"selfalign.self_align.explorer"},
-    "nbs/8_report/8b_performance.ipynb": {"selfalign.self_align.lora"},
 }
 KNOWN_CIRCLE = ["selfalign.models.paper_lora"]
 KNOWN_PRIVATE = {
-    "selfalign/models/operations.py": {"selfalign.models.load._causal_text"},
     "selfalign/models/paper_lora.py": {
         "selfalign.models.adapters._may_adapt",
         "selfalign.models.adapters._now_adapted",
     },
-    "selfalign/report/performance.py": {"selfalign.models.load._causal_text"},
     "tests/test_benchmarks.py": {"selfalign.benchmarks.micro_checklist._write"},
     "tests/test_full_size.py": {
         "selfalign.models.full_size._clip_text",
         "selfalign.models.full_size._noise",
         "selfalign.models.full_size._siglip",
     },
-    "tests/test_performance.py": {"selfalign.models.load._causal_text", "selfalign.models.load._shortest_first"},
     "tests/test_readers.py": {
         "selfalign.data.streams._Json",
         "selfalign.data.streams._list",

@@ -8,7 +8,7 @@ from selfalign.benchmarks.items import Benchmark, evaluate, open_images
 from selfalign.data.captions import web_caption
 from selfalign.data.images import fit_square, in_threads, open_image
 from selfalign.models.adapters import add_lora
-from selfalign.models.load import _causal_text, _shortest_first, load_dual_encoder, normalise, squares
+from selfalign.models.load import causal_text, shortest_first, load_dual_encoder, normalise, squares
 from selfalign.models.full_size import clip_tokenizer
 from selfalign.models.operations import operations
 from selfalign.report.measuring import (
@@ -97,7 +97,7 @@ def test_order_is_kept():
         widths.append(int(e.max()))
         return t * 10
 
-    assert torch.equal(_shortest_first(encode, tokens, end, chunk=7), tokens * 10)
+    assert torch.equal(shortest_first(encode, tokens, end, chunk=7), tokens * 10)
     assert widths == sorted(widths) and len(widths) == 8
 
 

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['libraries', 'MIRRORS', 'ModelError', 'Reference', 'parse_reference', 'check_folder', 'mirrors_of', 'opening',
            'device', 'weights_hash', 'Tokens', 'DualEncoder', 'squares', 'normalise', 'unit', 'keep_memory',
-           'OpenClipEncoder', 'TransformersEncoder', 'load_dual_encoder', 'load_generator']
+           'causal_text', 'shortest_first', 'OpenClipEncoder', 'TransformersEncoder', 'load_dual_encoder',
+           'load_generator']
 
 # %% ../../nbs/2_models/20_load.ipynb #6ed41db8
 import functools, re
@@ -344,7 +345,11 @@ def _open_clip_model(ref):
     return model, open_clip.get_tokenizer(name)
 
 # %% ../../nbs/2_models/20_load.ipynb #8959bd0e
-def _causal_text(model, tokens, end):
+def causal_text(
+    model,  # a CLIP of open_clip
+    tokens,  # (n, context) token numbers
+    end,  # (n,) position of each text's end-of-text
+):  # (n, dimension) vectors
     "open_clip's `CLIP.encode_text` without the padding behind the last end-of-text, at positions `end`."
     n = int(end.max()) + 1
     x = model.token_embedding(tokens[:, :n]) + model.positional_embedding[:n]
@@ -356,7 +361,12 @@ def _causal_text(model, tokens, end):
     return model.text_projection(x) if isinstance(model.text_projection, torch.nn.Module) else x @ model.text_projection
 
 # %% ../../nbs/2_models/20_load.ipynb #b607afbb
-def _shortest_first(encode, tokens, end, chunk=32):
+def shortest_first(
+    encode,  # function of tokens and ends
+    tokens,  # (n, context)
+    end,  # (n,)
+    chunk: int = 32,  # texts at a time
+):
     "`encode(tokens, end)` of texts sorted by length, some at a time; rows in the order given."
     order = end.argsort(stable=True)
     rows = torch.cat([encode(tokens[some], end[some]) for some in order.split(chunk)])
@@ -387,7 +397,7 @@ class OpenClipEncoder(DualEncoder):
         if pool not in ("argmax", "eos"):
             return self.model.encode_text(ids)
         end = (ids if pool == "argmax" else (ids == self.model.text_eos_id).int()).argmax(-1)
-        return _shortest_first(partial(_causal_text, self.model), ids, end)
+        return shortest_first(partial(causal_text, self.model), ids, end)
 
 # %% ../../nbs/2_models/20_load.ipynb #1dc329f1
 def _features(output):

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from .full_size import count, skeleton
-from .load import ModelError, _causal_text, parse_reference
+from .load import ModelError, causal_text, parse_reference
 
 # %% ../../nbs/2_models/2g_operations.ipynb #6235da01
 def _attention(q, k, v, *_, out_shape=None, **__):
@@ -93,7 +93,7 @@ def _read(model, n, tokens):
     ids = _empty(n, model.context_length, dtype=torch.long)
     if getattr(model, "text_pool_type", "") not in ("argmax", "eos"):
         return model.encode_text(ids)
-    return _causal_text(model, ids, torch.full((n,), min(tokens, model.context_length) - 1))
+    return causal_text(model, ids, torch.full((n,), min(tokens, model.context_length) - 1))
 
 # %% ../../nbs/2_models/2g_operations.ipynb #fb19718a
 def _watched(model, call):

@@ -68,12 +68,12 @@ def shape_operations(
     length: int,  # tokens of the text
 ) -> int:
     "What one image, or one text of this length, costs."
-    from selfalign.models.load import _causal_text
+    from selfalign.models.load import causal_text
 
     if kind == "image":
         return operations(lambda: encoder.model.encode_image(torch.zeros(1, 3, encoder.size, encoder.size)))
     tokens, end = torch.ones(1, length, dtype=torch.long), torch.tensor([length - 1])
-    return operations(lambda: _causal_text(encoder.model, tokens, end))
+    return operations(lambda: causal_text(encoder.model, tokens, end))
 
 # %% ../../nbs/8_report/8d_measuring.ipynb #ff406fc7
 def counted(
