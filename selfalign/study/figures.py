@@ -153,7 +153,7 @@ def _guides(
     "The band of what all are compared with, and the guess"
     span, line = (ax.axvspan, ax.axvline) if down else (ax.axhspan, ax.axhline)
     if band is not None:
-        span(*band, color="#DDDDDD", zorder=0, label=known_as)
+        span(*band, color="#EBEBEB", zorder=0, label=known_as)
     if chance is not None:
         line(chance, color="#333333", linestyle=":", linewidth=1.2, label="chance")
 
@@ -181,7 +181,7 @@ def intervals(
     if down:
         ax.set_yticks(range(len(names)), names)
         ax.set_ylim(len(names) - 0.5, -0.5)
-        ax.grid(axis="x")
+        ax.grid(True, axis="x")
         ax.grid(False, axis="y")
     return ax
 
