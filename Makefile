@@ -44,6 +44,7 @@ $(READY): pyproject.toml constraints.txt
 # For those who change the study
 
 export:
+	@$(BIN)/ruff format -q nbs tests
 	@$(BIN)/nbdev-clean
 	@$(BIN)/nbdev-export
 	@$(MAKE) --no-print-directory readme

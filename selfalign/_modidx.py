@@ -2059,6 +2059,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'selfalign.study.files.tree_hash': ('0_study/files.html#tree_hash', 'selfalign/study/files.py'),
                                        'selfalign.study.files.versions': ('0_study/files.html#versions', 'selfalign/study/files.py'),
                                        'selfalign.study.files.write_json': ('0_study/files.html#write_json', 'selfalign/study/files.py')},
+            'selfalign.study.glossary': { 'selfalign.study.glossary.glossary': ( '0_study/glossary.html#glossary',
+                                                                                 'selfalign/study/glossary.py')},
             'selfalign.study.hypotheses': { 'selfalign.study.hypotheses.Hypothesis': ( '0_study/hypotheses.html#hypothesis',
                                                                                        'selfalign/study/hypotheses.py'),
                                             'selfalign.study.hypotheses.Scored': ( '0_study/hypotheses.html#scored',
