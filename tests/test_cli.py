@@ -201,6 +201,25 @@ def test_report_again(ran):
 
 
 @pytest.mark.slow
+def test_a_run_beside_the_published_report(ran):
+    root, command, _ = ran
+    shutil.copytree(root / "reports/micro", root / "reports/published/micro", dirs_exist_ok=True)
+    shown = command("compare", "micro", "published/micro")
+    assert shown.returncode == 0, shown.stderr
+    assert "0 of 1 numbers" in shown.stdout
+    refused = command("report", "published/micro")
+    assert refused.returncode == 2
+    assert "is a report whose run folder is gone" in refused.stderr
+
+
+def test_what_has_no_commit_is_not_published(ran):
+    root, command, _ = ran
+    refused = command("publish", "micro")
+    assert refused.returncode == 2
+    assert "no commit is known of" in refused.stderr
+    assert not (root / "reports/published/micro/stage.json").exists()
+
+
 def test_changed_parameter_and_comparison(ran, tmp_path):
     root, command, _ = ran
     assert command("run", "micro", "-p", "numbers.n=10", "--run", "ten").returncode == 0

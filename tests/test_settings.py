@@ -1,6 +1,7 @@
 "Settings: presets, overrides, parameters cells; what is wrong is refused with the nearest right name."
 
 import os, subprocess, sys
+from pathlib import Path
 import pytest
 from selfalign.study import parameters as p, project, settings as s
 from selfalign.study.settings import SettingsError, resolve
@@ -309,9 +310,17 @@ def test_papermill_reads_what_we_read(ruled):
 # --- the study's own ---------------------------------------------------------------------------------------------
 
 
-def test_every_number_and_choice_of_the_study_is_ruled(monkeypatch):
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    "The study's own settings and notebooks, with a folder for data that is not the checkout's."
+    root = Path(__file__).resolve().parents[1]
+    (tmp_path / "settings.ini").write_bytes((root / "settings.ini").read_bytes())
+    (tmp_path / "nbs").symlink_to(root / "nbs", target_is_directory=True)
+    monkeypatch.setenv("SELFALIGN_ROOT", str(tmp_path))
+
+
+def test_every_number_and_choice_of_the_study_is_ruled(own):
     "A number without a range is a value that nobody checks."
-    monkeypatch.delenv("SELFALIGN_ROOT", raising=False)
     for stage, spec in s.stages().items():
         for one in s.parameters(stage).values():
             number = any(kind in one.type for kind in ("int", "float"))
@@ -319,8 +328,7 @@ def test_every_number_and_choice_of_the_study_is_ruled(monkeypatch):
             assert p.refusal(one, one.default) == ""
 
 
-def test_every_preset_of_the_study_is_allowed(monkeypatch):
-    monkeypatch.delenv("SELFALIGN_ROOT", raising=False)
+def test_every_preset_of_the_study_is_allowed(own):
     for preset in s.presets():
         assert resolve(preset).stages
 
@@ -329,8 +337,7 @@ def test_every_preset_of_the_study_is_allowed(monkeypatch):
     "override",
     ["select.keep=7", "sample.noise=5", "generate.steps=0", "generate.scheduler=eulr", "finetune.arms=lora-orignals"],
 )
-def test_the_study_refuses(monkeypatch, override):
-    monkeypatch.delenv("SELFALIGN_ROOT", raising=False)
+def test_the_study_refuses(own, override):
     with pytest.raises(SettingsError, match="outside|did you mean"):
         resolve("micro", [override])
 

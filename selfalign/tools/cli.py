@@ -62,7 +62,7 @@ def report(
         fail("there is no run yet; make one with: selfalign run micro")
     folder = find_run(name or runs[-1])
     if folder.is_relative_to(find_root() / "reports"):
-        fail(f"{name} is a report whose run folder is gone; run it again with: selfalign run {name}")
+        fail(f"{name} is a report whose run folder is gone; run it again with: selfalign run {folder.name}")
     print(f"Report: {shown(render(folder))}")
 
 # %% ../../nbs/9_tools/90_cli.ipynb #84928b02
