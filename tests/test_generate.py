@@ -1,6 +1,6 @@
 "Generate: the same images whatever the batch, the memory, or an interruption."
 
-import os, shutil, signal
+import os, signal
 import numpy as np, pandas as pd, pytest, torch
 from selfalign.data.generated import image_orders, image_seed, is_blank
 from selfalign.data.pairs import pairs_table

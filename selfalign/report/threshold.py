@@ -30,6 +30,19 @@ def states(
     found = [filtered(table, t, repeats=200) for t in grid]
     return [[[r["kept"], *(_whole(r[s]) for s in SHARES)] for r in f.to_dict("records")] for f in found]
 
+# %% ../../nbs/8_report/88_threshold.ipynb #48f5b1e2
+def _places(got, scorers, grids):
+    "For each scorer: the score, and the last place of the slider that keeps it"
+    for (score, _), reference in zip(got, scorers):
+        yield round(score, 2)
+        yield int(np.searchsorted(grids[reference], score, "right")) - 1
+
+
+def _scores_of(table):
+    "(key, kind, scorer) to (score, truth)"
+    rows = table.drop_duplicates(["key", "kind", "scorer"]).itertuples()
+    return {(r.key, r.kind, r.scorer): (r.score, r.true) for r in rows}
+
 # %% ../../nbs/8_report/88_threshold.ipynb #7b64dbdf
 def shown_pairs(
     shown,  # the gallery
@@ -38,29 +51,16 @@ def shown_pairs(
     grids,  # reference to thresholds
 ):  # card, tile or -1, kind, true or -1, then score and last place for each scorer
     "The gallery's pairs that have all scores"
-    kinds = list(dict.fromkeys(table["kind"]))
-    found = []
-    by = {
-        (r.key, r.kind, r.scorer): (r.score, r.true)
-        for r in table.drop_duplicates(["key", "kind", "scorer"]).itertuples()
-    }
+    kinds, by, found = list(dict.fromkeys(table["kind"])), _scores_of(table), []
     for c, card in enumerate(shown.cards):
-        tiles = [card["original"], *card["generated"]]
-        for j, (key, tile) in enumerate(zip(card["keys"], tiles)):
-            got = [by.get((key, ("generated" if j else "original"), s)) for s in scorers]
+        for j, (key, tile) in enumerate(zip(card["keys"], [card["original"], *card["generated"]])):
+            kind = "generated" if j else "original"
+            got = [by.get((key, kind, s)) for s in scorers]
             if None in got:
                 continue
-            places = [(round(s, 2), int(np.searchsorted(grids[r], s, "right")) - 1) for (s, _), r in zip(got, scorers)]
-            true = got[0][1]
-            found.append(
-                [
-                    c,
-                    tile if isinstance(tile, int) else -1,
-                    kinds.index("generated" if j else "original"),
-                    -1 if true != true else int(true),
-                    *sum(places, ()),
-                ]
-            )
+            true = -1 if np.isnan(got[0][1]) else int(got[0][1])
+            tile = tile if isinstance(tile, int) else -1
+            found.append([c, tile, kinds.index(kind), true, *_places(got, scorers, grids)])
     return found
 
 # %% ../../nbs/8_report/88_threshold.ipynb #755d3297
@@ -99,6 +99,12 @@ def _panel(table, name, kinds):
         ends=[float(place(a, *axis)) for a in axis],
     )
 
+# %% ../../nbs/8_report/88_threshold.ipynb #23d749ca
+def _of_scorer(panel, table, kinds):
+    "What the script needs of one scorer"
+    grid, counts = panel["grid"], [int((table["kind"] == k).sum()) for k in kinds]
+    return dict(low=grid[0], high=grid[-1], ends=panel["ends"], counts=counts, states=panel["states"])
+
 # %% ../../nbs/8_report/88_threshold.ipynb #dead2f44
 def twin(
     run_folder,  # data/runs/<run>
@@ -114,26 +120,10 @@ def twin(
     panels = [_panel(parts[r], n, kinds) for r, n in names.items()]
     pairs = shown_pairs(shown, table, list(names), {r: p["grid"] for r, p in zip(names, panels)})
     known = bool(table["true"].notna().any())
-    of_scorers = [
-        dict(
-            low=p["grid"][0],
-            high=p["grid"][-1],
-            ends=p["ends"],
-            counts=[int((t["kind"] == k).sum()) for k in kinds],
-            states=p["states"],
-        )
-        for p, t in zip(panels, parts.values())
-    ]
-    data = dict(kinds=kinds, known=known, pairs=pairs, scorers=of_scorers)
+    scorers = [_of_scorer(p, t, kinds) for p, t in zip(panels, parts.values())]
+    data = json.dumps(dict(kinds=kinds, known=known, pairs=pairs, scorers=scorers), separators=(",", ":"))
     for s, (p, r) in enumerate(zip(panels, names)):
         p.update(rows=list(_rows(parts[r], p["grid"], p["states"], kinds)), sides=_sides(pairs, s, p["middle"]))
-    return dict(
-        panels=panels,
-        kinds=kinds,
-        steps=STEPS,
-        known=known,
-        total=len(table.drop_duplicates(["key", "kind"])),
-        pairs=len(pairs),
-        inset=100 * MARGIN / WIDTH,
-        data=json.dumps(data, separators=(",", ":")),
-    )
+    total = len(table.drop_duplicates(["key", "kind"]))
+    same = dict(panels=panels, kinds=kinds, steps=STEPS, known=known, total=total, pairs=len(pairs))
+    return same | dict(inset=100 * MARGIN / WIDTH, data=data)

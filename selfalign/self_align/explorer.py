@@ -8,6 +8,7 @@ __all__ = ['controls_of', 'Explorer', 'explore']
 # %% ../../nbs/4_self_align/4c_explorer.ipynb #5e6e08aa
 from pathlib import Path
 from types import SimpleNamespace
+from fastcore.basics import patch
 from ..benchmarks.filters import kept_share, threshold_at
 from ..benchmarks.thresholds import axis_of, scored_pairs, view
 from ..data.selection import short_name
@@ -51,29 +52,39 @@ class Explorer:
             control.observe(self.update, "value")
         self.update()
 
-    def update(self, change=None):
-        "Follow a control that was moved."
-        if self.busy:
-            return
-        self.busy = True
-        try:
-            self.follow(change and change.owner)
-        finally:
-            self.busy = False
+# %% ../../nbs/4_self_align/4c_explorer.ipynb #0f4f18de
+@patch
+def update(
+    self: Explorer,
+    change=None,  # of a control, as ipywidgets tells it
+):
+    "Follow a control that was moved."
+    if self.busy:
+        return
+    self.busy = True
+    try:
+        self.follow(change and change.owner)
+    finally:
+        self.busy = False
 
-    def follow(self, moved):
-        "Threshold and keep rate agree, and the view shows them."
-        c = self.controls
-        some = self.table[self.table.scorer == c.scorer.value]
-        axis = axis_of(some.score)
-        some = some[some.kind.isin(c.kinds.value)]
-        with c.threshold.hold_trait_notifications():
-            c.threshold.min, c.threshold.max = axis
-        if moved is c.threshold:
-            c.keep.value = kept_share(some.score, c.threshold.value)
-        else:
-            c.threshold.value = threshold_at(some.score, c.keep.value)
-        self.shown.value = self.note + view(some, c.threshold.value, axis, self.pairs)
+# %% ../../nbs/4_self_align/4c_explorer.ipynb #760990a8
+@patch
+def follow(
+    self: Explorer,
+    moved,  # the control that was moved, or None
+):
+    "Threshold and keep rate agree, and the view shows them."
+    c = self.controls
+    some = self.table[self.table.scorer == c.scorer.value]
+    axis = axis_of(some.score)
+    some = some[some.kind.isin(c.kinds.value)]
+    with c.threshold.hold_trait_notifications():
+        c.threshold.min, c.threshold.max = axis
+    if moved is c.threshold:
+        c.keep.value = kept_share(some.score, c.threshold.value)
+    else:
+        c.threshold.value = threshold_at(some.score, c.keep.value)
+    self.shown.value = self.note + view(some, c.threshold.value, axis, self.pairs)
 
 # %% ../../nbs/4_self_align/4c_explorer.ipynb #1cbae73b
 def explore(
