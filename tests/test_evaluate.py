@@ -476,7 +476,7 @@ def test_a_question_without_its_image_keeps_the_numbers_of_the_others():
     [
         ("object", "fraction", "up", 0.5),
         ("object-blind", "fraction", "", 0.5),
-        ("R@5", "fraction", "up", None),
+        ("recall@5", "fraction", "up", None),
         ("median rank", "count", "down", None),
         ("retrieval-r1, corrected p", "ratio", "", None),
     ],
