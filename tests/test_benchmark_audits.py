@@ -98,7 +98,8 @@ def test_a_list_names_the_folders_or_counts_them(tmp_path):
     home = class_folder(tmp_path / "set", {"zebra": 1, "ice_cream": 1})
     (tmp_path / "names.txt").write_text("zebra\nice cream\nunseen\n", encoding="utf-8")
     q = cl.read_classification(tmp_path / "names.txt", home)
-    assert dict(zip(q.items.file, q.items.truth)) == {"zebra": 0, "ice_cream": 1} and q.classes == (
+    assert dict(zip(q.items.file, q.items.truth)) == {"zebra": 0, "ice_cream": 1}
+    assert q.classes == (
         "zebra",
         "ice cream",
         "unseen",
@@ -117,25 +118,27 @@ def test_ranks_are_those_of_the_plain_loop(tmp_path, batch):
     p, problems = cl.ask_classification(q, stub, batch=batch)
     names = stub.encode_text(list(q.classes)).astype(float)
     p = p[p["mode"] == WITH_IMAGE]
-    assert not problems and len(p) == 21 and p.key.is_unique
+    assert not problems
+    assert len(p) == 21
+    assert p.key.is_unique
     for row in p.itertuples():
         cosine = names @ stub.encode_image([Image.open(q.images[row.image])])[0].astype(float)
         order = np.argsort(-cosine)
-        assert (
-            row.predicted == q.classes[order[0]]
-            and q.classes[order[row.rank - 1]] == row.truth
-            and row.score == pytest.approx(cosine[q.classes.index(row.truth)], abs=1e-6)
-        )
+        assert row.predicted == q.classes[order[0]]
+        assert q.classes[order[row.rank - 1]] == row.truth
+        assert row.score == pytest.approx(cosine[q.classes.index(row.truth)], abs=1e-6)
 
 
 def test_a_model_that_knows_nothing_gets_nothing(tmp_path):
     p, _ = cl.ask_classification(
         cl.read_classification(class_folder(tmp_path / "set", {c: 2 for c in "abcdefg"}), templates="{}"), Constant()
     )
-    assert (p["rank"] == 7).all() and set(p["mode"]) == {WITH_IMAGE, "blind", "shuffled"}
+    assert (p["rank"] == 7).all()
+    assert set(p["mode"]) == {WITH_IMAGE, "blind", "shuffled"}
     for _, part in p.groupby("mode"):
         t = cl.classification_table(part)
-        assert (t.value == 0).all() and t.chance.round(6).tolist() == [round(x / 7, 6) for x in (1, 5, 1)]
+        assert (t.value == 0).all()
+        assert t.chance.round(6).tolist() == [round(x / 7, 6) for x in (1, 5, 1)]
 
 
 def test_classes_of_one_name_tie_exactly(tmp_path):
@@ -144,7 +147,8 @@ def test_classes_of_one_name_tie_exactly(tmp_path):
     q = cl.read_classification(tmp_path / "names.txt", home, templates="{}")
     p, problems = cl.ask_classification(q, Stub())
     assert "2 class 'missile' has the name of class 1" in said(problems)
-    assert (p["rank"][p.truth == "missile"] >= 2).all() and (p["rank"][p.truth == "cup"] != 2).all()
+    assert (p["rank"][p.truth == "missile"] >= 2).all()
+    assert (p["rank"][p.truth == "cup"] != 2).all()
 
 
 def unequal():
@@ -167,7 +171,8 @@ def test_mean_per_class():
     assert t.value["mean per-class accuracy"] == pytest.approx(
         balanced_accuracy_score(p.number, np.where(p["rank"] == 1, p.number, (p.number + 1) % 3))
     )
-    assert b.value["top-1 accuracy"] == 0.6 and b.value["mean per-class accuracy"] == pytest.approx(1 / 3)
+    assert b.value["top-1 accuracy"] == 0.6
+    assert b.value["mean per-class accuracy"] == pytest.approx(1 / 3)
     assert "top-5 accuracy" not in t.index, "of three classes, five are always right"
     means = lambda rows: np.mean([rows[rows[:, 0] == c, 1].mean() for c in range(3) if (rows[:, 0] == c).any()])
     drawn = bootstrap(np.column_stack([p.number, p["rank"] == 1]), statistic=means)
@@ -180,7 +185,8 @@ def test_blind_is_one_answer(tmp_path):
         cl.read_classification(class_folder(tmp_path / "set", {"a": 5, "b": 1, "c": 2}), templates="{}"), Stub()
     )
     p = p[p["mode"] == "blind"]
-    assert p.predicted.nunique() == 1 and (p["rank"] == 1).mean() == (p.truth == p.predicted.iloc[0]).mean()
+    assert p.predicted.nunique() == 1
+    assert (p["rank"] == 1).mean() == (p.truth == p.predicted.iloc[0]).mean()
 
 
 def test_damaged_class_folders(tmp_path):
@@ -192,7 +198,9 @@ def test_damaged_class_folders(tmp_path):
     q = cl.read_classification(home)
     p, problems = cl.ask_classification(q, Stub())
     p = p[p["mode"] == WITH_IMAGE]
-    assert len(p) == 4 and len(q.items) == 5 and len(problems) == 4
+    assert len(p) == 4
+    assert len(q.items) == 5
+    assert len(problems) == 4
     for what in ("not an image by its ending", "a link", "a class without images", "damaged PNG"):
         assert what in said(problems)
     assert coverage(q, p).set_index("file").answered.to_dict() == {"a": 2, "b": 2, "empty": 0}
@@ -242,7 +250,8 @@ def test_folders_that_cannot_be_used(tmp_path):
 def test_class_names_are_cleaned(tmp_path):
     (tmp_path / "names.txt").write_bytes("\ufeffcat\r\n\x1b[31mdog\x1b[0m\r\n".encode())
     names, problems = cl.class_names(tmp_path / "names.txt")
-    assert names == ["cat", "dog"] and "terminal escapes removed" in said(problems)
+    assert names == ["cat", "dog"]
+    assert "terminal escapes removed" in said(problems)
 
 
 # --- agreement with people ---------------------------------------------------------------------------------------
@@ -295,11 +304,9 @@ CROWD = "".join(
 def test_own_captions_as_published(tmp_path):
     home = flickr(tmp_path, EXPERT, CROWD)
     count = lambda own: ha.read_human_agreement(home, own=own).items.category.value_counts().to_dict()
-    assert (
-        count("published") == {"expert": 12, "crowd": 16}
-        and count("kept") == {"expert": 16, "crowd": 16}
-        and count("left out") == {"expert": 12, "crowd": 12}
-    )
+    assert count("published") == {"expert": 12, "crowd": 16}
+    assert count("kept") == {"expert": 16, "crowd": 16}
+    assert count("left out") == {"expert": 12, "crowd": 12}
 
 
 def test_own_is_a_matter_of_words_not_ids(tmp_path):
@@ -315,12 +322,10 @@ def test_rows_and_their_numbers(tmp_path):
     q, stub = ha.read_human_agreement(flickr(tmp_path, EXPERT, CROWD), own="kept"), Stub()
     every, problems = ha.ask_human_agreement(q, stub)
     p = every[every["mode"] == WITH_IMAGE]
-    assert (
-        not problems
-        and len(p) == 32
-        and p.key.is_unique
-        and all(t.startswith("A photo depicts caption ") for t in stub.texts)
-    )
+    assert not problems
+    assert len(p) == 32
+    assert p.key.is_unique
+    assert all(t.startswith("A photo depicts caption ") for t in stub.texts)
     t = ha.human_agreement_table(p, repeats=20).set_index(["row", "metric"])
     e = p[p.category == "expert"]
     marks = e[["mark_1", "mark_2", "mark_3"]].to_numpy()
@@ -332,16 +337,12 @@ def test_rows_and_their_numbers(tmp_path):
     )
     c = p[p.category == "crowd"]
     assert t.value["crowd: score", "tau-b"] == pytest.approx(slow_kendall(c.score.tolist(), c.yes.tolist(), "b"))
-    assert (
-        ("crowd: score", "tau-c") not in t.index
-        and (t.chance == 0).all()
-        and (t.low <= t.value).all()
-        and (t.value <= t.high).all()
-    )
-    assert (
-        ha.human_agreement_table(every[every["mode"] == "length"], repeats=2).value.eq(0).all()
-        and t.n["expert: score", "tau-c"] == 16
-    )
+    assert ("crowd: score", "tau-c") not in t.index
+    assert (t.chance == 0).all()
+    assert (t.low <= t.value).all()
+    assert (t.value <= t.high).all()
+    assert ha.human_agreement_table(every[every["mode"] == "length"], repeats=2).value.eq(0).all()
+    assert t.n["expert: score", "tau-c"] == 16
     same = (
         ha.human_agreement_table(e.assign(score=e[["mark_1", "mark_2", "mark_3"]].mean(axis=1)), repeats=2)
         .set_index(["row", "metric"])
@@ -364,7 +365,8 @@ def test_scores_with_and_without_the_image(tmp_path):
         rest = sum(v for n, v in images.items() if n != row.image)
         assert (rows.score[WITH_IMAGE], rows.score["blind"]) == pytest.approx(
             (text @ images[row.image], text @ rest / np.linalg.norm(rest)), abs=1e-6
-        ) and rows.score["length"] == 4
+        )
+        assert rows.score["length"] == 4
 
 
 def test_a_constant_score_agrees_with_nobody(tmp_path):
@@ -400,13 +402,11 @@ def test_expert_rows_that_cannot_be_used(tmp_path, row, what):
         flickr(tmp_path, GOOD.encode() + (row if isinstance(row, bytes) else row.encode()), CROWD)
     )
     problems = [p for p in q.problems if "Expert" in p["file"]]
-    assert (
-        len(problems) == 1
-        and what in problems[0]["what"]
-        and problems[0]["row"] == "2"
-        and problems[0]["remedy"]
-        and (q.items.category == "expert").sum() == 1
-    )
+    assert len(problems) == 1
+    assert what in problems[0]["what"]
+    assert problems[0]["row"] == "2"
+    assert problems[0]["remedy"]
+    assert (q.items.category == "expert").sum() == 1
     assert q.expected["ExpertAnnotations.txt"] == 2
 
 
@@ -422,7 +422,9 @@ def test_expert_rows_that_cannot_be_used(tmp_path, row, what):
 )
 def test_crowd_rows_that_cannot_be_used(tmp_path, row, what):
     q = ha.read_human_agreement(flickr(tmp_path, "", f"0.jpg\t1.jpg#0\t0.25\t1\t3\n0.jpg\t2.jpg#0\t{row}\n"))
-    assert len(q.items) == 1 and what in said(q.problems) and "not there" in said(q.problems)
+    assert len(q.items) == 1
+    assert what in said(q.problems)
+    assert "not there" in said(q.problems)
 
 
 def test_captions_that_cannot_be_used(tmp_path):
@@ -467,7 +469,8 @@ def test_judged_images_that_are_links(tmp_path):
     (home / "Flicker8k_Dataset/3.jpg").unlink()
     (home / "Flicker8k_Dataset/3.jpg").symlink_to(home / "Flicker8k_Dataset/0.jpg")
     q = ha.read_human_agreement(home)
-    assert list(q.images) == ["0.jpg"] and "2 3.jpg is a link" in said(q.problems)
+    assert list(q.images) == ["0.jpg"]
+    assert "2 3.jpg is a link" in said(q.problems)
 
 
 def test_judged_images_that_are_not_there(tmp_path):
@@ -477,11 +480,9 @@ def test_judged_images_that_are_not_there(tmp_path):
     q = ha.read_human_agreement(home)
     p, problems = ha.ask_human_agreement(q, Stub())
     p = p[p["mode"] == WITH_IMAGE]
-    assert (
-        set(p.image) == {"2.jpg", "3.jpg"}
-        and "the image is not there (items that ask about it: 3)" in said(problems)
-        and "the file is empty" in said(problems)
-    )
+    assert set(p.image) == {"2.jpg", "3.jpg"}
+    assert "the image is not there (items that ask about it: 3)" in said(problems)
+    assert "the file is empty" in said(problems)
     assert coverage(q, p).set_index("file").share.to_dict() == {
         "ExpertAnnotations.txt": 0.5,
         "CrowdFlowerAnnotations.txt": 0,
@@ -507,7 +508,8 @@ def test_hashes_as_in_the_plain_loop(most, block):
         for j, y in enumerate(b)
         if (int(x) ^ int(y)).bit_count() <= most
     ]
-    assert [tuple(r) for r in lk.near_hashes(a, b, most, block).tolist()] == slow and ((5, 3, 0) in slow)
+    assert [tuple(r) for r in lk.near_hashes(a, b, most, block).tolist()] == slow
+    assert (5, 3, 0) in slow
 
 
 @pytest.mark.parametrize("block", [1, 3, 256])
@@ -515,9 +517,8 @@ def test_vectors_as_in_the_plain_loop(block):
     x = Stub()._vectors([bytes([i]) for i in range(12)])
     pairs, cosine = lk.near_vectors(x[:7], x[4:], 0.3, block)
     slow = {(i, j): float(x[i] @ x[4 + j]) for i in range(7) for j in range(8) if x[i] @ x[4 + j] >= 0.3}
-    assert {tuple(p) for p in pairs.tolist()} == set(slow) and cosine == pytest.approx(
-        [slow[tuple(p)] for p in pairs.tolist()], abs=1e-6
-    )
+    assert {tuple(p) for p in pairs.tolist()} == set(slow)
+    assert cosine == pytest.approx([slow[tuple(p)] for p in pairs.tolist()], abs=1e-6)
     with pytest.raises(BenchmarkError, match="same encoder"):
         lk.near_vectors(x, x[:, :4])
 
@@ -542,7 +543,8 @@ def test_planted_copies(name):
     right = {(f"copy {i}", f"t{i}") for i in range(20)}
     check = "mirrored hash" if name == "mirrored" else "hash"
     hits = set(map(tuple, found[found.check == check][["test", "train"]].to_numpy()))
-    assert len(hits & right) >= 18 and len(hits - right) <= 1
+    assert len(hits & right) >= 18
+    assert len(hits - right) <= 1
     if name == "mirrored":
         assert not found[found.check == "hash"].test.str.startswith("copy").sum() > 2
 
@@ -557,12 +559,11 @@ def test_sensitivity_counts(tmp_path):
         .set_index(["check", "threshold", "disguise"])
         .found
     )
-    assert (
-        t["hash", 0, "same"] == t["embedding", 0.999, "same"] == 1
-        and t["embedding", 0.999, "jpeg"] == 0
-        and (t.xs(64, level="threshold") == 1).all()
-    )
-    assert t["hash", 0, "false alarm"] == 0 and t["embedding", -1.0, "false alarm"] == 1
+    assert t["hash", 0, "same"] == t["embedding", 0.999, "same"] == 1
+    assert t["embedding", 0.999, "jpeg"] == 0
+    assert (t.xs(64, level="threshold") == 1).all()
+    assert t["hash", 0, "false alarm"] == 0
+    assert t["embedding", -1.0, "false alarm"] == 1
 
 
 def test_images_that_cannot_be_checked(tmp_path):
@@ -571,11 +572,9 @@ def test_images_that_cannot_be_checked(tmp_path):
     made = lk.fingerprints(
         {"good": tmp_path / "good.png", "bad": tmp_path / "bad.png", "gone": tmp_path / "gone.png"}, Stub(), batch=1
     )
-    assert (
-        made.names == ["good"]
-        and [p["file"] for p in made.problems] == ["bad", "gone"]
-        and all(p["remedy"] for p in made.problems)
-    )
+    assert made.names == ["good"]
+    assert [p["file"] for p in made.problems] == ["bad", "gone"]
+    assert all(p["remedy"] for p in made.problems)
     for nothing in ({}, {"bad": tmp_path / "bad.png"}):
         with pytest.raises(BenchmarkError, match="can be opened"):
             lk.fingerprints(nothing)
@@ -588,12 +587,10 @@ def test_images_that_cannot_be_checked(tmp_path):
 def test_fingerprints_do_not_depend_on_the_batch():
     images = {f"{i}": smooth(i) for i in range(7)}
     a, b = lk.fingerprints(images, Stub(), batch=2), lk.fingerprints(images, Stub())
-    assert (
-        a.names == b.names
-        and (a.hashes == b.hashes).all()
-        and (a.vectors == b.vectors).all()
-        and a.vectors.shape == (7, 8)
-    )
+    assert a.names == b.names
+    assert (a.hashes == b.hashes).all()
+    assert (a.vectors == b.vectors).all()
+    assert a.vectors.shape == (7, 8)
 
 
 @pytest.mark.parametrize("side", [64, 63, 37])
@@ -603,10 +600,8 @@ def test_the_mirrors_hash_needs_no_mirror(side):
 
     for i in range(20):
         own, mirrored = lk.both_hashes(smooth(i, side))
-        assert (
-            own == lk.perceptual_hash(smooth(i, side))
-            and (mirrored ^ lk.perceptual_hash(ImageOps.mirror(smooth(i, side)))).bit_count() <= 2
-        )
+        assert own == lk.perceptual_hash(smooth(i, side))
+        assert (mirrored ^ lk.perceptual_hash(ImageOps.mirror(smooth(i, side)))).bit_count() <= 2
 
 
 @pytest.mark.parametrize("portion", [1, 7, 1000])
@@ -616,11 +611,9 @@ def test_portions_find_the_same(portion):
     ours = lk.fingerprints({f"c{i}": smooth(i).resize((40, 40)) for i in range(5)}, Stub())
     whole = lk.suspected(ours, lk.fingerprints({n: p for n, p in train.items() if n[0] == "t"}, Stub()), 8, 0.98)
     found, problems = lk.near_copies(ours, train, Stub(), 8, 0.98, portion)
-    assert (
-        sorted(map(tuple, found.values)) == sorted(map(tuple, whole.values))
-        and len(found) >= 5
-        and [p["file"] for p in problems] == [f"x{i}" for i in range(8)]
-    )
+    assert sorted(map(tuple, found.values)) == sorted(map(tuple, whole.values))
+    assert len(found) >= 5
+    assert [p["file"] for p in problems] == [f"x{i}" for i in range(8)]
     with pytest.raises(BenchmarkError, match="none of 1 images"):
         lk.near_copies(ours, {"x": Path("gone.png")}, Stub())
 
@@ -628,7 +621,8 @@ def test_portions_find_the_same(portion):
 def test_what_is_compared_is_what_both_have():
     images = {"a": smooth(0)}
     s, found, _ = lk.find_leaks(images, {"a": "x"}, {"b": smooth(0)}, {})
-    assert s.check.tolist() == ["hash", "mirrored hash", "any"] and found.check.tolist()[0] == "hash"
+    assert s.check.tolist() == ["hash", "mirrored hash", "any"]
+    assert found.check.tolist()[0] == "hash"
     assert lk.find_leaks({}, {"a": "A dog"}, {"b": smooth(0)}, {"b": "a dog."})[0].values.tolist()[0][:4] == [
         "caption",
         1,
@@ -646,15 +640,12 @@ def test_captions_seen_before():
     )
     assert found[["test", "train", "value", "words"]].values.tolist() == [["a", "x", 2.0, 3]]
     table = lk.leakage_summary(found, "abcd").set_index("check")
-    assert (
-        table["items"].to_dict() == {"hash": 0, "mirrored hash": 0, "embedding": 0, "caption": 1, "any": 1}
-        and table.share["any"] == 0.25
-        and table.n["any"] == 4
-    )
+    assert table["items"].to_dict() == {"hash": 0, "mirrored hash": 0, "embedding": 0, "caption": 1, "any": 1}
+    assert table.share["any"] == 0.25
+    assert table.n["any"] == 4
     none = lk.leakage_summary(found[:0], range(300), checks=["caption"])
-    assert none.share.tolist() == [0.0, 0.0] and none.high.tolist() == pytest.approx([0.01265] * 2, abs=1e-4), (
-        "nothing found is not nothing there"
-    )
+    assert none.share.tolist() == [0.0, 0.0], "nothing found is not nothing there"
+    assert none.high.tolist() == pytest.approx([0.01265] * 2, abs=1e-4), "nothing found is not nothing there"
     with pytest.raises(BenchmarkError, match="no test images"):
         lk.leakage_summary(found, [])
 
@@ -670,15 +661,15 @@ def test_overlap_of_two_folders(tmp_path, first):
     smooth(9).save(tmp_path / "test/c.png")
     (tmp_path / "test/d.png").write_bytes(b"broken")
     summary, pairs, problems = ov.overlap(str(tmp_path / "train"), str(tmp_path / "test"), first)
-    assert (
-        set(map(tuple, pairs[["test", "train"]].values))
-        == {("a.png", "deep/2.png")} | (set() if first else {("b.png", "deep/4.png")})
-        and summary.check.tolist() == ["hash", "mirrored hash", "any"]
-        and summary.n.eq(3).all()
+    assert set(map(tuple, pairs[["test", "train"]].values)) == {("a.png", "deep/2.png")} | (
+        set() if first else {("b.png", "deep/4.png")}
     )
-    assert [Path(p["file"]).name for p in problems] == ([] if first else ["d.png"]) and ov.overlap(
-        str(tmp_path / "train"), str(tmp_path / "test"), encoder=Stub()
-    )[1].embedding.tolist()[0] == pytest.approx(1)
+    assert summary.check.tolist() == ["hash", "mirrored hash", "any"]
+    assert summary.n.eq(3).all()
+    assert [Path(p["file"]).name for p in problems] == ([] if first else ["d.png"])
+    assert ov.overlap(str(tmp_path / "train"), str(tmp_path / "test"), encoder=Stub())[1].embedding.tolist()[
+        0
+    ] == pytest.approx(1)
 
 
 def test_nothing_in_common(tmp_path):
@@ -686,11 +677,9 @@ def test_nothing_in_common(tmp_path):
         (tmp_path / name).mkdir()
         smooth(i).save(tmp_path / name / "x.png")
     summary, pairs, _ = ov.overlap(str(tmp_path / "train"), str(tmp_path / "test"))
-    assert (
-        len(pairs) == 0
-        and summary["items"].eq(0).all()
-        and list(pairs) == ["test", "train", "agree", "hash", "mirrored hash", "embedding", "words"]
-    )
+    assert len(pairs) == 0
+    assert summary["items"].eq(0).all()
+    assert list(pairs) == ["test", "train", "agree", "hash", "mirrored hash", "embedding", "words"]
     (tmp_path / "train/x.png").unlink()
     with pytest.raises(BenchmarkError, match="neither images nor tar archives"):
         ov.overlap(str(tmp_path / "train"), str(tmp_path / "test"))
@@ -710,7 +699,8 @@ def test_shared_captions_count_as_a_check():
         ["t", "a", 2],
         ["t", "b", 1],
         ["u", "b", 1],
-    ] and pairs.words.fillna(0).tolist() == [3, 0, 1]
+    ]
+    assert pairs.words.fillna(0).tolist() == [3, 0, 1]
 
 
 # --- power -------------------------------------------------------------------------------------------------------
@@ -768,18 +758,16 @@ def test_unpaired_as_in_statsmodels(n, p):
 def test_more_of_everything_helps():
     f = pw.smallest_difference
     n = np.array([200, 400, 800, 1600])
-    assert (
-        (np.diff(f(n)) < 0).all()
-        and f(400) / f(1600) == pytest.approx(2, rel=0.03)
-        and f(400, 0.05) < f(400, 0.1) < f(400, 0.3)
-    )
-    assert (
-        f(400) < f(400, clusters=5) < f(400, clusters=5, correlation=0.9)
-        and f(400) < f(400, power=0.95)
-        and f(400, level=0.01) > f(400)
-    )
-    assert f(400, clusters=5, correlation=1.0) == pytest.approx(f(80)) and f(400, clusters=[1, 9]) > f(400, clusters=5)
-    assert np.isnan(f(60, 0.05)) and np.isnan(f(np.array([20, 400]), 0.05)).tolist() == [True, False]
+    assert (np.diff(f(n)) < 0).all()
+    assert f(400) / f(1600) == pytest.approx(2, rel=0.03)
+    assert f(400, 0.05) < f(400, 0.1) < f(400, 0.3)
+    assert f(400) < f(400, clusters=5) < f(400, clusters=5, correlation=0.9)
+    assert f(400) < f(400, power=0.95)
+    assert f(400, level=0.01) > f(400)
+    assert f(400, clusters=5, correlation=1.0) == pytest.approx(f(80))
+    assert f(400, clusters=[1, 9]) > f(400, clusters=5)
+    assert np.isnan(f(60, 0.05))
+    assert np.isnan(f(np.array([20, 400]), 0.05)).tolist() == [True, False]
 
 
 def test_beside_a_number():
@@ -813,8 +801,10 @@ def test_what_two_tables_say_of_themselves():
     x = np.where(rng.random((clusters, size)) < correlation**0.5, draw(clusters, 1), draw(clusters, size)).ravel()
     where = np.repeat(np.arange(clusters), size)
     share, found = pw.measured(x == 1, x == -1, where)
-    assert share == pytest.approx(d, abs=0.01) and found == pytest.approx(correlation, abs=0.03)
-    assert pw.measured(x == 1, x == -1)[1] == 0 and pw.measured([1, 1], [1, 1], [0, 0]) == (0, 0)
+    assert share == pytest.approx(d, abs=0.01)
+    assert found == pytest.approx(correlation, abs=0.03)
+    assert pw.measured(x == 1, x == -1)[1] == 0
+    assert pw.measured([1, 1], [1, 1], [0, 0]) == (0, 0)
     with pytest.raises(BenchmarkError, match="come in pairs"):
         pw.measured([1, 0], [1], [0, 0])
     with pytest.raises(BenchmarkError, match="2 labels"):
@@ -825,15 +815,11 @@ def test_what_two_tables_say_of_themselves():
 
 def test_the_table_of_known_benchmarks():
     t = pw.power_table().set_index("row")
-    assert (
-        t.n[[r for r in t.index if "SugarCrepe" in r]].sum() == 7511
-        and (t.paired <= t.unpaired + 1e-12).all()
-        and t[["paired", "unpaired"]].notna().all(axis=None)
-    )
-    assert (
-        t.paired["ImageNet: top-1 accuracy"] < t.paired["SugarCrepe: add_obj"] < t.paired["Winoground: group score"]
-        and (t.effective <= t.n).all()
-    )
+    assert t.n[[r for r in t.index if "SugarCrepe" in r]].sum() == 7511
+    assert (t.paired <= t.unpaired + 1e-12).all()
+    assert t[["paired", "unpaired"]].notna().all(axis=None)
+    assert t.paired["ImageNet: top-1 accuracy"] < t.paired["SugarCrepe: add_obj"] < t.paired["Winoground: group score"]
+    assert (t.effective <= t.n).all()
 
 
 @pytest.mark.parametrize(

@@ -66,9 +66,8 @@ def toy(n=40, images=7, texts=5, seed=0):
 def test_each_distinct_thing_is_encoded_once(batch):
     stub, b = Stub(), toy()
     it.encode(b, stub, batch=batch)
-    assert len(stub.images) == b.items.image.nunique() and sorted(stub.texts) == sorted(
-        {*b.items.positive, *b.items.negative}
-    )
+    assert len(stub.images) == b.items.image.nunique()
+    assert sorted(stub.texts) == sorted({*b.items.positive, *b.items.negative})
 
 
 @pytest.mark.parametrize("batch", [2, 256])
@@ -78,7 +77,8 @@ def test_same_answers_as_the_plain_loop(batch):
     for row in fast.itertuples():
         image, texts = stub.encode_image([b.images[row.image]])[0], stub.encode_text([row.positive, row.negative])
         p, n = texts.astype(np.float64) @ image.astype(np.float64)
-        assert (row.score_positive, row.score_negative) == pytest.approx((p, n), abs=1e-12) and row.correct == (p > n)
+        assert (row.score_positive, row.score_negative) == pytest.approx((p, n), abs=1e-12)
+        assert row.correct == (p > n)
     assert fast.key.tolist() == b.items.key.tolist(), "in the order of the items"
 
 
@@ -91,10 +91,8 @@ def test_a_real_encoder_gives_the_plain_loops_scores(tiny_clip):
         [float(clip.encode_image([b.images[r.image]])[0] @ clip.encode_text([t])[0]) for t in (r.positive, r.negative)]
         for r in b.items.itertuples()
     ]
-    assert (
-        fast[["score_positive", "score_negative"]].to_numpy() == pytest.approx(np.array(loop), abs=1e-5)
-        and not problems
-    )
+    assert fast[["score_positive", "score_negative"]].to_numpy() == pytest.approx(np.array(loop), abs=1e-5)
+    assert not problems
 
 
 def test_strictly_greater():
@@ -129,13 +127,12 @@ def spoiled(tmp_path):
 def test_missing_images_are_listed_and_counted(tmp_path):
     b = spoiled(tmp_path)
     p, problems = it.evaluate(b, Stub())
-    assert [x["file"] for x in problems] == ["p0", "p1", "p2", "p3"] and all(x["remedy"] for x in problems)
+    assert [x["file"] for x in problems] == ["p0", "p1", "p2", "p3"]
+    assert all(x["remedy"] for x in problems)
     assert all(f"ask about it: {(b.items.image == x['file']).sum()})" in x["what"] for x in problems)
     cover = it.coverage(b, p).set_index("file")
-    assert (
-        cover.answered.sum() == len(p) == (~b.items.image.isin(["p0", "p1", "p2", "p3"])).sum()
-        and cover["items"].sum() == 40
-    )
+    assert cover.answered.sum() == len(p) == (~b.items.image.isin(["p0", "p1", "p2", "p3"])).sum()
+    assert cover["items"].sum() == 40
     assert cover.share["never read"] == 0
     with pytest.raises(BenchmarkError, match="never read: 0 of unknown"):
         it.require_coverage(b, p)
@@ -178,11 +175,9 @@ def test_accuracy_is_clustered():
         )
     )
     wide, narrow = it.accuracy(p).iloc[0], it.accuracy(p.assign(image=np.arange(200))).iloc[0]
-    assert (
-        wide.value == narrow.value == 0.5
-        and wide.high - wide.low > 2.5 * (narrow.high - narrow.low)
-        and wide.images == 20
-    )
+    assert wide.value == narrow.value == 0.5
+    assert wide.high - wide.low > 2.5 * (narrow.high - narrow.low)
+    assert wide.images == 20
 
 
 # --- audits ------------------------------------------------------------------------------------------------------
@@ -209,15 +204,18 @@ def test_blind_does_not_see_its_own_image():
 @pytest.mark.parametrize("n", [2, 3, 10, 101])
 def test_derangement(n):
     d = a.derangement(n, np.random.default_rng(n))
-    assert sorted(d) == list(range(n)) and (d != np.arange(n)).all()
+    assert sorted(d) == list(range(n))
+    assert (d != np.arange(n)).all()
 
 
 def test_shuffled_shows_another_image_of_the_category():
     e = it.encode(toy(), Stub())
     p, again, other = a.shuffled(e, 1), a.shuffled(e, 1), a.shuffled(e, 2)
-    assert (p.seen != p.image).all() and p.seen.tolist() == again.seen.tolist() != other.seen.tolist()
+    assert (p.seen != p.image).all()
+    assert p.seen.tolist() == again.seen.tolist() != other.seen.tolist()
     for _, part in p.groupby("category"):
-        assert set(part.seen) == set(part.image) and part.groupby("image").seen.nunique().max() == 1
+        assert set(part.seen) == set(part.image)
+        assert part.groupby("image").seen.nunique().max() == 1
     row = p.iloc[5]
     stub = Stub()
     assert row.score_positive == pytest.approx(
@@ -291,8 +289,11 @@ def test_reads_the_layout(tmp_path):
     ]
     stub = Stub()
     p, problems = it.evaluate(b, stub)
-    assert len(p) == 3 and not problems and len(stub.images) == 2, "vg and vg/ are one folder"
-    assert b.items.positive.tolist() == ["red thing 1", "red thing 0", "red thing 1"] and b.items.key.is_unique
+    assert len(p) == 3, "vg and vg/ are one folder"
+    assert not problems, "vg and vg/ are one folder"
+    assert len(stub.images) == 2, "vg and vg/ are one folder"
+    assert b.items.positive.tolist() == ["red thing 1", "red thing 0", "red thing 1"]
+    assert b.items.key.is_unique
 
 
 def test_images_may_lie_elsewhere(tmp_path):
@@ -332,7 +333,8 @@ def test_missing_annotations_are_a_problem_and_uncovered(tmp_path):
 def test_damaged_annotations(tmp_path, text, message):
     with pytest.raises(BenchmarkError, match=message) as e:
         vl.read_checklist(write(tmp_path, "Attribute/color/vg", [], text=text))
-    assert "color" in str(e.value) and "vg.json" in str(e.value)
+    assert "color" in str(e.value)
+    assert "vg.json" in str(e.value)
 
 
 @pytest.mark.parametrize(
@@ -377,11 +379,9 @@ def test_damaged_or_hostile_corpus_files(tmp_path, content, message):
 )
 def test_a_bad_row_is_named_and_counts_as_unanswered(tmp_path, row):
     b = vl.read_checklist(images_for(write(tmp_path, "Attribute/color/vg", [pair(0), row]), (0,)))
-    assert (
-        [(x["file"].endswith("vg.json"), x["row"]) for x in b.problems] == [(True, "1")]
-        and len(b) == 1
-        and b.expected == {"Attribute/color/vg": 2}
-    )
+    assert [(x["file"].endswith("vg.json"), x["row"]) for x in b.problems] == [(True, "1")]
+    assert len(b) == 1
+    assert b.expected == {"Attribute/color/vg": 2}
     with pytest.raises(BenchmarkError, match="1 of 2 items"):
         it.require_coverage(b, it.evaluate(b, Stub())[0])
 
@@ -392,20 +392,20 @@ def test_texts_are_made_harmless_and_unanswerable_items_are_listed(tmp_path):
         ["VG_100K/0.png", dict(POS=["cup"], NEG=["cup "])],
     ]
     b = vl.read_checklist(write(tmp_path, "Attribute/color/vg", rows))
-    assert b.items.iloc[0][["positive", "negative"]].tolist() == ["a red cup", "apron"] and len(b) == 2
+    assert b.items.iloc[0][["positive", "negative"]].tolist() == ["a red cup", "apron"]
+    assert len(b) == 2
     assert ["escapes" in x["what"] or "both texts" in x["what"] for x in b.problems] == [True, True]
 
 
 def test_first_k_takes_items_whose_image_is_there(tmp_path):
     images_for(write(tmp_path, "Attribute/color/vg", [pair(i) for i in range(6)]), (1, 3, 4, 5))
     b = vl.read_checklist(tmp_path, first_k=2)
-    assert (
-        b.items.image.tolist() == ["vg/VG_100K/1.png", "vg/VG_100K/3.png"]
-        and len(b.problems) == 2
-        and b.expected == {"Attribute/color/vg": 2}
-    )
+    assert b.items.image.tolist() == ["vg/VG_100K/1.png", "vg/VG_100K/3.png"]
+    assert len(b.problems) == 2
+    assert b.expected == {"Attribute/color/vg": 2}
     short = vl.read_checklist(tmp_path, first_k=5)
-    assert len(short) == 4 and short.expected == {"Attribute/color/vg": 5}
+    assert len(short) == 4
+    assert short.expected == {"Attribute/color/vg": 5}
 
 
 # --- averages ----------------------------------------------------------------------------------------------------
@@ -456,11 +456,9 @@ def test_the_category_formula():
     assert table.value["Object/Size"] == pytest.approx(
         np.mean([by_hand[f"Object/Size/{s}"] for s in ("large", "medium", "small")])
     )
-    assert (
-        table.item_mean["Object"] == pytest.approx(p.correct.mean())
-        and (table.low <= table.value).all()
-        and (table.value <= table.high).all()
-    )
+    assert table.item_mean["Object"] == pytest.approx(p.correct.mean())
+    assert (table.low <= table.value).all()
+    assert (table.value <= table.high).all()
 
 
 def test_weights_sum_to_one_and_hake_is_an_eighteenth():
@@ -524,11 +522,9 @@ def test_all_categories_and_nothing_missing(folder):
     for variant in ("balanced", "biased"):
         b = vl.read_checklist(folder, datasets=variant)
         p, problems = it.evaluate(b, Stub())
-        assert (
-            b.items.groupby("category").size().to_dict() == {c: 24 for c in vl.categories}
-            and not problems
-            and len(p) == len(b)
-        )
+        assert b.items.groupby("category").size().to_dict() == {c: 24 for c in vl.categories}
+        assert not problems
+        assert len(p) == len(b)
         assert not b.items.duplicated(["category", "image"]).any(), "a scene is asked once a category"
         it.require_coverage(b, p, 1.0)
 
@@ -604,7 +600,12 @@ def says_true(text, scene):
 def test_positives_are_true_and_negatives_false(folder, variant):
     for row in vl.read_checklist(folder, datasets=variant).items.itertuples():
         scene = make_scene("evaluation", int(row.image[-11:-4]))
-        assert says_true(row.positive, scene) and not says_true(row.negative, scene), (
+        assert says_true(row.positive, scene), (
+            row.positive,
+            row.negative,
+            scene,
+        )
+        assert not says_true(row.negative, scene), (
             row.positive,
             row.negative,
             scene,
@@ -636,7 +637,8 @@ def test_biased_is_as_biased_as_the_original(folder, captions):
     found = vl.checklist_table(a.word_frequency(b.items, captions), repeats=20).set_index("row").value
     for section in ("Object", "Attribute", "Relation"):
         wanted = np.mean([v for c, v in mc.published_bias.items() if c.startswith(section)])
-        assert found[section] == pytest.approx(wanted, abs=0.1) and found[section] > 0.6
+        assert found[section] == pytest.approx(wanted, abs=0.1)
+        assert found[section] > 0.6
 
 
 def test_the_same_call_writes_the_same_bytes(made, folder, tmp_path):
@@ -671,9 +673,11 @@ def test_written_whole_or_not_at_all(tmp_path, monkeypatch, made):
         m.setattr(mc, "render", fail)
         with pytest.raises(OSError):
             mc.write_micro_checklist(place)
-    assert sorted(place.rglob("*")) == before and [p.name for p in tmp_path.iterdir()] == ["c"]
+    assert sorted(place.rglob("*")) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
     mc.write_micro_checklist(place)
-    assert sorted(place.rglob("*")) == before and [p.name for p in tmp_path.iterdir()] == ["c"]
+    assert sorted(place.rglob("*")) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path):
@@ -694,15 +698,13 @@ def test_too_much_asked(items, limit, message):
 def test_holds_reads_from_either_end():
     scene = Scene((Thing("cat", "red"), Thing("cup", "blue")), "left of")
     say = lambda *f: mc.holds(mc.phrase(*f).claims, scene)
-    assert say("Relation/spatial", ("cat", "cup"), "left of") and say("Relation/spatial", ("cup", "cat"), "right of")
-    assert not say("Relation/spatial", ("cup", "cat"), "left of") and not say(
-        "Relation/action", ("cat", "cup"), "chasing"
-    )
-    assert (
-        say("Attribute/color", ("cup",), "blue")
-        and not say("Attribute/color", ("cup",), "red")
-        and say("Attribute/state", ("cup",), "upright")
-    )
+    assert say("Relation/spatial", ("cat", "cup"), "left of")
+    assert say("Relation/spatial", ("cup", "cat"), "right of")
+    assert not say("Relation/spatial", ("cup", "cat"), "left of")
+    assert not say("Relation/action", ("cat", "cup"), "chasing")
+    assert say("Attribute/color", ("cup",), "blue")
+    assert not say("Attribute/color", ("cup",), "red")
+    assert say("Attribute/state", ("cup",), "upright")
 
 
 # --- text-only rules -----------------------------------------------------------------------------------------------
@@ -744,7 +746,9 @@ def test_the_rule_is_the_written_one(tmp_path):
         p, n = Counter(tokens(d["POS"][0])), Counter(tokens(d["NEG"][0]))
         a, b = f(p - n), f(n - p)
         assert got == (0.5 if abs(a - b) < 1e-12 else float(a > b)), d
-    assert not problems + wrong and len(found) == 100 and set(found.correct) == {0, 0.5, 1}
+    assert not problems + wrong
+    assert len(found) == 100
+    assert set(found.correct) == {0, 0.5, 1}
 
 
 def test_what_is_asked_is_not_counted(tmp_path):
@@ -756,9 +760,8 @@ def test_what_is_asked_is_not_counted(tmp_path):
     files, _ = annotated_texts(tmp_path)
     assert dict(unused_counts(files, 3)) == {"open": 1}
     files["again"] = [["c.jpg", dict(POS=["x"], NEG=["y"])]] * 3 + files["Object/Size/large/vg"][::-1]
-    assert dict(unused_counts(files, 3)) == {"open": 2, "secret": 3} and dict(
-        unused_counts(files, 3, unasked=True)
-    ) == {"open": 2}
+    assert dict(unused_counts(files, 3)) == {"open": 2, "secret": 3}
+    assert dict(unused_counts(files, 3, unasked=True)) == {"open": 2}
     with pytest.raises(BenchmarkError, match="at least one"):
         unused_counts(files, 0)
     with pytest.raises(BenchmarkError, match="nothing to count"):
@@ -782,13 +785,12 @@ def test_lacking_files_and_damaged_rows(tmp_path):
     _checklist(tmp_path, [], name="gone")
     (tmp_path / "data/gone.json").unlink()
     files, problems = annotated_texts(tmp_path)
-    assert list(files) == ["Object/Size/large/vg"] and "gone.json is not there" in problems[0]["what"]
+    assert list(files) == ["Object/Size/large/vg"]
+    assert "gone.json is not there" in problems[0]["what"]
     found, wrong = answer_blind(files, by_length, 9)
-    assert (
-        list(found.correct) == [1, 0.5]
-        and [p["row"] for p in wrong] == list("1234")
-        and dict(unused_counts(files, 1)) == {"y": 1}
-    )
+    assert list(found.correct) == [1, 0.5]
+    assert [p["row"] for p in wrong] == list("1234")
+    assert dict(unused_counts(files, 1)) == {"y": 1}
     (tmp_path / "data/vg.json").unlink()
     with pytest.raises(BenchmarkError, match="none of the annotation files"):
         annotated_texts(tmp_path)

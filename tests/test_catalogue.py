@@ -90,13 +90,11 @@ def test_sugarcrepe_by_hand(tmp_path):
     }
     p, problems = evaluate(b, Hand({colour(i): [1, 0] for i in range(4)}, texts))
     t = sc.sugarcrepe_table(p, repeats=50).set_index(["row", "metric"]).value
-    assert (
-        not problems
-        and t["add_att", "accuracy"] == 0.75
-        and t["swap_obj", "accuracy"] == 0
-        and t["add", "accuracy"] == 3 / 8
-        and t["overall", "mean over files"] == pytest.approx(0.75 / 7)
-    )
+    assert not problems
+    assert t["add_att", "accuracy"] == 0.75
+    assert t["swap_obj", "accuracy"] == 0
+    assert t["add", "accuracy"] == 3 / 8
+    assert t["overall", "mean over files"] == pytest.approx(0.75 / 7)
     assert b.expected == dict(
         add_att=692, add_obj=2062, replace_att=788, replace_obj=1652, replace_rel=1406, swap_att=666, swap_obj=245
     )
@@ -104,7 +102,8 @@ def test_sugarcrepe_by_hand(tmp_path):
 
 def test_the_beginning_of_each_file(tmp_path):
     b = sc.read_sugarcrepe(crepe(tmp_path), first=2)
-    assert len(b) == 14 and set(b.expected.values()) == {2}
+    assert len(b) == 14
+    assert set(b.expected.values()) == {2}
     require_coverage(b, evaluate(b, Hand())[0], 1.0)
 
 
@@ -116,12 +115,10 @@ def test_sugarcrepes_two_averages_differ_with_the_sizes(tmp_path):
     )
     t = sc.sugarcrepe_table(p, repeats=50).set_index(["row", "metric"]).value
     m = p.groupby("file").correct.mean()
-    assert (
-        t["overall", "accuracy"] == pytest.approx(p.correct.mean())
-        and t["overall", "mean over files"] == pytest.approx(m.mean())
-        and t["add", "mean over files"] == pytest.approx((m.add_att + 1) / 2)
-        and m.mean() != pytest.approx(p.correct.mean())
-    )
+    assert t["overall", "accuracy"] == pytest.approx(p.correct.mean())
+    assert t["overall", "mean over files"] == pytest.approx(m.mean())
+    assert t["add", "mean over files"] == pytest.approx((m.add_att + 1) / 2)
+    assert m.mean() != pytest.approx(p.correct.mean())
 
 
 def test_sugarcrepes_missing_files_images_and_rows(tmp_path):
@@ -136,13 +133,11 @@ def test_sugarcrepes_missing_files_images_and_rows(tmp_path):
     (tmp_path / "val2017/2.png").unlink()
     p, problems = evaluate(b, Hand())
     cover = coverage(b, p).set_index("file").answered
-    assert (
-        [x["row"] for x in problems if "add_att.json" in x["file"]][:4] == ["x7", "8", "9", "10"]
-        and any("swap_obj.json is not there" in x["what"] for x in problems)
-        and cover.add_att == 1
-        and cover.swap_obj == 0
-        and cover.add_obj == 3
-    )
+    assert [x["row"] for x in problems if "add_att.json" in x["file"]][:4] == ["x7", "8", "9", "10"]
+    assert any("swap_obj.json is not there" in x["what"] for x in problems)
+    assert cover.add_att == 1
+    assert cover.swap_obj == 0
+    assert cover.add_obj == 3
     with pytest.raises(BenchmarkError, match="0 of 245"):
         require_coverage(b, p)
 
@@ -213,12 +208,10 @@ def test_winoground_against_the_official_definition(tmp_path):
         seen.append(official(t @ x.T))
         assert tuple(scores.loc[str(i), ["text", "image", "group"]]) == seen[-1], i
     table = wg.winoground_table(p, repeats=50).set_index("row")
-    assert (
-        table.value.tolist() == pytest.approx(np.mean(seen, 0).tolist())
-        and 0 < table.value["group"] < 1
-        and table.n.tolist() == [30] * 3
-        and table.chance.tolist() == pytest.approx([0.25, 0.25, 1 / 6])
-    )
+    assert table.value.tolist() == pytest.approx(np.mean(seen, 0).tolist())
+    assert 0 < table.value["group"] < 1
+    assert table.n.tolist() == [30] * 3
+    assert table.chance.tolist() == pytest.approx([0.25, 0.25, 1 / 6])
 
 
 def test_winoground_by_hand(tmp_path):
@@ -232,9 +225,8 @@ def test_winoground_by_hand(tmp_path):
             )
         )
     ).set_index("example")
-    assert s.loc["1", ["text", "image", "group"]].all() and s.loc["0"].text == (
-        s.loc["0"].c0_i0 > s.loc["0"].c1_i0 and s.loc["0"].c1_i1 > s.loc["0"].c0_i1
-    )
+    assert s.loc["1", ["text", "image", "group"]].all()
+    assert s.loc["0"].text == (s.loc["0"].c0_i0 > s.loc["0"].c1_i0 and s.loc["0"].c1_i1 > s.loc["0"].c0_i1)
 
 
 @pytest.mark.parametrize("constant", ["images", "texts", "both"])
@@ -243,7 +235,8 @@ def test_whoever_does_not_look_or_read_gets_nothing(tmp_path, constant):
     hand = Hand(same[0] if constant != "texts" else {}, same[1] if constant != "images" else {}, 3)
     p = predict(encode(wg.read_winoground(wino(tmp_path)), hand))
     group = wg.winoground_scores(p).group.sum()
-    assert group == 0 and (constant != "both" or wg.winoground_table(p, repeats=20).value.sum() == 0)
+    assert group == 0
+    assert constant != "both" or wg.winoground_table(p, repeats=20).value.sum() == 0
 
 
 @pytest.mark.parametrize(
@@ -259,9 +252,8 @@ def test_whoever_does_not_look_or_read_gets_nothing(tmp_path, constant):
 def test_a_bad_line_is_named_and_its_example_missed(tmp_path, line):
     b = wg.read_winoground(wino(tmp_path, 5, {2: line}), first=5)
     p, problems = evaluate(b, Hand())
-    assert [(Path(x["file"]).name, x["row"]) for x in problems] == [("examples.jsonl", "3")] and len(
-        wg.winoground_scores(p)
-    ) == 4
+    assert [(Path(x["file"]).name, x["row"]) for x in problems] == [("examples.jsonl", "3")]
+    assert len(wg.winoground_scores(p)) == 4
     with pytest.raises(BenchmarkError, match="8 of 10 items"):
         require_coverage(b, p)
 
@@ -272,7 +264,9 @@ def test_half_an_example_is_none(tmp_path):
     b = wg.read_winoground(tmp_path, first=5)
     found, problems = ct.TASKS["winoground"].ask(b, Hand())
     looking = found[found["mode"] == WITH_IMAGE]
-    assert "3" not in set(looking.example) and len(looking) == 8 and len(problems) == 1
+    assert "3" not in set(looking.example)
+    assert len(looking) == 8
+    assert len(problems) == 1
     with pytest.raises(BenchmarkError, match="8 of 10"):
         require_coverage(b, looking)
     with pytest.raises(BenchmarkError, match="9 of 10"):
@@ -303,10 +297,8 @@ def test_stored_vectors(tmp_path, kind):
         for i in range(40)
     ]
     table = ct.run_task("winoground", "some-model", path, out=tmp_path / "out", least=0.1)
-    assert (
-        table[table["mode"] == WITH_IMAGE].value.tolist() == pytest.approx(np.mean(by_hand, 0).tolist())
-        and 0 < np.mean(by_hand) < 1
-    )
+    assert table[table["mode"] == WITH_IMAGE].value.tolist() == pytest.approx(np.mean(by_hand, 0).tolist())
+    assert 0 < np.mean(by_hand) < 1
     if kind == "npz":
         assert pd.read_parquet(tmp_path / "out/predictions.parquet").example.iloc[2] == "7"
 
@@ -365,9 +357,8 @@ def test_ranks_against_brute_force(block):
         )
     positive = owner[:, None] == np.arange(30)
     for k in (1, 5, 10):
-        assert (found["t2i"] <= k).mean() == pytest.approx(hits(s, positive, k)) and (
-            found["i2t"] <= k
-        ).mean() == pytest.approx(hits(s.T, positive.T, k))
+        assert (found["t2i"] <= k).mean() == pytest.approx(hits(s, positive, k))
+        assert (found["i2t"] <= k).mean() == pytest.approx(hits(s.T, positive.T, k))
 
 
 def test_collapsed_vectors_find_no_more_than_chance():
@@ -384,11 +375,9 @@ def test_collapsed_vectors_find_no_more_than_chance():
 def test_chance_of_hit_is_that_of_dice():
     rng = np.random.default_rng(0)
     drawn = np.mean([(rng.permutation(50)[:5] < 4).any() for _ in range(20_000)])
-    assert (
-        rt.chance_of_hit(5, 50, 4) == pytest.approx(drawn, abs=0.012)
-        and rt.chance_of_hit(5, 50, 1) == pytest.approx(0.1)
-        and rt.chance_of_hit(10, 5, 1) == 1
-    )
+    assert rt.chance_of_hit(5, 50, 4) == pytest.approx(drawn, abs=0.012)
+    assert rt.chance_of_hit(5, 50, 1) == pytest.approx(0.1)
+    assert rt.chance_of_hit(10, 5, 1) == 1
 
 
 def karpathy(folder, n=12, flickr=False, captions=5, **spoil):
@@ -428,29 +417,23 @@ def test_retrieval_by_hand(tmp_path, flickr):
     b = rt.read_karpathy(karpathy(tmp_path, flickr=flickr))
     p, problems = rt.ask_retrieval(b, near())
     looking = p[p["mode"] == WITH_IMAGE]
-    assert (
-        len(b.items) == 8 * 6
-        and not problems
-        and (looking["rank"] == 1).all()
-        and coverage(b, looking).share.tolist() == [1.0]
-    )
+    assert len(b.items) == 8 * 6
+    assert not problems
+    assert (looking["rank"] == 1).all()
+    assert coverage(b, looking).share.tolist() == [1.0]
     p, _ = rt.ask_retrieval(b, near(right=lambda i, j: j > 0))
     t = rt.retrieval_table(p[p["mode"] == WITH_IMAGE], repeats=20).set_index(["row", "metric"]).value
-    assert (
-        t["text to image, pool of 8", "recall@1"] == pytest.approx(0.8)
-        and t["text to image, pool of 8", "recall@5"] == 1
-        and t["image to text, pool of 40", "recall@1"] == 1
-        and t["text to image, pool of 8", "median rank"] == 1
-    )
+    assert t["text to image, pool of 8", "recall@1"] == pytest.approx(0.8)
+    assert t["text to image, pool of 8", "recall@5"] == 1
+    assert t["image to text, pool of 40", "recall@1"] == 1
+    assert t["text to image, pool of 8", "median rank"] == 1
 
 
 def test_five_captions_of_seven_and_another_split(tmp_path):
     path = karpathy(tmp_path, captions=7)
-    assert (
-        len(rt.read_karpathy(path, split="train").items) == 4 * 6
-        and len(rt.read_karpathy(path, captions=0).items) == 8 * 8
-        and len(rt.read_karpathy(path, first=2).items) == 12
-    )
+    assert len(rt.read_karpathy(path, split="train").items) == 4 * 6
+    assert len(rt.read_karpathy(path, captions=0).items) == 8 * 8
+    assert len(rt.read_karpathy(path, first=2).items) == 12
     with pytest.raises(BenchmarkError, match="no split 'tset'; did you mean 'test'"):
         rt.read_karpathy(path, split="tset")
 
@@ -485,7 +468,9 @@ def test_a_missing_image_makes_the_pool_smaller_and_is_missed(tmp_path):
     b = rt.read_karpathy(path)
     p, problems = rt.ask_retrieval(b, near())
     looking = p[p["mode"] == WITH_IMAGE]
-    assert set(looking.pool) == {7, 35} and (looking["rank"] == 1).all() and problems[0]["file"] == "val2014/4.png"
+    assert set(looking.pool) == {7, 35}
+    assert (looking["rank"] == 1).all()
+    assert problems[0]["file"] == "val2014/4.png"
     with pytest.raises(BenchmarkError, match="42 of 48"):
         require_coverage(b, looking)
 
@@ -521,12 +506,10 @@ def test_any_source_of_pairs(tmp_path):
     b = ct.TASKS["retrieval"].read(str(shard(tmp_path / "shards")))
     p, problems = rt.ask_retrieval(b, near())
     looking = p[p["mode"] == WITH_IMAGE]
-    assert (
-        len(b.items) == 2 + 5 * 4
-        and (looking["rank"] == 1).all()
-        and set(looking.pool) == {5, 13}
-        and [x["file"] for x in problems] == ["005"]
-    )
+    assert len(b.items) == 2 + 5 * 4
+    assert (looking["rank"] == 1).all()
+    assert set(looking.pool) == {5, 13}
+    assert [x["file"] for x in problems] == ["005"]
     with pytest.raises(BenchmarkError, match="18 of 22"):
         require_coverage(b, looking)
 
@@ -592,15 +575,12 @@ def test_vl_checklist_against_the_official_loop(tmp_path):
     table = ct.run_task("vl-checklist", hand, folder, out=tmp_path / "out", least=0)
     found = table[(table["mode"] == WITH_IMAGE) & (table.metric == "official")].set_index("row").value
     by_hand = official_loop(folder, hand)
-    assert set(found.index) == set(by_hand) and {k: found[k] for k in by_hand} == pytest.approx(
-        {k: float(v) for k, v in by_hand.items()}, abs=1e-12
-    )
+    assert set(found.index) == set(by_hand)
+    assert {k: found[k] for k in by_hand} == pytest.approx({k: float(v) for k, v in by_hand.items()}, abs=1e-12)
     usual = table[(table["mode"] == WITH_IMAGE) & (table.metric == "accuracy")].set_index("row").value
-    assert (
-        (usual - found).abs().max() < 1e-4
-        and (usual != found).any()
-        and pd.read_csv(tmp_path / "out/coverage.csv").set_index("file").answered["Relation/action/hake"] == 1000
-    )
+    assert (usual - found).abs().max() < 1e-4
+    assert (usual != found).any()
+    assert pd.read_csv(tmp_path / "out/coverage.csv").set_index("file").answered["Relation/action/hake"] == 1000
 
 
 def test_broken_negatives_are_left_out(tmp_path):
@@ -612,12 +592,10 @@ def test_broken_negatives_are_left_out(tmp_path):
     t = t[(t["mode"] == WITH_IMAGE) & (t.row == "Object")].set_index("metric")
     p = pd.read_parquet(tmp_path / "out/predictions.parquet").query('mode == "with the image"')
     m = p[p.negative != "apron"].groupby("file").correct.mean()
-    assert (
-        t.n["accuracy"] == 20
-        and t.n["without broken negatives"] == 16
-        and t.value["without broken negatives"] == pytest.approx(m.mean())
-        and t.value["mean over items"] == pytest.approx(p.correct.mean())
-    )
+    assert t.n["accuracy"] == 20
+    assert t.n["without broken negatives"] == 16
+    assert t.value["without broken negatives"] == pytest.approx(m.mean())
+    assert t.value["mean over items"] == pytest.approx(p.correct.mean())
 
 
 @pytest.mark.parametrize(
@@ -660,9 +638,8 @@ def test_gains_are_tested_row_by_row(tmp_path):
         )
         ps.append(mcnemar([[(a & b).sum(), (a & ~b).sum()], [(~a & b).sum(), (~a & ~b).sum()]], exact=True).pvalue)
         assert gain[row] == pytest.approx(a.mean() - b.mean())
-    assert corrected[rows].tolist() == pytest.approx(multipletests(ps, method="holm")[1].tolist()) and set(
-        t["mode"]
-    ) == {WITH_IMAGE, "blind", "shuffled", "word frequency", "smallest difference", ""}
+    assert corrected[rows].tolist() == pytest.approx(multipletests(ps, method="holm")[1].tolist())
+    assert set(t["mode"]) == {WITH_IMAGE, "blind", "shuffled", "word frequency", "smallest difference", ""}
 
 
 def test_the_smallest_difference_stands_beside_each_number(tmp_path):
@@ -673,22 +650,16 @@ def test_the_smallest_difference_stands_beside_each_number(tmp_path):
         t.loc["Attribute", "mean over items", "smallest difference"],
     )
     sure = at.value * (1 - at.value) * (3.92 / (at.high - at.low)) ** 2
-    assert (
-        found.value == pytest.approx(pw.smallest_difference(min(sure, 400)))
-        and pw.smallest_difference(400) <= found.value < pw.smallest_difference(100)
-        and found.n == 400
-        and np.isnan(found.chance)
-    )
+    assert found.value == pytest.approx(pw.smallest_difference(min(sure, 400)))
+    assert pw.smallest_difference(400) <= found.value < pw.smallest_difference(100)
+    assert found.n == 400
+    assert np.isnan(found.chance)
     r = pd.read_csv(tmp_path / "out/results.csv").set_index(["row", "metric"])
-    assert (
-        r.value["Attribute", "mean over items, smallest difference"] == pytest.approx(found.value)
-        and r.unit["Attribute", "mean over items, smallest difference"] == "fraction"
-    )
+    assert r.value["Attribute", "mean over items, smallest difference"] == pytest.approx(found.value)
+    assert r.unit["Attribute", "mean over items, smallest difference"] == "fraction"
     wide = bs.side_by_side(t.reset_index()).set_index(["row", "metric"])
-    assert (
-        wide["smallest difference"]["Attribute", "mean over items"] == found.value
-        and len(wide) == (t.index.get_level_values("mode") == WITH_IMAGE).sum()
-    )
+    assert wide["smallest difference"]["Attribute", "mean over items"] == found.value
+    assert len(wide) == (t.index.get_level_values("mode") == WITH_IMAGE).sum()
 
 
 # --- classification and agreement with people, through the catalogue ----------------------------------------------
@@ -710,27 +681,22 @@ def test_classification_by_hand(tmp_path):
     hand = Hand({colour(k): [1, 0.1] if k < 5 else [0.1, 1] for k in range(9)}, dict(cat=[1, 0], dog=[0, 1]), 2)
     table = ct.run_task("classification", hand, home, out=tmp_path / "out", templates="{}")
     t = table.set_index(["metric", "mode"]).value
-    assert (
-        t["top-1 accuracy", WITH_IMAGE] == pytest.approx(8 / 9)
-        and t["top-1 accuracy", "blind"] == pytest.approx(6 / 9)
-        and t["mean per-class accuracy", WITH_IMAGE] == pytest.approx((5 / 6 + 1) / 2)
-        and t["mean per-class accuracy", "blind"] == 0.5
-    )
-    assert (
-        t["gain over blind", ""] == pytest.approx(2 / 9)
-        and "corrected p" in t.index.get_level_values(0)
-        and table[table["mode"] == WITH_IMAGE].chance.eq(0.5).all()
-    )
+    assert t["top-1 accuracy", WITH_IMAGE] == pytest.approx(8 / 9)
+    assert t["top-1 accuracy", "blind"] == pytest.approx(6 / 9)
+    assert t["mean per-class accuracy", WITH_IMAGE] == pytest.approx((5 / 6 + 1) / 2)
+    assert t["mean per-class accuracy", "blind"] == 0.5
+    assert t["gain over blind", ""] == pytest.approx(2 / 9)
+    assert "corrected p" in t.index.get_level_values(0)
+    assert table[table["mode"] == WITH_IMAGE].chance.eq(0.5).all()
     p = pd.read_parquet(tmp_path / "out/predictions.parquet")
-    assert (
-        p.groupby("mode").size().to_dict() == {WITH_IMAGE: 9, "blind": 9, "shuffled": 9}
-        and (p[p["mode"] == "blind"].predicted == "cat").all()
-    )
+    assert p.groupby("mode").size().to_dict() == {WITH_IMAGE: 9, "blind": 9, "shuffled": 9}
+    assert (p[p["mode"] == "blind"].predicted == "cat").all()
     seen = [hand.encode_image([Image.new("RGB", (1, 1), colour(k))])[0].argmax() for k in range(9)]
     moved = p[p["mode"] == "shuffled"]
     assert (moved.predicted == "dog").sum() == sum(seen), "the same images, each at another place"
     side = bs.side_by_side(table).set_index("metric")
-    assert side.blind["top-1 accuracy"] == pytest.approx(6 / 9) and {
+    assert side.blind["top-1 accuracy"] == pytest.approx(6 / 9)
+    assert {
         "shuffled",
         "smallest difference",
         "gain over blind",
@@ -740,12 +706,12 @@ def test_classification_by_hand(tmp_path):
 def test_the_beginning_of_each_class(tmp_path):
     home = classes(tmp_path / "set", dict(cat=6, dog=3, emu=2))
     t = ct.run_task("classification", Hand(), home, out=tmp_path / "out", first=2, templates="a {}")
-    assert (
-        t.n.dropna().eq(6).all()
-        and pd.read_csv(tmp_path / "out/coverage.csv")["items"].tolist() == [2, 2, 2]
-        and sorted(pd.read_parquet(tmp_path / "out/predictions.parquet").image.unique())[:2]
-        == ["cat/0.png", "cat/1.png"]
-    )
+    assert t.n.dropna().eq(6).all()
+    assert pd.read_csv(tmp_path / "out/coverage.csv")["items"].tolist() == [2, 2, 2]
+    assert sorted(pd.read_parquet(tmp_path / "out/predictions.parquet").image.unique())[:2] == [
+        "cat/0.png",
+        "cat/1.png",
+    ]
     (home / "emu/9.png").write_bytes(b"broken")
     with pytest.raises(BenchmarkError, match="the worst is emu: 1 of 2 items"):
         ct.run_task("classification", Hand(), home, out=tmp_path / "out", first=2)
@@ -805,15 +771,12 @@ def test_agreement_by_hand(tmp_path):
     assert set(p["mode"]) == set(table["mode"]) == {WITH_IMAGE, "blind", "shuffled", "length"}
     for mode, part in p[p.category == "crowd"].groupby("mode"):
         assert t.value["crowd: score", "tau-b", mode] == pytest.approx(kendalltau(part.score, part.yes).statistic), mode
-    assert t.value["crowd: score", "tau-b"].drop(WITH_IMAGE).max() < 0.5 < t.value[
-        "crowd: score", "tau-b", WITH_IMAGE
-    ] and t.value["expert: another expert", "tau-b"].index.tolist() == [WITH_IMAGE]
+    assert t.value["crowd: score", "tau-b"].drop(WITH_IMAGE).max() < 0.5 < t.value["crowd: score", "tau-b", WITH_IMAGE]
+    assert t.value["expert: another expert", "tau-b"].index.tolist() == [WITH_IMAGE]
     side = bs.side_by_side(table).set_index(["row", "metric"])
-    assert (
-        side.blind["expert: score", "tau-c"] == t.value["expert: score", "tau-c", "blind"]
-        and "smallest difference" not in side
-        and np.isnan(side.length["expert: another expert", "tau-c"])
-    )
+    assert side.blind["expert: score", "tau-c"] == t.value["expert: score", "tau-c", "blind"]
+    assert "smallest difference" not in side
+    assert np.isnan(side.length["expert: another expert", "tau-c"])
     assert set(pd.read_csv(tmp_path / "out/results.csv").unit) == {"ratio"}
 
 
@@ -829,22 +792,18 @@ def test_another_image_is_another_one_for_each_and_the_same_for_all_its_captions
         {j for j in range(6) if np.allclose(part.score, (t @ x[j])[part.caption.str[-1].astype(int)], atol=1e-6)}
         for _, part in moved[moved.category == "crowd"].groupby("image")
     ]
-    assert (
-        all(len(s) == 1 for s in shown)
-        and len(set().union(*shown)) == 6
-        and not any(i in s for i, s in enumerate(shown))
-    )
+    assert all(len(s) == 1 for s in shown)
+    assert len(set().union(*shown)) == 6
+    assert not any(i in s for i, s in enumerate(shown))
 
 
 def test_the_first_images_and_one_set_alone(tmp_path):
     t = ct.run_task(
         "human-agreement", numbers(), judged(tmp_path / "f", crowd=False), out=tmp_path / "out", first=3, only="expert"
     )
-    assert (
-        set(t.row) == {"expert: score", "expert: another expert", "expert: mean of the experts"}
-        and t.n.eq(3 * 5).all()
-        and pd.read_csv(tmp_path / "out/coverage.csv").answered.tolist() == [15]
-    )
+    assert set(t.row) == {"expert: score", "expert: another expert", "expert: mean of the experts"}
+    assert t.n.eq(3 * 5).all()
+    assert pd.read_csv(tmp_path / "out/coverage.csv").answered.tolist() == [15]
     with pytest.raises(BenchmarkError, match="CrowdFlowerAnnotations.txt: 0 of unknown"):
         ct.run_task("human-agreement", numbers(), tmp_path / "f", out=tmp_path / "out")
     for only, message in (("experts", "did you mean 'expert'"), ("crowd", "CrowdFlowerAnnotations.txt is not there")):
@@ -864,11 +823,9 @@ def test_words_are_counted_in_other_items():
         pd.concat([pd.DataFrame([dict(positive="a zebra", negative="a yak")]), many], ignore_index=True)
     )
     assert alone.correct.tolist() == [0.5] + [1] * 9, "a word of its own text only"
-    assert (
-        found.correct.eq(1).all()
-        and found.index.tolist() == many.index.tolist()
-        and found.positive.tolist() == many.positive.tolist()
-    )
+    assert found.correct.eq(1).all()
+    assert found.index.tolist() == many.index.tolist()
+    assert found.positive.tolist() == many.positive.tolist()
 
 
 def test_blind_answers_are_clustered_by_their_texts():
@@ -900,7 +857,8 @@ def test_blind_answers_are_clustered_by_their_texts():
         ignore_index=True,
     )
     t = {m: sc.sugarcrepe_table(q).iloc[0] for m, q in ct.stack_modes({WITH_IMAGE: p, "blind": p}).groupby("mode")}
-    assert (t["blind"].low, t["blind"].high) == (0, 1) and (t[WITH_IMAGE].low, t[WITH_IMAGE].high) == (0.5, 0.5)
+    assert (t["blind"].low, t["blind"].high) == (0, 1)
+    assert (t[WITH_IMAGE].low, t[WITH_IMAGE].high) == (0.5, 0.5)
 
 
 def test_results_appear_whole_and_in_the_studys_columns(tmp_path):
@@ -910,25 +868,23 @@ def test_results_appear_whole_and_in_the_studys_columns(tmp_path):
     table = ct.run_task("vl-checklist", Hand(), folder, out=tmp_path / "a/out")
     assert sorted(p.name for p in (tmp_path / "a").rglob("*")) == sorted(["out", *ct.FILES])
     r = pd.read_csv(tmp_path / "a/out/results.csv")
-    assert (
-        list(r) == RESULT_COLUMNS
-        and len(r) == len(table)
-        and set(r.chapter) == {"benchmarks"}
-        and set(r.unit) <= set(UNITS)
-        and not r.duplicated(["table", "row", "metric"]).any()
-    )
+    assert list(r) == RESULT_COLUMNS
+    assert len(r) == len(table)
+    assert set(r.chapter) == {"benchmarks"}
+    assert set(r.unit) <= set(UNITS)
+    assert not r.duplicated(["table", "row", "metric"]).any()
     assert r.set_index(["row", "metric"]).value["Attribute", "accuracy, blind"] == pytest.approx(
         table[(table.row == "Attribute") & (table.metric == "accuracy") & (table["mode"] == "blind")].value.item()
     )
-    assert (
-        list(pd.read_csv(tmp_path / "a/out/problems.csv")) == PROBLEM_COLUMNS
-        and json.loads((tmp_path / "a/out/benchmark.json").read_text())["options"]["first"] == 1000
-    )
+    assert list(pd.read_csv(tmp_path / "a/out/problems.csv")) == PROBLEM_COLUMNS
+    assert json.loads((tmp_path / "a/out/benchmark.json").read_text())["options"]["first"] == 1000
     seen = r[
         (r.row == "Attribute")
         & r.metric.isin(["accuracy", "accuracy, blind", "accuracy, shuffled", "accuracy, word frequency"])
     ]
-    assert len(seen) == 4 and seen.chance.eq(0.5).all() and seen[["low", "high", "n"]].notna().all().all()
+    assert len(seen) == 4
+    assert seen.chance.eq(0.5).all()
+    assert seen[["low", "high", "n"]].notna().all().all()
 
 
 def test_refused_before_the_model_is_asked(tmp_path):
@@ -942,11 +898,9 @@ def test_refused_before_the_model_is_asked(tmp_path):
     assert lost
     with pytest.raises(BenchmarkError, match=f"{9 - lost} of 9 items.*out.refused"):
         ct.run_task("vl-checklist", hand, folder, out=tmp_path / "out", first=0)
-    assert (
-        not hand.asked
-        and (tmp_path / "out/results.csv").read_bytes() == before
-        and pd.read_csv(tmp_path / "out.refused/problems.csv").file.tolist() == ["vg/4.png"]
-    )
+    assert not hand.asked
+    assert (tmp_path / "out/results.csv").read_bytes() == before
+    assert pd.read_csv(tmp_path / "out.refused/problems.csv").file.tolist() == ["vg/4.png"]
     table = ct.run_task("vl-checklist", hand, folder, out=tmp_path / "out", first=0, least=0.1)
     assert table[table["mode"] == WITH_IMAGE].n.iloc[0] == 9 - lost
 
@@ -956,9 +910,8 @@ def test_a_damaged_image_is_found_when_it_is_opened(tmp_path):
     (folder / "vg/4.png").write_bytes(b"\x89PNG broken")
     with pytest.raises(BenchmarkError, match="of 9 items"):
         ct.run_task("vl-checklist", Hand(), folder, out=tmp_path / "out")
-    assert not (tmp_path / "out").exists() and pd.read_csv(tmp_path / "out.refused/problems.csv").file.tolist() == [
-        "vg/4.png"
-    ]
+    assert not (tmp_path / "out").exists()
+    assert pd.read_csv(tmp_path / "out.refused/problems.csv").file.tolist() == ["vg/4.png"]
 
 
 def test_a_folder_with_something_else_is_not_touched(tmp_path):
@@ -966,7 +919,8 @@ def test_a_folder_with_something_else_is_not_touched(tmp_path):
     (tmp_path / "out/thesis.txt").write_text("x")
     with pytest.raises(BenchmarkError, match="holds something else"):
         ct.run_task("vl-checklist", Hand(), checklist(tmp_path / "vl", {"Attribute/color/vg": 9}), out=tmp_path / "out")
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.txt"] and not list(tmp_path.glob(".*"))
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_the_bar_changes_no_vector():
@@ -982,11 +936,9 @@ def test_the_bar_changes_no_vector():
 
     hand, texts = Counts(), [f"t{i}" for i in range(2500)]
     w = ct.Watched(hand, 3)
-    assert (
-        (w.encode_text(texts) == Hand().encode_text(texts)).all()
-        and hand.calls == (1024, 1024, 452)
-        and w.dimension == 6
-    )
+    assert (w.encode_text(texts) == Hand().encode_text(texts)).all()
+    assert hand.calls == (1024, 1024, 452)
+    assert w.dimension == 6
     shown = [Image.new("RGB", (2, 2), colour(i)) for i in range(700)]
     w = ct.Watched(Counts(), 700)
     assert (
@@ -1049,26 +1001,24 @@ def test_leaks_stand_beside_the_number(tmp_path):
         train=tmp_path / "train",
     )
     t = table.set_index(["row", "metric", "mode"])
-    assert (
-        t.value["leakage", "near image, by hash", ""] == 4 / 20
-        and t.value["leakage", "true text, word for word", ""] == 1 / 20
-        and t.n["leakage", "near image, by hash", ""] == 20
-    )
+    assert t.value["leakage", "near image, by hash", ""] == 4 / 20
+    assert t.value["leakage", "true text, word for word", ""] == 1 / 20
+    assert t.n["leakage", "near image, by hash", ""] == 20
     assert t.value["leakage", "near image, by embedding", ""] == 1, (
         "this model cannot tell images apart, so it suspects all"
     )
     assert "without leaks" not in set(table["mode"]), "nothing is left of a test that leaked whole"
     low = table[table.row == "leakage"]
-    assert (low.low <= low.value).all() and (low.value <= low.high).all() and set(low.better) == {"down"}
+    assert (low.low <= low.value).all()
+    assert (low.value <= low.high).all()
+    assert set(low.better) == {"down"}
     about, suspects = (
         json.loads((tmp_path / "out/benchmark.json").read_text()),
         pd.read_csv(tmp_path / "out/leakage.csv"),
     )
-    assert (
-        about["leakage"].endswith("train")
-        and set(suspects.test[suspects.check == "hash"]) == {f"vg/{i}.png" for i in range(4)}
-        and suspects[suspects.check == "caption"].test.tolist() == ["true 4"]
-    )
+    assert about["leakage"].endswith("train")
+    assert set(suspects.test[suspects.check == "hash"]) == {f"vg/{i}.png" for i in range(4)}
+    assert suspects[suspects.check == "caption"].test.tolist() == ["true 4"]
     assert any("broken" in f for f in pd.read_csv(tmp_path / "out/problems.csv").file), (
         "a training image that does not open is listed"
     )
@@ -1089,20 +1039,17 @@ def test_the_number_without_leaks(tmp_path):
         t.loc["Attribute", "mean over items", WITH_IMAGE],
         t.loc["Attribute", "mean over items", "without leaks"],
     )
-    assert (
-        every.value == 10 / 20
-        and (clean.value, clean.n, clean.chance) == (pytest.approx(7 / 15), 15, 0.5)
-        and clean.low < clean.value < clean.high
-        and t.value["leakage", "items with any of these", ""] == 5 / 20
-    )
+    assert every.value == 10 / 20
+    assert (clean.value, clean.n, clean.chance) == (pytest.approx(7 / 15), 15, 0.5)
+    assert clean.low < clean.value < clean.high
+    assert t.value["leakage", "items with any of these", ""] == 5 / 20
     wide = bs.side_by_side(table).set_index(["row", "metric"])
-    assert (
-        wide["without leaks"]["Attribute", "mean over items"] == clean.value
-        and wide["without leaks: n"]["Attribute", "mean over items"] == 15
-        and "leakage" not in wide.index.get_level_values(0)
-    )
+    assert wide["without leaks"]["Attribute", "mean over items"] == clean.value
+    assert wide["without leaks: n"]["Attribute", "mean over items"] == 15
+    assert "leakage" not in wide.index.get_level_values(0)
     r = pd.read_csv(tmp_path / "out/results.csv")
-    assert not r.duplicated(["table", "row", "metric"]).any() and {
+    assert not r.duplicated(["table", "row", "metric"]).any()
+    assert {
         "mean over items, without leaks",
         "near image, by hash",
     } <= set(r.metric)
@@ -1133,20 +1080,19 @@ def test_leakage_that_was_not_checked_is_called_so(tiny_clip, tmp_path):
         tmp_path / "out",
     )
     done = sh(*args)
-    assert done.exit_code == 0 and "Leakage: not checked" in done.output and "--train" in done.output, done.output
-    assert (
-        "not checked" in json.loads((tmp_path / "out/benchmark.json").read_text())["leakage"]
-        and not (tmp_path / "out/leakage.csv").exists()
-    )
+    assert done.exit_code == 0, done.output
+    assert "Leakage: not checked" in done.output, done.output
+    assert "--train" in done.output, done.output
+    assert "not checked" in json.loads((tmp_path / "out/benchmark.json").read_text())["leakage"]
+    assert not (tmp_path / "out/leakage.csv").exists()
     done = sh(*args, "--train", tmp_path / "train")
-    assert (
-        done.exit_code == 0
-        and "near image, by hash" in done.output
-        and "without leaks: no item is left" in done.output
-        and (tmp_path / "out/leakage.csv").exists()
-    ), done.output
+    assert done.exit_code == 0, done.output
+    assert "near image, by hash" in done.output, done.output
+    assert "without leaks: no item is left" in done.output, done.output
+    assert (tmp_path / "out/leakage.csv").exists(), done.output
     done = sh(*args, "--train", tmp_path / "nowhere")
-    assert done.exit_code == 2 and "no such file" in done.output, done.output
+    assert done.exit_code == 2, done.output
+    assert "no such file" in done.output, done.output
 
 
 def test_stored_vectors_cannot_be_compared(tmp_path):
@@ -1193,11 +1139,9 @@ def test_the_command(tiny_clip, tmp_path):
         "datasets=vg",
     )
     assert done.exit_code == 0, done.output
-    assert (
-        "word frequency" in done.output
-        and "without broken negatives" in done.output
-        and len(pd.read_parquet(tmp_path / "out/predictions.parquet")) == 4 * 10
-    )
+    assert "word frequency" in done.output
+    assert "without broken negatives" in done.output
+    assert len(pd.read_parquet(tmp_path / "out/predictions.parquet")) == 4 * 10
 
 
 def test_the_command_searches_any_source(tiny_clip, tmp_path):
@@ -1213,7 +1157,9 @@ def test_the_command_searches_any_source(tiny_clip, tmp_path):
         "--out",
         tmp_path / "out",
     )
-    assert done.exit_code == 0 and "pool of 12" in done.output and "recall@10" in done.output, done.output
+    assert done.exit_code == 0, done.output
+    assert "pool of 12" in done.output, done.output
+    assert "recall@10" in done.output, done.output
 
 
 def test_the_command_sorts_and_is_judged(tiny_clip, tmp_path):
@@ -1231,12 +1177,10 @@ def test_the_command_sorts_and_is_judged(tiny_clip, tmp_path):
         "--out",
         tmp_path / "out",
     )
-    assert (
-        done.exit_code == 0
-        and "mean per-class accuracy" in done.output
-        and "shuffled" in done.output
-        and "differ four times out of five" in done.output
-    ), done.output
+    assert done.exit_code == 0, done.output
+    assert "mean per-class accuracy" in done.output, done.output
+    assert "shuffled" in done.output, done.output
+    assert "differ four times out of five" in done.output, done.output
     done = sh(
         "benchmark",
         "human-agreement",
@@ -1251,21 +1195,22 @@ def test_the_command_sorts_and_is_judged(tiny_clip, tmp_path):
         "--out",
         tmp_path / "out",
     )
-    assert (
-        done.exit_code == 0
-        and "crowd: score" in done.output
-        and "length" in done.output
-        and "told apart" not in done.output
-    ), done.output
+    assert done.exit_code == 0, done.output
+    assert "crowd: score" in done.output, done.output
+    assert "length" in done.output, done.output
+    assert "told apart" not in done.output, done.output
 
 
 def test_the_command_lists_and_hints():
     listed = sh("benchmark", "--list")
-    assert listed.exit_code == 0 and all(n in listed.output for n in ct.TASKS) and "first=1000" in listed.output
+    assert listed.exit_code == 0
+    assert all(n in listed.output for n in ct.TASKS)
+    assert "first=1000" in listed.output
     for args, hint in (
         (("retrieval",), "--model"),
         (("retreival", "--model", "open_clip:x", "--data", "y"), "'retrieval'"),
         (("sugarcrepe", "--model", "open_clip:x", "--data", "nowhere"), "none of add_att"),
     ):
         done = sh("benchmark", *args)
-        assert done.exit_code == 2 and hint in done.output, done.output
+        assert done.exit_code == 2, done.output
+        assert hint in done.output, done.output
