@@ -191,6 +191,7 @@ def test_a_writer_says_what_it_needs():
         Writer("transformers:data/micro/ml")
 
 
+@pytest.mark.slow
 def test_rewriting_begins_as_asked_and_does_not_depend_on_the_batch():
     writer = Writer("transformers:data/micro/lm", tokens=8)
     texts = CAPTIONS[:9]

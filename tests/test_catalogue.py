@@ -570,6 +570,7 @@ def official_loop(folder, hand):
     }
 
 
+@pytest.mark.slow
 def test_vl_checklist_against_the_official_loop(tmp_path):
     folder, hand = checklist(tmp_path / "vl", FILES, gone=(6,)), Hand()
     table = ct.run_task("vl-checklist", hand, folder, out=tmp_path / "out", least=0)
@@ -797,6 +798,7 @@ def test_another_image_is_another_one_for_each_and_the_same_for_all_its_captions
     assert not any(i in s for i, s in enumerate(shown))
 
 
+@pytest.mark.slow
 def test_the_first_images_and_one_set_alone(tmp_path):
     t = ct.run_task(
         "human-agreement", numbers(), judged(tmp_path / "f", crowd=False), out=tmp_path / "out", first=3, only="expert"
@@ -1067,6 +1069,7 @@ def test_a_query_without_a_text_leaks_with_its_captions(tmp_path):
     assert sorted(leaked) == ["002", "002#1"]
 
 
+@pytest.mark.slow
 def test_leakage_that_was_not_checked_is_called_so(tiny_clip, tmp_path):
     folder, _ = leaky(tmp_path)
     args = (

@@ -208,11 +208,11 @@ def test_ordinary_captions_are_left_alone():
 def test_clean_is_quick_on_hostile_input():
     import time
 
-    started = time.perf_counter()
+    started = time.process_time()
     clean_caption("<script " * 200_000)
     clean_caption("\x1b[" * 500_000)
     clean_caption("<!--" * 300_000)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_check_pairs_lists_everything(tmp_path):

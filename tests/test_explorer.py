@@ -291,6 +291,7 @@ def test_twin_says_what_the_explorer_says(run):
                 assert sum(p[5 + 2 * s] >= at for p in data["pairs"] if p[2] == k) == found.kept[k]
 
 
+@pytest.mark.slow
 def test_section_is_complete_without_javascript(page):
     text = section(page)
     still = text.partition('class="still"')[2].partition("</tbody>")[0]

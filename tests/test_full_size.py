@@ -28,6 +28,7 @@ from selfalign.study.files import tree_hash
         ("transformers:google/siglip-base-patch16-224", dict(model=203_155_970)),
     ],
 )
+@pytest.mark.slow
 def test_skeletons_have_the_published_sizes(reference, parts):
     found = skeleton(reference)
     assert count(found) == parts and all(p.is_meta for m in found.values() for p in m.parameters())
@@ -94,7 +95,7 @@ def test_the_tokenizer_is_open_clip_s():
 @pytest.fixture
 def small(monkeypatch):
     "The same writers, with small numbers in place of the published ones."
-    text = dict(full_size._clip_text, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    text = dict(full_size.CLIP_TEXT, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     parts = dict(
         unet=(
             "UNet2DConditionModel",
@@ -120,12 +121,12 @@ def small(monkeypatch):
             ),
         ),
         text_encoder=("CLIPTextModel", text),
-        scheduler=("EulerDiscreteScheduler", full_size._noise),
+        scheduler=("EulerDiscreteScheduler", full_size.NOISE_SCHEDULE),
     )
     monkeypatch.setitem(full_size.PIPELINES, "stable-diffusion-2-base", ("StableDiffusionPipeline", parts))
     tower = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     config = dict(
-        text_config=full_size._siglip["text_config"] | tower | dict(projection_size=32),
+        text_config=full_size.SIGLIP["text_config"] | tower | dict(projection_size=32),
         vision_config=dict(tower, image_size=32, patch_size=16),
     )
     monkeypatch.setitem(full_size.DUAL_ENCODERS, "siglip-base-patch16-224", ("SiglipModel", config))

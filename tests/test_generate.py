@@ -97,6 +97,7 @@ def test_full_memory_halves_the_batch(pipe, made, error):
     assert generator.batch == 1
 
 
+@pytest.mark.slow
 def test_each_image_begins_with_its_own_original():
     from selfalign.data.scenes import make_scene, render
 
@@ -159,6 +160,7 @@ def ip_adapter(tmp_path_factory):
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.slow
 def test_each_prompt_is_shown_its_own_image(ip_adapter, guidance):
     from selfalign.data.scenes import make_scene, render
 

@@ -73,6 +73,7 @@ def pretend(adapted, size=0.05):
 
 
 @FAMILIES
+@pytest.mark.slow
 def test_at_step_0_the_original(fresh, family):
     e = fresh(family)
     before = vectors(e)
@@ -545,6 +546,7 @@ OBJECTIVES = dict(
 )
 
 
+@pytest.mark.slow
 def test_objectives(whole, tiny_clip, tmp_path):
     "Each makes another model than the others, the same one again, and its folder knows which it was."
     found = {

@@ -31,6 +31,7 @@ def test_weights_are_half_precision_safetensors_with_card_and_curve(name):
     assert len(curve) >= 5 and curve.loss.iloc[-1] < curve.loss.iloc[0]
 
 
+@pytest.mark.slow
 def test_generator_is_a_stable_diffusion_pipeline_and_runs_image_to_image():
     from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 

@@ -252,6 +252,7 @@ def test_the_microworld_tells():
 # --- memory and the file system ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_pairs(tmp_path):
     "What Python and NumPy hold is a few numbers a pair, and opening holds a batch of rows at a time."
     pairs = lambda n: TablePairs(

@@ -352,6 +352,7 @@ def run(made, tmp_path):
     return Path(shutil.copytree(made, tmp_path / "toy"))
 
 
+@pytest.mark.slow
 def test_complete_and_silent(report):
     folder, page = report.parent, report.read_text(encoding="utf-8")
     assert len(check_silent(folder)) == 4 and size(folder) < LIMIT
@@ -412,6 +413,7 @@ def test_same_run_same_bytes(report, tmp_path):
         assert (report.parent / f).read_bytes() == (again.parent / f).read_bytes(), f
 
 
+@pytest.mark.slow
 def test_unchanged_notebooks_are_taken_over(run, tmp_path, monkeypatch):
     page = render(run, tmp_path / "out").parent / "score/notebook.html"
     before = page.read_bytes()
@@ -514,6 +516,7 @@ def break_files(run, *names):
         ),
     ],
 )
+@pytest.mark.slow
 def test_damage_is_named_not_fatal(run, tmp_path, hurt, says):
     hurt(run)
     report = render(run, tmp_path / "out")

@@ -144,6 +144,7 @@ def test_an_adapter_comes_back_in_the_study(tiny_clip, tmp_path):
     close(again.encode_text(tiny.CAPTIONS), want[1], 5e-5)
 
 
+@pytest.mark.slow
 def test_a_generator_saved_again_paints_the_same(tiny_generator, tmp_path):
     "The study's pipeline, saved by it and opened by diffusers alone in a process that knows nothing of the study."
     ours = load_generator(f"diffusers:{tiny_generator}")

@@ -299,6 +299,7 @@ def test_choices_of_a_module_are_looked_up_once(ruled, monkeypatch):
     resolve("x", ["a.pool=validation"])
 
 
+@pytest.mark.slow
 def test_papermill_reads_what_we_read(ruled):
     import papermill
 

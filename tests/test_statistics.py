@@ -101,9 +101,9 @@ def test_coverage_with_clusters():
 def test_twenty_thousand_items_are_quick():
     import time
 
-    x, begin = rng().normal(size=20_000), time.time()
+    x, begin = rng().normal(size=20_000), time.process_time()
     s.bootstrap(x)
-    assert time.time() - begin < 5
+    assert time.process_time() - begin < 5
 
 
 # --- pairs -------------------------------------------------------------------------------------------------------
