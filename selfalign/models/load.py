@@ -347,10 +347,10 @@ def _open_clip_model(ref):
 # %% ../../nbs/2_models/20_load.ipynb #8959bd0e
 def causal_text(
     model,  # a CLIP of open_clip
-    tokens,  # token ids, a row a text
-    end,  # where each text ends
-):  # a vector a text
-    "open_clip's `CLIP.encode_text` without the padding behind the last end-of-text."
+    tokens,  # (n, context) token numbers
+    end,  # (n,) position of each text's end-of-text
+):  # (n, dimension) vectors
+    "open_clip's `CLIP.encode_text` without the padding behind the last end-of-text, at positions `end`."
     n = int(end.max()) + 1
     x = model.token_embedding(tokens[:, :n]) + model.positional_embedding[:n]
     x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:n, :n]))[
@@ -362,12 +362,12 @@ def causal_text(
 
 # %% ../../nbs/2_models/20_load.ipynb #b607afbb
 def shortest_first(
-    encode,  # tokens and ends to vectors
-    tokens,  # token ids, a row a text
-    end,  # where each text ends
+    encode,  # function of tokens and ends
+    tokens,  # (n, context)
+    end,  # (n,)
     chunk: int = 32,  # texts at a time
-):  # a vector a text, in the order given
-    "Encode texts sorted by length, some at a time, so that little is padding."
+):
+    "`encode(tokens, end)` of texts sorted by length, some at a time; rows in the order given."
     order = end.argsort(stable=True)
     rows = torch.cat([encode(tokens[some], end[some]) for some in order.split(chunk)])
     return rows[order.argsort()]
