@@ -64,7 +64,7 @@ def _option(name, asks, **fields):
     "An arm that differs from `lora-generated` in one thing."
     return Arm(f"lora-{name}", asks, rate_of="lora-generated", **fields)
 
-
+# %% ../../nbs/4_self_align/44_arms.ipynb #a6034a4b
 SEVERAL = Objective("multi-positive")
 OPTION_ARMS = (
     *(_option(f"rank-{r}", f"is rank {r} enough?", options=dict(rank=r)) for r in (1, 2, 8, 16)),
@@ -91,13 +91,13 @@ PAPER = Arm(
     crops=0.9,
 )
 
-
+# %% ../../nbs/4_self_align/44_arms.ipynb #3a5b57c1
 def _undone(name, asks, options=(), training=(), **fields):
     "The paper's training with one peculiarity undone."
     parts = dict(options=PAPER.options | dict(options), training=PAPER.training | dict(training))
     return replace(PAPER, name=f"faithful-{name}", asks=asks, rate_of="faithful", **parts, **fields)
 
-
+# %% ../../nbs/4_self_align/44_arms.ipynb #c02d4b93
 PAPER_ARMS = (
     PAPER,
     _undone("zero-start", "the fused projection starts at the model", dict(xavier=False)),
@@ -168,7 +168,7 @@ def _possible(arm, sources):
     texts = {"long": arm.captions == "long", arm.beside: bool(arm.beside)}
     return truth and selected and all(kind in sources.texts for kind, needed in texts.items() if needed)
 
-
+# %% ../../nbs/4_self_align/44_arms.ipynb #5580112c
 def arm_rows(
     arm: Arm,  # of the table
     sources: Sources,  # of one seed
@@ -195,7 +195,7 @@ SPOILED = {
     "shuffled": lambda images: images[len(images) // 2 :] + images[: len(images) // 2],
 }
 
-
+# %% ../../nbs/4_self_align/44_arms.ipynb #29c1e3e0
 def arm_pairs(
     arm: Arm,  # of the table
     rows: pd.DataFrame,  # from `arm_rows`
@@ -227,7 +227,7 @@ def arm_config(
     fields = dict(objective=arm.objective, adapter=arm.adapter, options=options, group=arm.per_caption)
     return replace(base, **fields, **arm.training)
 
-
+# %% ../../nbs/4_self_align/44_arms.ipynb #150916b2
 def arm_callbacks(
     arm: Arm,  # of the table
 ) -> list:  # of `Callback`
