@@ -158,7 +158,7 @@ def drawing_shown(
     files.pop(".png", None)
     return "", "", WITHHELD
 
-
+# %% ../../nbs/8_report/80_render.ipynb #55723259
 def page_of(
     stage: dict,  # its manifest
     record: dict,  # of a figure
@@ -388,7 +388,7 @@ def spell_size(
     "A file's size"
     return f"{n / 1e6:.1f} MB" if n >= 1e6 else f"{max(1, n / 1e3):.0f} kB"
 
-
+# %% ../../nbs/8_report/80_render.ipynb #4d433b9f
 def files_of(
     site: Site,
 ) -> list:  # one dictionary a file
