@@ -1,6 +1,7 @@
 "The book: a course that can be read, and words that mean one thing."
 
 import json, re
+from collections import Counter
 from pathlib import Path
 import pytest
 
@@ -12,6 +13,17 @@ NOTEBOOKS = sorted(p for p in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not i
 def cells(nb, kind):
     found = json.loads(nb.read_text(encoding="utf-8"))["cells"]
     return ["".join(c["source"]) for c in found if c["cell_type"] == kind]
+
+
+def test_numbers_order_the_reading():
+    "Two digits or a digit and a letter, the first that of the floor, and no two notebooks share them."
+    numbers = Counter()
+    for nb in NOTEBOOKS:
+        if nb.parent != NBS:
+            number = nb.name.split("_")[0]
+            assert re.fullmatch(r"[0-9][0-9a-z]", number) and number[0] == nb.parent.name[0], nb.name
+            numbers[number] += 1
+    assert not [number for number, n in numbers.items() if n > 1]
 
 
 def course():
