@@ -95,7 +95,7 @@ def notebooks_shown(
 # %% ../../nbs/8_report/80_render.ipynb #67b6e122
 def write_notebooks(
     run,  # from `read_run`
-    site: Site,
+    site: Site,  # the folder being written
 ) -> dict:  # stage → path of its page
     "Write the page of every executed notebook"
     stages, style, made = notebooks_shown(run), page_file("style.css"), {}
@@ -173,7 +173,7 @@ def page_of(
 
 # %% ../../nbs/8_report/80_render.ipynb #fe3b477c
 def copies_of(
-    site: Site,
+    site: Site,  # the folder being written
     stage: str,  # its name
     title: str,  # of a figure
     files: dict,  # suffix → file
@@ -196,7 +196,7 @@ def copies_of(
 # %% ../../nbs/8_report/80_render.ipynb #e72a19a9
 def figure_of(
     run,  # from `read_run`
-    site: Site,
+    site: Site,  # the folder being written
     stage: dict,  # its manifest
     record: dict,  # of the figure, as the stage wrote it
     i: int,  # its number
@@ -241,7 +241,7 @@ def copy_files(
 # %% ../../nbs/8_report/80_render.ipynb #278f559e
 def all_figures(
     run,  # from `read_run`
-    site: Site,
+    site: Site,  # the folder being written
     pages: dict,  # stage → path of its page
 ) -> list:  # from `figure_of`
     "All figures of a run, stage by stage"
@@ -286,7 +286,7 @@ def rows_of(
 # %% ../../nbs/8_report/80_render.ipynb #be0b1052
 def copy_tables(
     run,  # from `read_run`
-    site: Site,
+    site: Site,  # the folder being written
     first: bool,  # answers and small tables; else all the others
 ):
     "Copy the Parquet tables of every stage, the small ones first"
@@ -317,8 +317,8 @@ def page_text(
 # %% ../../nbs/8_report/80_render.ipynb #8178d005
 def thresholds_of(
     run,  # from `read_run`
-    site: Site,
-    shown: Gallery,
+    site: Site,  # the folder being written
+    shown: Gallery,  # of the run
 ) -> dict | None:
     "What the section on thresholds needs, or None"
     if not shown.cards or not (run.folder / "score/tables/scores.parquet").is_file():
@@ -334,7 +334,7 @@ def thresholds_of(
 # %% ../../nbs/8_report/80_render.ipynb #05376f99
 def copy_records(
     run,  # from `read_run`
-    site: Site,
+    site: Site,  # the folder being written
 ):
     "Numbers, the run and its stages, as files"
 
@@ -354,7 +354,7 @@ COLUMNS, BORDER = 16, 2  # images in a row of the sprite, pixels around each
 
 def gallery_pieces(
     run,  # from `read_run`
-    site: Site,
+    site: Site,  # the folder being written
 ) -> dict:  # for the template
     "The gallery of a run, with its images written"
     shown = gallery(run.folder, source=run.source) if run.stage("sample") else Gallery()
@@ -366,7 +366,7 @@ def gallery_pieces(
 
 # %% ../../nbs/8_report/80_render.ipynb #562fecad
 def say_what_is_left(
-    site: Site,
+    site: Site,  # the folder being written
     figures: list,  # from `figure_of`
 ):
     "Sentences about what stays in the run folder"
@@ -390,7 +390,7 @@ def spell_size(
 
 # %% ../../nbs/8_report/80_render.ipynb #4d433b9f
 def files_of(
-    site: Site,
+    site: Site,  # the folder being written
 ) -> list:  # one dictionary a file
     "The list of files at the end of the page"
     size = lambda path: spell_size((site.folder / path).stat().st_size)
@@ -410,7 +410,7 @@ def head_of(
 # %% ../../nbs/8_report/80_render.ipynb #27ab092d
 def write_report(
     run,  # from `read_run`
-    site: Site,
+    site: Site,  # the folder being written
 ):
     "Write all pieces of a report into its folder"
     copy_records(run, site)
