@@ -39,7 +39,7 @@ def painting(
 # %% ../../nbs/2_models/2q_costs.ipynb #113ac889
 LEARNING = Pace(9, 0.33, 0.5, "trainings")
 
-# %% ../../nbs/2_models/2h_costs.ipynb #2fd9d766
+# %% ../../nbs/2_models/2q_costs.ipynb #2fd9d766
 def learning(
     model: str,  # a dual encoder, `library:folder-or-hub-id`
     n: int,  # trainings
@@ -65,7 +65,7 @@ def learning(
 # %% ../../nbs/2_models/2q_costs.ipynb #1665b8b5
 EMBEDDING = Pace(9, 0.5, 0.0004, "images embedded")
 
-# %% ../../nbs/2_models/2h_costs.ipynb #085be415
+# %% ../../nbs/2_models/2q_costs.ipynb #085be415
 def embedding(
     model: str,  # a dual encoder, `library:folder-or-hub-id`
     n: int,  # models of this shape
