@@ -448,7 +448,7 @@ def test_learns_and_leaves_a_plain_encoder(whole, tiny_clip):
 def test_the_last_step_is_what_is_kept(whole):
     folder, _ = whole
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert all(torch.equal(v, state["averages"][k]) for k, v in state["module"].items()) and all(
+    assert all(torch.equal(v, state["averages"][f"module.{k}"]) for k, v in state["module"].items()) and all(
         "lora_" in k for k in state["module"]
     )
 
