@@ -2023,6 +2023,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                            'selfalign.study.execution.shards_done': ( '0_study/execution.html#shards_done',
                                                                                       'selfalign/study/execution.py')},
             'selfalign.study.figures': { 'selfalign.study.figures._guides': ('0_study/figures.html#_guides', 'selfalign/study/figures.py'),
+                                         'selfalign.study.figures._name_rows': ( '0_study/figures.html#_name_rows',
+                                                                                 'selfalign/study/figures.py'),
                                          'selfalign.study.figures._one_colour': ( '0_study/figures.html#_one_colour',
                                                                                   'selfalign/study/figures.py'),
                                          'selfalign.study.figures._places': ('0_study/figures.html#_places', 'selfalign/study/figures.py'),

@@ -30,10 +30,8 @@ class LowRank(nn.Module):
         super().__init__()
         out, inner, k = weight.shape[0], weight.shape[1], weight.shape[2] if weight.ndim == 4 else 1
         self.scale = alpha / rank
-        self.lora_A, self.lora_B = (
-            nn.Parameter(weight.new_zeros(rank * k, inner * k)),
-            nn.Parameter(weight.new_zeros(out * k, rank * k)),
-        )
+        self.lora_A = nn.Parameter(weight.new_zeros(rank * k, inner * k))
+        self.lora_B = nn.Parameter(weight.new_zeros(out * k, rank * k))
         if xavier:
             nn.init.xavier_uniform_(self.lora_A), nn.init.xavier_uniform_(self.lora_B)
         else:

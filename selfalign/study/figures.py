@@ -125,7 +125,7 @@ def _places(
     names = list(order) or list(dict.fromkeys(table[across]))
     return np.array([names.index(n) for n in table[across]], float), names
 
-
+# %% ../../nbs/0_study/04_figures.ipynb #2619b99e
 def _points(
     ax,
     place: np.ndarray,  # one a row
@@ -157,6 +157,14 @@ def _guides(
     if chance is not None:
         line(chance, color="#333333", linestyle=":", linewidth=1.2, label="chance")
 
+# %% ../../nbs/0_study/04_figures.ipynb #0c9f5dd0
+def _name_rows(ax, names):
+    "Names from top to bottom, with lines to read the values by"
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.grid(True, axis="x")
+    ax.grid(False, axis="y")
+
 # %% ../../nbs/0_study/04_figures.ipynb #ff7da40d
 def intervals(
     ax,  # axes to draw on
@@ -179,10 +187,7 @@ def intervals(
         _points(ax, place[own] + aside, table[own], i, down, group)
     ax.set(**{"xlabel" if down else "ylabel": unit, "ylabel" if down else "xlabel": "" if down else across})
     if down:
-        ax.set_yticks(range(len(names)), names)
-        ax.set_ylim(len(names) - 0.5, -0.5)
-        ax.grid(True, axis="x")
-        ax.grid(False, axis="y")
+        _name_rows(ax, names)
     return ax
 
 # %% ../../nbs/0_study/04_figures.ipynb #1d263541
