@@ -2122,6 +2122,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'selfalign/study/parameters.py'),
                                             'selfalign.study.parameters.Parameter': ( '0_study/parameters.html#parameter',
                                                                                       'selfalign/study/parameters.py'),
+                                            'selfalign.study.parameters._adapter': ( '0_study/parameters.html#_adapter',
+                                                                                     'selfalign/study/parameters.py'),
                                             'selfalign.study.parameters._check_rule': ( '0_study/parameters.html#_check_rule',
                                                                                         'selfalign/study/parameters.py'),
                                             'selfalign.study.parameters._imported': ( '0_study/parameters.html#_imported',
