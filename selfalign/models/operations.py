@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOKENS', 'BYTES', 'COPIES', 'PRODUCTS', 'operations', 'image_embedded', 'text_embedded', 'image_side',
-           'image_painted', 'pair_learned', 'parameters', 'painting_memory', 'embedding_memory', 'learning_memory',
+           'image_generated', 'pair_learned', 'parameters', 'generating_memory', 'embedding_memory', 'learning_memory',
            'measured_rate']
 
 # %% ../../nbs/2_models/2g_operations.ipynb #9ccb90ba
@@ -53,43 +53,35 @@ def _parts(reference):
 
 def _dual(reference):
     "The part that embeds images and texts."
-    found = [m for m in _parts(reference).values() if hasattr(m, "encode_image") or hasattr(m, "get_image_features")]
-    if not found:
-        raise ModelError(
-            f"{reference} has no image and text tower; name a dual encoder, e.g. open_clip:data/micro/clip"
-        )
-    return found[0]
+    for part in _parts(reference).values():
+        if hasattr(part, "encode_image") or hasattr(part, "get_image_features"):
+            return part
+    raise ModelError(f"{reference} has no image and text tower; name a dual encoder, e.g. open_clip:data/micro/clip")
 
-
+# %% ../../nbs/2_models/2g_operations.ipynb #b9cdda1c
 def _empty(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _vectors(output):
+    return output if isinstance(output, torch.Tensor) else output.pooler_output
 
 # %% ../../nbs/2_models/2g_operations.ipynb #9948e9ec
 def _see(model, n):
     "Embed n images that nobody has."
     if hasattr(model, "config"):
-        return _vectors(
-            model.get_image_features(pixel_values=_empty(n, 3, *[model.config.vision_config.image_size] * 2))
-        )
+        side = model.config.vision_config.image_size
+        return _vectors(model.get_image_features(pixel_values=_empty(n, 3, side, side)))
     size = model.visual.image_size
     return model.encode_image(_empty(n, 3, *(size if isinstance(size, tuple) else (size, size))))
-
-
-def _vectors(output):
-    return output if isinstance(output, torch.Tensor) else output.pooler_output
 
 # %% ../../nbs/2_models/2g_operations.ipynb #58a8cb97
 def _read(model, n, tokens):
     "Embed n texts of so many tokens, as this study's encoders do."
     if hasattr(model, "config"):
         room = model.config.text_config.max_position_embeddings
-        return _vectors(
-            model.get_text_features(
-                input_ids=_empty(
-                    n, room if "siglip" in model.config.model_type else min(tokens, room), dtype=torch.long
-                )
-            )
-        )
+        length = room if "siglip" in model.config.model_type else min(tokens, room)
+        return _vectors(model.get_text_features(input_ids=_empty(n, length, dtype=torch.long)))
     ids = _empty(n, model.context_length, dtype=torch.long)
     if getattr(model, "text_pool_type", "") not in ("argmax", "eos"):
         return model.encode_text(ids)
@@ -105,24 +97,25 @@ def _watched(model, call):
         with torch.no_grad():
             return operations(call), max(sizes)
     finally:
-        [h.remove() for h in hooks]
+        for hook in hooks:
+            hook.remove()
 
-
+# %% ../../nbs/2_models/2g_operations.ipynb #e50c5c91
 @functools.cache
-def _looking(reference):
-    "The same of a dual encoder that embeds an image."
+def _one_image(reference):
+    "Operations of a dual encoder that embeds an image, and its largest result."
     model = _dual(reference)
     return _watched(model, lambda: _see(model, 1))
-
-# %% ../../nbs/2_models/2g_operations.ipynb #330db1c8
-TOKENS = 20  # of a caption, begin and end among them
 
 
 def image_embedded(
     reference: str,  # a dual encoder, `library:folder-or-hub-id`
 ) -> int:  # operations
     "What it takes to embed one image."
-    return _looking(reference)[0]
+    return _one_image(reference)[0]
+
+# %% ../../nbs/2_models/2g_operations.ipynb #330db1c8
+TOKENS = 20  # of a caption, begin and end among them
 
 
 @functools.cache
@@ -154,13 +147,12 @@ def _denoise(unet, n, cells, tokens):
     )
 
 # %% ../../nbs/2_models/2g_operations.ipynb #edf0d58b
-def _painter(reference, size):
-    "The parts of a generator, and the side of its latent images."
+def _pipeline_parts(reference, size):
+    "The parts of a generator, pixels a cell, and the side of its latent images."
     parts = _parts(reference)
     if not {"unet", "vae"} <= set(parts):
-        raise ModelError(
-            f"{reference} has no UNet and autoencoder; operations are counted for pipelines like Stable Diffusion"
-        )
+        known = "operations are counted for pipelines like Stable Diffusion"
+        raise ModelError(f"{reference} has no UNet and autoencoder; {known}")
     scale = 2 ** (len(parts["vae"].config.block_out_channels) - 1)
     return parts, scale, (size // scale or parts["unet"].config.sample_size)
 
@@ -169,15 +161,15 @@ def image_side(
     reference: str,  # a generator
     size: int = 0,  # 0: the model's own
 ) -> int:  # pixels
-    "The side of what a generator paints."
-    _, scale, cells = _painter(reference, size)
+    "The side of what a generator makes."
+    _, scale, cells = _pipeline_parts(reference, size)
     return scale * cells
 
 # %% ../../nbs/2_models/2g_operations.ipynb #76f9d09e
 @functools.cache
-def _painting(reference, twice, size):
+def _generated(reference, twice, size):
     "Operations of reading, of a step and of decoding; numbers in the largest result of a layer."
-    parts, _, cells = _painter(reference, size)
+    parts, _, cells = _pipeline_parts(reference, size)
     unet, vae = parts["unet"], parts["vae"]
     readers = [p for name, p in parts.items() if name.startswith("text_encoder")]
     tokens = readers[0].config.max_position_embeddings
@@ -186,7 +178,7 @@ def _painting(reference, twice, size):
     decode, other = _watched(vae, lambda: vae.decode(_empty(1, vae.config.latent_channels, cells, cells)))
     return read, step, decode, max(one, other)
 
-
+# %% ../../nbs/2_models/2g_operations.ipynb #5842ae32
 @functools.cache
 def _image_encoded(reference, size):
     "Operations of the autoencoder's way in."
@@ -194,15 +186,15 @@ def _image_encoded(reference, size):
     return _watched(vae, lambda: vae.encode(_empty(1, 3, side, side)))[0]
 
 # %% ../../nbs/2_models/2g_operations.ipynb #c99b3561
-def image_painted(
+def image_generated(
     reference: str,  # a generator, `diffusers:folder-or-hub-id`
     steps: int,  # denoising steps
     guidance: float,  # above 1, everything but the decoder works twice
     size: int = 0,  # side in pixels; 0: the model's own
     strength: float = 0.0,  # 0: by the caption alone; else beginning with an image
 ) -> int:  # operations
-    "What it takes to paint one image."
-    read, step, decode, _ = _painting(reference, 2 if guidance > 1 else 1, size)
+    "What it takes to generate one image."
+    read, step, decode, _ = _generated(reference, 2 if guidance > 1 else 1, size)
     if not strength:
         return read + steps * step + decode
     return read + int(steps * strength) * step + decode + _image_encoded(reference, size)
@@ -210,7 +202,7 @@ def image_painted(
 # %% ../../nbs/2_models/2g_operations.ipynb #17617e99
 @functools.lru_cache(8)
 def _adapted(reference, **lora):
-    "A copy of a dual encoder on `meta` with corrections in it."
+    "A copy of a dual encoder on `meta` with LoRA updates in it."
     from selfalign.models.adapters import add_lora
 
     model = copy.deepcopy(_dual(reference))
@@ -243,7 +235,7 @@ def parameters(
     "The size of a model."
     return sum(count(_parts(reference)).values())
 
-
+# %% ../../nbs/2_models/2g_operations.ipynb #355fc440
 def _kept(model, call):
     "Numbers that the forward pass keeps for the backward pass, weights left out."
     own, found = {p.untyped_storage()._cdata for p in model.parameters()}, {}
@@ -260,7 +252,7 @@ def _kept(model, call):
 COPIES = 4  # of the largest result that are in memory at a time
 
 
-def painting_memory(
+def generating_memory(
     reference: str,  # a generator
     batch: int,  # images at a time
     guidance: float = 2.0,  # above 1, twice as many in the UNet
@@ -268,17 +260,16 @@ def painting_memory(
     precision: str = "float32",  # of weights and results
 ) -> int:  # bytes, about
     "Memory for a generator at work."
-    return BYTES[precision] * (
-        parameters(reference) + COPIES * batch * _painting(reference, 2 if guidance > 1 else 1, size)[-1]
-    )
+    largest = _generated(reference, 2 if guidance > 1 else 1, size)[-1]
+    return BYTES[precision] * (parameters(reference) + COPIES * batch * largest)
 
-
+# %% ../../nbs/2_models/2g_operations.ipynb #c77d047d
 def embedding_memory(
     reference: str,  # a dual encoder
     batch: int,  # images at a time
 ) -> int:  # bytes, about
     "Memory for a dual encoder at work, in float32."
-    return 4 * (parameters(reference) + COPIES * batch * _looking(reference)[1])
+    return 4 * (parameters(reference) + COPIES * batch * _one_image(reference)[1])
 
 # %% ../../nbs/2_models/2g_operations.ipynb #3c63192c
 @functools.cache
@@ -292,9 +283,7 @@ def learning_memory(
     "Memory for a training with LoRA."
     model = _adapted(reference, **lora)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    one, two = (
-        _kept(model, lambda: (_see(model, n), _read(model, n, tokens))) for n in (1, 2)
-    )  # corrected weights are kept once a step, results once a pair
+    one, two = (_kept(model, lambda: (_see(model, n), _read(model, n, tokens))) for n in (1, 2))
     return 4 * (parameters(reference) + 5 * trained) + BYTES[precision] * (one + (batch - 1) * (two - one))
 
 # %% ../../nbs/2_models/2g_operations.ipynb #e1cb0cd6
@@ -303,10 +292,11 @@ PRODUCTS = dict(
 )
 
 
-def _product_seconds(shape, dtype, where):
-    "Seconds of one matrix product."
+def _product_seconds(shape, where):
+    "Seconds of one matrix product, again and again."
     (m, k, n), wait = shape, torch.cuda.synchronize if where == "cuda" else lambda: None
-    a, b = torch.ones(m, k, dtype=dtype, device=where), torch.ones(k, n, dtype=dtype, device=where)
+    kind = dict(dtype=torch.bfloat16 if where == "cuda" else torch.float32, device=where)
+    a, b = torch.ones(m, k, **kind), torch.ones(k, n, **kind)
     a @ b
     wait()
     while True:
@@ -321,13 +311,9 @@ def measured_rate(
 ) -> float:  # operations a second
     "The machine's own matrix-product rate."
     where = "cuda" if torch.cuda.is_available() else "cpu"
-    shapes = PRODUCTS[where]
     best = 0.0
-    for shape in shapes:
-        timer, end = (
-            _product_seconds(shape, torch.bfloat16 if where == "cuda" else torch.float32, where),
-            time.perf_counter() + seconds / len(shapes),
-        )
+    for shape in PRODUCTS[where]:
+        timer, end = _product_seconds(shape, where), time.perf_counter() + seconds / len(PRODUCTS[where])
         while True:
             best = max(best, 2 * math.prod(shape) / next(timer))
             if time.perf_counter() > end:

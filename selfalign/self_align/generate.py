@@ -11,9 +11,9 @@ def cost(
     see,  # function: a stage's name → the parameters of that stage
 ) -> list:  # of `Work`
     "Images painted, of the subsets that are painted."
-    from selfalign.models.costs import painting
+    from selfalign.models.costs import generating
 
     sample = see("sample")
     subsets = min(values["subsets"], sample["subsets"]) or sample["subsets"]
     same = {name: values[name] for name in ("model", "steps", "guidance", "strength", "size", "batch", "precision")}
-    return [painting(n=sample["size"] * subsets * values["k"], **same)]
+    return [generating(n=sample["size"] * subsets * values["k"], **same)]

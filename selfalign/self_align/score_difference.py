@@ -11,8 +11,8 @@ def cost(
     see,  # function: a stage's name → the parameters of that stage
 ) -> list:  # of `Work`
     "Two images a caption, without and with guidance, and the chain embedded by each scorer."
-    from selfalign.models.costs import embedding, painting
+    from selfalign.models.costs import embedding, generating
 
     n, steps, batch = values["captions"], values["steps"], values["batch"]
-    made = [painting(values["model"], n, steps, g, batch=batch)._replace(disk=0) for g in (1.0, values["guidance"])]
+    made = [generating(values["model"], n, steps, g, batch=batch)._replace(disk=0) for g in (1.0, values["guidance"])]
     return made + [embedding(scorer, 1, 5 * n, n) for scorer in values["scorers"]]

@@ -54,7 +54,7 @@ def cost(
     see,  # function: a stage's name → the parameters of that stage
 ) -> list:  # of `Work`
     "So many images of each setting of the dials."
-    from selfalign.models.costs import painting
+    from selfalign.models.costs import generating
 
     n, steps, guidance = values["captions"] * values["k"], values["steps"], values["guidance"]
     dials = (
@@ -62,6 +62,6 @@ def cost(
         + [(s, guidance, 0.0) for s in values["step_counts"]]
         + [(steps, guidance, s) for s in values["strengths"]]
     )
-    parts = [painting(values["model"], n, *dial, batch=values["batch"])._replace(disk=0) for dial in dials]
+    parts = [generating(values["model"], n, *dial, batch=values["batch"])._replace(disk=0) for dial in dials]
     parts[0] = parts[0]._replace(what=f"{n * len(dials):,} images in {len(dials)} settings")
     return parts
