@@ -5,7 +5,12 @@ from contextlib import contextmanager
 from pathlib import Path
 import pytest
 from filelock import FileLock
+from hypothesis import HealthCheck, settings
 import checkout, tiny
+
+# Whether a test passes does not depend on how busy the machine is.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 LEFT = pytest.StashKey()
 
