@@ -42,15 +42,29 @@ class MaskedTexts(nn.Module):
         "Cross-entropy of the hidden words, and of the bag of words by the first token."
         pad = _padding(ids, self.tokens - 1)
         hide = hide & ~pad & (ids < self.tokens - 2)
-        out = self.bert.bert(
-            input_ids=ids.masked_fill(hide, self.tokens - 2), attention_mask=(~pad).long()
-        ).last_hidden_state
+        seen = ids.masked_fill(hide, self.tokens - 2)
+        out = self.bert.bert(input_ids=seen, attention_mask=(~pad).long()).last_hidden_state
         words = F.cross_entropy(self.bert.cls(out)[hide].float(), ids[hide])
-        bag = torch.zeros(len(ids), self.tokens, device=ids.device).scatter_(1, ids, 1.0)
-        summary = F.binary_cross_entropy_with_logits(self.bag(out[:, 0]).float(), bag, reduction="sum") / len(ids)
+        summary = self.summary_loss(out[:, 0], ids)
         return dict(loss=words + 0.1 * summary, words=words, summary=summary)
 
+    def summary_loss(
+        self,
+        first: torch.Tensor,  # (B, width): what stands at the first token
+        ids: torch.Tensor,  # (B, L) int64
+    ) -> torch.Tensor:  # scalar, summed over the vocabulary
+        "Binary cross-entropy of the words that are in a text."
+        bag = torch.zeros(len(ids), self.tokens, device=ids.device).scatter_(1, ids, 1.0)
+        return F.binary_cross_entropy_with_logits(self.bag(first).float(), bag, reduction="sum") / len(ids)
+
 # %% ../../nbs/2_models/29_language.ipynb #594052d4
+def _masked_batch(ids, end, batch, generator):
+    "Captions as long as the longest of them, and which of their words to hide."
+    x = ids[torch.randint(len(ids), (batch,), generator=generator)]
+    x = x[:, : int((~_padding(x, end)).sum(1).max())]
+    return x, torch.rand(x.shape, generator=generator) < 0.3
+
+# %% ../../nbs/2_models/29_language.ipynb #57154a19
 def train_text(
     folder: Path,  # checkpoints, curve and model
     steps: int = 400,  # steps in all
@@ -61,15 +75,13 @@ def train_text(
 ):  # `transformers.BertForMaskedLM`
     "Train the text encoder on captions alone and save it, with the vocabulary, in transformers' format."
     tokenizer = vocabulary()
-    ids = tokenize(caption_texts("text", n), tokenizer)
+    ids, end = tokenize(caption_texts("text", n), tokenizer), len(tokenizer) - 1
     torch.manual_seed(seed)
     model = MaskedTexts(len(tokenizer))
 
     def loss(step):
-        g, device = step_generator(seed, step), next(model.parameters()).device
-        x = ids[torch.randint(n, (batch,), generator=g)]
-        x = x[:, : int((~_padding(x, len(tokenizer) - 1)).sum(1).max())]  # as long as the longest text
-        return model(x.to(device), (torch.rand(x.shape, generator=g) < 0.3).to(device))
+        device = next(model.parameters()).device
+        return model(*(v.to(device) for v in _masked_batch(ids, end, batch, step_generator(seed, step))))
 
     fit(model, loss, steps, folder, lr=lr, betas=(0.9, 0.98), decay=0.995, label="text")
     model.bert.save_pretrained(Path(folder) / "model")
@@ -127,9 +139,8 @@ def continue_caption(
 ) -> str:  # the start and what follows
     "Greedy continuation of a caption."
     ids = tokenizer(start, return_tensors="pt").input_ids[:, :-1]
-    out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=words, do_sample=False, pad_token_id=len(tokenizer) - 1
-    )
+    how = dict(max_new_tokens=words, do_sample=False, pad_token_id=len(tokenizer) - 1)
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), **how)
     return tokenizer.decode(out[0], skip_special_tokens=True)
 
 # %% ../../nbs/2_models/29_language.ipynb #53056886

@@ -27,25 +27,32 @@ def caption_texts(
     return cached_array(f"captions-{pool}-{n}-{noise}", make, captions, scenes).tolist()
 
 # %% ../../nbs/2_models/25_vocabulary.ipynb #e5a0490a
+def _merges(
+    texts,  # captions
+    tokens,  # of the vocabulary, at most
+):  # pairs of neighbours, the most frequent first
+    from tokenizers import Tokenizer, models, trainers
+    from transformers import CLIPTokenizer
+
+    learner, blank = Tokenizer(models.BPE(end_of_word_suffix="</w>")), CLIPTokenizer().backend_tokenizer
+    learner.normalizer, learner.pre_tokenizer = blank.normalizer, blank.pre_tokenizer
+    trainer = trainers.BpeTrainer(vocab_size=tokens, end_of_word_suffix="</w>", show_progress=False)
+    learner.train_from_iterator(texts, trainer)
+    return [tuple(m) for m in json.loads(learner.to_str())["model"]["merges"]]
+
+# %% ../../nbs/2_models/25_vocabulary.ipynb #a3262dd8
 def train_vocabulary(
     texts: list,  # captions
     size: int = 1024,  # tokens at most, special ones included
 ):  # `transformers.CLIPTokenizer`
     "Learn byte pairs from captions and put them into CLIP's tokenizer."
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import pre_tokenizers
     from transformers import CLIPTokenizer
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    blank = CLIPTokenizer().backend_tokenizer
-    learner.normalizer, learner.pre_tokenizer = blank.normalizer, blank.pre_tokenizer
-    learner.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=size, end_of_word_suffix="</w>", show_progress=False)
-    )
-    merges = [tuple(m) for m in json.loads(learner.to_str())["model"]["merges"]][: size - 2 - 2 * len(alphabet)]
-    tokens = (
-        alphabet + [a + "</w>" for a in alphabet] + ["".join(m) for m in merges] + ["<|startoftext|>", "<|endoftext|>"]
-    )
+    tokens = alphabet + [a + "</w>" for a in alphabet]
+    merges = _merges(texts, size)[: size - 2 - len(tokens)]
+    tokens += ["".join(m) for m in merges] + ["<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=context_length)
 
 # %% ../../nbs/2_models/25_vocabulary.ipynb #024780c4
