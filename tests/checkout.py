@@ -31,11 +31,10 @@ def copy_checkout():
 
 
 def own_files():
-    "What lies in the checkout's own runs, reports and notebooks: size and time of every file."
+    "What lies in the checkout's own runs and reports: size and time of every file."
     found = {}
-    for folder in ("data/runs", "reports", "nbs"):
-        for here, folders, names in os.walk(ROOT / folder):
-            folders[:] = [f for f in folders if f != ".ipynb_checkpoints"]
+    for folder in ("data/runs", "reports"):
+        for here, _, names in os.walk(ROOT / folder):
             for path in (Path(here, name) for name in names):
                 if path.exists():
                     found[path.relative_to(ROOT).as_posix()] = (path.stat().st_size, path.stat().st_mtime_ns)

@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items):
 
 
 def changed(config):
-    "Files of the checkout's own runs, reports and notebooks that came, went or changed since the session began."
+    "Files of the checkout's own runs and reports that came, went or changed since the session began."
     before, after = config.stash[LEFT], checkout.own_files()
     return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
 

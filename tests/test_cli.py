@@ -239,9 +239,9 @@ def test_changed_parameter_and_comparison(ran, tmp_path):
 @pytest.mark.slow
 def test_failure_says_where_and_how_to_go_on(ran):
     root, command, _ = ran
-    failed = command("run", "micro", "-p", "numbers.n=-1", "--run", "bad")
+    failed = command("run", "micro", "-p", "numbers.n=0", "--run", "bad")
     assert failed.returncode == 1 and "selfalign: " in failed.stderr
-    for word in ("stage 'total'", "cell", "notebook.ipynb", "selfalign run micro -p numbers.n=-1 --run bad"):
+    for word in ("stage 'total'", "cell", "notebook.ipynb", "selfalign run micro -p numbers.n=0 --run bad"):
         assert word in failed.stderr
     assert 'File "' not in failed.stderr.split("in cell")[0]
 
