@@ -27,7 +27,7 @@ class WordKeeper(torch.nn.Module):
         super().__init__()
         from transformers import CLIPTextConfig, CLIPTextModel
 
-        self.tokens = tokens
+        self.tokens, self.end = tokens, tokens - 2  # from here on, tokens are special
         shape = dict(num_hidden_layers=3, hidden_act="gelu", projection_dim=128)
         self.text = CLIPTextModel(CLIPTextConfig(**shape, **text_config(tokens)))
         self.bag = torch.nn.Linear(128, tokens)
@@ -38,16 +38,18 @@ class WordKeeper(torch.nn.Module):
         ids: torch.Tensor,  # (B, L) int64
     ) -> dict:  # the loss and its two parts
         "Binary cross-entropy of the words so far, summed over the vocabulary, and cross-entropy of the last words."
-        h, end = self.text(input_ids=ids).last_hidden_state, self.tokens - 2
+        h = self.text(input_ids=ids).last_hidden_state
         said = F.one_hot(ids, self.tokens).cumsum(1).clamp(max=1).float()
-        said[..., end:] = 0
+        said[..., self.end :] = 0
         bag = F.binary_cross_entropy_with_logits(self.bag(h).float(), said, reduction="none").sum(-1).mean()
-        order = []
-        for k, head in enumerate(self.last):  # at token i, the word k places before it
-            words = ids[:, : ids.shape[1] - k].masked_fill(ids[:, k:] >= end, -100)
-            order.append(F.cross_entropy(head(h[:, k:]).float().flatten(0, 1), words.flatten(), ignore_index=-100))
-        order = torch.stack(order).mean()
+        order = torch.stack([self._word_before(h, ids, k) for k in range(len(self.last))]).mean()
         return dict(loss=bag + order, bag=bag, order=order)
+
+    def _word_before(self, h, ids, k):
+        "Cross-entropy at token i of the word k places before it."
+        words = ids[:, : ids.shape[1] - k].masked_fill(ids[:, k:] >= self.end, -100)
+        said = self.last[k](h[:, k:]).float()
+        return F.cross_entropy(said.flatten(0, 1), words.flatten(), ignore_index=-100)
 
 # %% ../../nbs/2_models/28_generator.ipynb #8d6d0a42
 def train_caption_encoder(
@@ -56,7 +58,7 @@ def train_caption_encoder(
     n: int = 40_000,  # web captions of the pool `generator`
     batch: int = 128,  # captions a step
     lr: float = 2e-3,  # peak learning rate
-    noise: float = 0.3,  # web noise, 0 to 1
+    noise: float = 0.3,  # probability that something is wrong with a caption, 0 to 1
     seed: int = 0,  # of the weights and the batches
 ):  # `transformers.CLIPTextModel`
     "Train the generator's text encoder on captions alone and save it."
@@ -168,36 +170,56 @@ def encode_captions(
     return torch.cat([text(input_ids=ids[i : i + batch]).last_hidden_state.half() for i in range(0, len(ids), batch)])
 
 # %% ../../nbs/2_models/28_generator.ipynb #44656e4a
+def _times(n, steps, generator):
+    "Stratified times, the noisy ones more often: one in each n-th part of the square root."
+    shares = (torch.arange(n) + torch.rand(n, generator=generator)) / n
+    return (shares.sqrt() * steps).long().clamp(max=steps - 1)
+
+# %% ../../nbs/2_models/28_generator.ipynb #d676fd25
 def velocity_loss(
     unet,  # predicts the velocity
     z: torch.Tensor,  # (B, c, h, w) latents of unit spread
     context: torch.Tensor,  # (B, tokens, width) of their captions
     alphas: torch.Tensor,  # share of the image left at each time, squared
-    generator: torch.Generator,  # draws times and noise
+    generator: torch.Generator,  # draws times and the diffusion's noise
 ) -> torch.Tensor:  # scalar
     "Mean squared error of the velocity at stratified times (v-prediction, Salimans and Ho 2022, appendix D)."
-    batch, device = len(z), next(unet.parameters()).device
-    t = (
-        (((torch.arange(batch) + torch.rand(batch, generator=generator)) / batch).sqrt() * len(alphas))
-        .long()
-        .clamp(max=len(alphas) - 1)
-    )
-    a, s, eps = (
-        alphas[t].sqrt().view(-1, 1, 1, 1),
-        (1 - alphas[t]).sqrt().view(-1, 1, 1, 1),
-        torch.randn(z.shape, generator=generator),
-    )
+    device, t = next(unet.parameters()).device, _times(len(z), len(alphas), generator)
+    a, s = (v.sqrt().view(-1, 1, 1, 1) for v in (alphas[t], 1 - alphas[t]))
+    eps = torch.randn(z.shape, generator=generator)
     v = unet((a * z + s * eps).to(device), t.to(device), context.float().to(device)).sample
     return F.mse_loss(v.float(), (a * eps - s * z).to(device))
 
 # %% ../../nbs/2_models/28_generator.ipynb #120f5e4a
 def _filtered_pairs(autoencoder, text, clip_folder, n, keep, noise):
-    "Latents of the web pairs that the clip leaves, and what the text encoder makes of their captions."
+    "Latents of the web pairs that the clip leaves, scaled to unit spread, and their captions, encoded."
     data, texts = rendered_images("generator", n), caption_texts("generator", n, noise)
     rows = clip_filter(clip_folder, data, texts, keep)
-    return encode_latents(autoencoder, data[rows]), encode_captions(text, [texts[i] for i in rows], vocabulary())
+    latents = encode_latents(autoencoder, data[rows])
+    scale = float(1 / latents.std())
+    autoencoder.register_to_config(scaling_factor=autoencoder.config.scaling_factor * scale)
+    return latents * scale, encode_captions(text, [texts[i] for i in rows], vocabulary())
+
+# %% ../../nbs/2_models/28_generator.ipynb #57c209d4
+def _frozen_parts(autoencoder_folder, text_folder):
+    "Autoencoder and text encoder, in single precision."
+    from diffusers import AutoencoderTiny
+    from transformers import CLIPTextModel
+
+    autoencoder = AutoencoderTiny.from_pretrained(autoencoder_folder, torch_dtype=torch.float32).eval()
+    return autoencoder, CLIPTextModel.from_pretrained(text_folder, dtype=torch.float32).eval().requires_grad_(False)
 
 # %% ../../nbs/2_models/28_generator.ipynb #c9525f10
+def _training_unet(channels, latent_channels, context):
+    "A fresh UNet, laid out for a fast training."
+    from diffusers.models.attention_processor import AttnProcessor
+
+    unet = new_unet(tuple(channels), latent_channels, context)
+    unet.to(memory_format=torch.channels_last).train()
+    unet.set_attn_processor(AttnProcessor())
+    return unet
+
+# %% ../../nbs/2_models/28_generator.ipynb #ab1bce15
 def train_generator(
     folder: Path,  # checkpoints, curve and model
     autoencoder_folder: Path,  # a trained autoencoder
@@ -209,25 +231,14 @@ def train_generator(
     batch: int = 64,  # images a step
     lr: float = 2e-3,  # peak learning rate
     channels: tuple = (64, 112),  # width of the UNet
-    noise: float = 0.3,  # web noise, 0 to 1
-    seed: int = 0,  # of the weights, the batches, the times and the noise
+    noise: float = 0.3,  # probability that something is wrong with a caption, 0 to 1
+    seed: int = 0,  # of the weights, the batches, the times and the diffusion's noise
 ):  # `diffusers.StableDiffusionPipeline`
     "Train the UNet on web pairs and save the whole pipeline."
-    from diffusers import AutoencoderTiny
-    from diffusers.models.attention_processor import AttnProcessor
-    from transformers import CLIPTextModel
-
-    autoencoder = AutoencoderTiny.from_pretrained(autoencoder_folder, torch_dtype=torch.float32).eval()
-    text = CLIPTextModel.from_pretrained(text_folder, dtype=torch.float32).eval().requires_grad_(False)
+    autoencoder, text = _frozen_parts(autoencoder_folder, text_folder)
     latents, context = _filtered_pairs(autoencoder, text, clip_folder, n, keep, noise)
-    scale = float(1 / latents.std())
-    latents *= scale
-    autoencoder.register_to_config(scaling_factor=autoencoder.config.scaling_factor * scale)
     torch.manual_seed(seed)
-    unet = new_unet(tuple(channels), latents.shape[1], context.shape[-1])
-    unet.to(memory_format=torch.channels_last).train()
-    unet.set_attn_processor(AttnProcessor())
-    alphas = new_scheduler().alphas_cumprod
+    unet, alphas = _training_unet(channels, latents.shape[1], context.shape[-1]), new_scheduler().alphas_cumprod
 
     def loss(step):
         g = step_generator(seed, step)
@@ -250,16 +261,9 @@ def pipeline(
     "Put the parts together."
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline(
-        vae=autoencoder,
-        text_encoder=text,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=new_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    parts = dict(unet=unet, text_encoder=text, vae=autoencoder, tokenizer=tokenizer, scheduler=new_scheduler())
+    unused = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipe = StableDiffusionPipeline(**parts, **unused)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
