@@ -150,11 +150,11 @@ def test_vision_text_and_lm_load_through_transformers():
 
 def test_reader_reads_renders_of_scenes_that_it_never_saw():
     from selfalign.data.captions import probe_caption
-    from selfalign.models.probes import examination_scenes
+    from selfalign.models.probes import first_scenes
     from selfalign.data.scenes import render
     from selfalign.models.reader import verdict
 
-    scenes = [s for _, s in examination_scenes(150)]
+    scenes = [s for _, s in first_scenes(150)]
     found = verdict([render(s) for s in scenes], [probe_caption(s).claims for s in scenes])
     assert (found[["object", "colour", "size", "position"]].mean() > 0.85).all()
 

@@ -15,7 +15,7 @@ def cost(
     values: dict,  # the stage's parameters
     see,  # function: a stage's name → the parameters of that stage
 ) -> list:  # of `Work`
-    "Images painted, and the time that looking at them takes."
+    "Images generated, and the time that reading them takes."
     from selfalign.models.costs import generating
     from selfalign.study.costs import Pace
 

@@ -26,7 +26,7 @@ from ..study.settings import StudyError, nearest
 
 # %% ../../nbs/2_models/2l_finetune.ipynb #7362784a
 class TrainingPairs(NamedTuple):
-    "Pairs to learn from, or to examine a model on."
+    "Pairs to learn from, or to validate a model on."
 
     square: torch.Tensor  # (n, size, size, 3) uint8, from `squares`
     texts: list  # n captions
@@ -232,18 +232,18 @@ class Validation(Callback):
     def __init__(
         self,
         pairs: TrainingPairs,  # the validation set
-        most: int = 4,  # examinations before the last one, about
+        most: int = 4,  # validations before the last one, about
     ):
         self.pairs, self.most, self.rows = pairs, most, {}
 
     def begin(self, training):
-        "Read what was examined before an interruption."
+        "Read the validations before an interruption."
         self.path, self.per_epoch = training.folder / "validation.json", training.per_epoch
         self.interval = self.per_epoch * max(1, round(training.config.steps / self.per_epoch / self.most))
         self.rows = {r["step"]: r for r in read_json(self.path, [])}
 
     def before_step(self, training, step):
-        "Examine the model as it is after `step` steps, where it is time and was not done."
+        "Validate the model as it is after `step` steps, where it is time and was not done."
         if step in self.rows or (step % self.interval and step < training.config.steps):
             return
         found = validate(training.encoder, self.pairs, training.texts)
@@ -251,11 +251,11 @@ class Validation(Callback):
         write_json(self.path, [self.rows[s] for s in sorted(self.rows)])
 
     def end(self, training):
-        "Examine the model after the last step."
+        "Validate the model after the last step."
         self.before_step(training, training.config.steps)
 
     def table(self) -> pd.DataFrame:  # step, epoch, loss, r1
-        "All examinations."
+        "All validations."
         found = pd.DataFrame(list(self.rows.values()), columns=["step", "epoch", "loss", "r1"])
         return found.sort_values("step", ignore_index=True)
 

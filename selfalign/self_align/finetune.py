@@ -30,6 +30,6 @@ def cost(
     pairs = round(sample["size"] * (1 - sample["validation"]))
     batch = min(values["batch"], pairs)
     lora = {name: values[name] for name in ("rank", "towers", "targets", "precision")}
-    examined = round(sample["size"] * sample["subsets"] * sample["validation"])
-    examined *= validations(pairs, batch, values["steps"])
-    return [learning(values["model"], n, values["steps"], batch, examined, **lora)]
+    validated = round(sample["size"] * sample["subsets"] * sample["validation"])
+    validated *= validations(pairs, batch, values["steps"])
+    return [learning(values["model"], n, values["steps"], batch, validated, **lora)]
