@@ -181,7 +181,7 @@ def velocity_loss(
     z: torch.Tensor,  # (B, c, h, w) latents of unit spread
     context: torch.Tensor,  # (B, tokens, width) of their captions
     alphas: torch.Tensor,  # share of the image left at each time, squared
-    generator: torch.Generator,  # draws times and the diffusion's noise
+    generator: torch.Generator,  # draws times and diffusion noise
 ) -> torch.Tensor:  # scalar
     "Mean squared error of the velocity at stratified times (v-prediction, Salimans and Ho 2022, appendix D)."
     device, t = next(unet.parameters()).device, _times(len(z), len(alphas), generator)
@@ -232,7 +232,7 @@ def train_generator(
     lr: float = 2e-3,  # peak learning rate
     channels: tuple = (64, 112),  # width of the UNet
     noise: float = 0.3,  # probability that something is wrong with a caption, 0 to 1
-    seed: int = 0,  # of the weights, the batches, the times and the diffusion's noise
+    seed: int = 0,  # of the weights, the batches, the times and the diffusion noise
 ):  # `diffusers.StableDiffusionPipeline`
     "Train the UNet on web pairs and save the whole pipeline."
     autoencoder, text = _frozen_parts(autoencoder_folder, text_folder)
