@@ -36,7 +36,7 @@ def pytest_xdist_auto_num_workers(config):
 def pytest_collection_modifyitems(items):
     "Notebooks take longest, so they come first: who has nothing left to do takes over tests from the end of the list."
     for item in items:
-        if {"warm", "smoke_run"} & set(item.fixturenames):
+        if {"warm", "smoke_run", "ran"} & set(item.fixturenames):
             item.add_marker("slow")
     items.sort(key=lambda item: "warm" not in item.fixturenames)
 

@@ -226,6 +226,7 @@ def test_what_has_no_commit_is_not_published(ran):
     assert not (root / "reports/published/micro/stage.json").exists()
 
 
+@pytest.mark.slow
 def test_changed_parameter_and_comparison(ran, tmp_path):
     root, command, _ = ran
     assert command("run", "micro", "-p", "numbers.n=10", "--run", "ten").returncode == 0
@@ -479,6 +480,7 @@ def test_doctor_knows_the_loaders_libraries():
     assert LIBRARIES == libraries
 
 
+@pytest.mark.slow
 def test_doctor_where_torch_is_broken(monkeypatch):
     "A build of torch beside another build of torchvision fails on import; the doctor says so and goes on."
     monkeypatch.setitem(sys.modules, "torchvision", None)

@@ -63,6 +63,7 @@ def test_longer_texts_cost_more_up_to_the_context():
     assert ops.text_embedded(JUDGE, 5) == ops.text_embedded(JUDGE, 32)  # SigLIP reads its padding
 
 
+@pytest.mark.slow
 def test_steps_guidance_and_strength():
     plain, more = ops.image_generated(GENERATOR, 10, 1.0), ops.image_generated(GENERATOR, 20, 1.0)
     step = (more - plain) / 10
@@ -234,6 +235,7 @@ def test_downloads(monkeypatch):
 
 
 @pytest.mark.parametrize("preset", ["paper", "paper-faithful", "modern"])
+@pytest.mark.slow
 def test_the_papers_scale(preset):
     "Nothing of it is here, and still it is counted, but for the benchmark, whose files would have to be read."
     found = est.estimate(resolve(preset), RATE)

@@ -353,6 +353,7 @@ def published():
     )
 
 
+@pytest.mark.slow
 def test_every_accuracy_follows_from_the_committed_answers(published):
     results, predictions, retained = published
     checked = 0

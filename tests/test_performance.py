@@ -210,6 +210,7 @@ def test_once_is_as_good_as_every_time(encoder, folders, photographs):
     )
 
 
+@pytest.mark.slow
 def test_scores_equal_torchmetrics(encoder, folders, photographs, tmp_path):
     pairs = pd.DataFrame(
         [dict(key=str(i), image=f"{i}.jpg", folder=photographs, caption=TEXTS[i // 2]) for i in range(12)]

@@ -405,6 +405,7 @@ def test_no_machine_paths(report):
     assert "below data/runs, said in this cell:9" in report.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_same_run_same_bytes(report, tmp_path):
     again = render(report.parents[2] / "toy", tmp_path / "again" / "toy")
     files = {f.relative_to(report.parent) for f in report.parent.rglob("*") if f.is_file()}
@@ -433,6 +434,7 @@ def test_unchanged_notebooks_are_taken_over(run, tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_photographs_stay_at_home(tmp_path):
     report = render(toy_run(tmp_path, n=8, source="webdataset:data/flickr8k"), tmp_path / "out")
     folder, page = report.parent, report.read_text(encoding="utf-8")
@@ -623,6 +625,7 @@ def test_page_in_a_browser(report, tmp_path):
 
 
 @needs_browser
+@pytest.mark.slow
 def test_own_script_runs_and_page_is_not_blank(report, tmp_path):
     "The content policy lets our script run from file://, and the images load"
     dom = browse(report.as_uri(), tmp_path, "--dump-dom")
