@@ -33,7 +33,7 @@ def two_sample_test(
     scenes,  # n labels
     seed: int = 0,  # of the resampling
 ) -> Interval:  # area under the ROC curve of held-out decisions; chance is 0.5
-    "Classifier two-sample test: how well a line tells two sets of vectors apart."
+    "Classifier two-sample test: how well a linear classifier separates two sets of vectors."
     x, y = np.concatenate([before, after]), np.repeat([0, 1], len(before))
     groups = pd.factorize(np.tile(np.asarray(scenes), 2))[0]
     decisions = held_out_decisions(x, y, groups)

@@ -13,7 +13,7 @@ from ..study.settings import StudyError
 # %% ../../nbs/4_self_align/48_sweep.ipynb #f1c43db8
 def diversity(
     vectors: np.ndarray,  # (n, d) unit vectors of images
-    of,  # (n,) which caption each was painted for
+    of,  # (n,) which caption each was generated from
 ) -> pd.Series:  # caption to the mean distance, 0 to 2, of its images; those with one image are left out
     "How much the images of one caption differ."
 
