@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TrainingPairs', 'batch_rows', 'steps_for', 'FinetuneConfig', 'TextTable', 'batch_vectors', 'ask_before', 'Callback',
-           'random_crops', 'RandomCrops', 'validate', 'Validation', 'fingerprint', 'keep_recipe', 'Training',
-           'check_training', 'Finetuned', 'finetune', 'try_rates', 'best_rate']
+           'random_crops', 'RandomCrops', 'validate', 'validation_interval', 'Validation', 'fingerprint', 'keep_recipe',
+           'Training', 'check_training', 'Finetuned', 'finetune', 'try_rates', 'best_rate']
 
 # %% ../../nbs/2_models/2l_finetune.ipynb #35998198
 import hashlib
@@ -225,6 +225,15 @@ def validate(
         loss = float(info_nce(x, y, torch.as_tensor(encoder.logit_scale)))
     return dict(loss=loss, r1=float(recall_of_pairs(x.cpu(), y.cpu(), pairs.texts).mean()))
 
+# %% ../../nbs/2_models/2l_finetune.ipynb #b6a3bf5e
+def validation_interval(
+    per_epoch: int,  # steps in an epoch
+    steps: int,  # of the training
+    most: int = 4,  # validations before the last one, about
+) -> int:  # steps
+    "How many steps lie between two validations: whole epochs."
+    return per_epoch * max(1, round(steps / per_epoch / most))
+
 # %% ../../nbs/2_models/2l_finetune.ipynb #a30b6eec
 class Validation(Callback):
     "A validation set, asked before, between and after; its file survives interruptions."
@@ -239,7 +248,7 @@ class Validation(Callback):
     def begin(self, training):
         "Read the validations before an interruption."
         self.path, self.per_epoch = training.folder / "validation.json", training.per_epoch
-        self.interval = self.per_epoch * max(1, round(training.config.steps / self.per_epoch / self.most))
+        self.interval = validation_interval(self.per_epoch, training.config.steps, self.most)
         self.rows = {r["step"]: r for r in read_json(self.path, [])}
 
     def before_step(self, training, step):

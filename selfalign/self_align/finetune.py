@@ -12,8 +12,9 @@ def validations(
     steps: int,  # of the training
 ) -> int:
     "How often the validation set is asked: before the first step, after the last, and about four times between."
-    epoch = max(1, pairs // batch)
-    return len(range(0, steps, epoch * max(1, round(steps / epoch / 4)))) + 1
+    from selfalign.models.finetune import validation_interval
+
+    return len(range(0, steps, validation_interval(max(1, pairs // batch), steps))) + 1
 
 # %% ../../nbs/4_self_align/45_finetune.ipynb #7e7e4a00
 def cost(
