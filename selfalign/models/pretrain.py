@@ -7,7 +7,7 @@ __all__ = ['recipes', 'Recipe', 'training_order', 'to_half', 'forget_origin', 'm
 
 # %% ../../nbs/2_models/2a_pretrain.ipynb #e5217f54
 import json, os, shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 import pandas as pd
 from ..study.files import hardware, tree_hash, write_json
@@ -32,13 +32,23 @@ recipes = {
         "clean renders of the pool `reader` with their truth; used to measure, never to train or select",
         "attribute classifier",
     ),
-    "clip": Recipe(
-        1200, "web pairs of the pool `clip`, with their noise", "open_clip dual encoder, InfoNCE", ("vocabulary",)
-    ),
-    "judge": Recipe(
-        700, "web pairs of the pool `judge`, with their noise", "SigLIP dual encoder, sigmoid loss", ("vocabulary",)
-    ),
 }
+
+# %% ../../nbs/2_models/2a_pretrain.ipynb #dacf148f
+def _dual_encoder(name, what, teacher, tower, both):
+    "The three recipes of a dual encoder, with their steps."
+    sees = f"web pairs of the pool `{name}`, with their noise"
+    parts = {
+        f"{name}-teacher": Recipe(teacher, sees, "convolutional tower that names the tokens of captions", part=True),
+        f"{name}-tower": Recipe(tower, sees, "image tower, taught by it", (f"{name}-teacher",), part=True),
+        name: Recipe(both, sees, what, (f"{name}-tower",)),
+    }
+    return {k: replace(r, needs=("vocabulary", *r.needs)) for k, r in parts.items()}
+
+
+recipes |= _dual_encoder("clip", "open_clip dual encoder, InfoNCE", 900, 1200, 300)
+recipes |= _dual_encoder("judge", "SigLIP dual encoder, sigmoid loss", 900, 1200, 500)
+recipes["clip-large"] = replace(recipes["clip"], steps=900, needs=("clip",))
 
 # %% ../../nbs/2_models/2a_pretrain.ipynb #a8984921
 recipes |= {
@@ -52,9 +62,9 @@ recipes |= {
     ),
     "generator": Recipe(
         5000,
-        "web pairs of the pool `generator`, the seven tenths that `clip` scores highest",
+        "web pairs of the pool `generator`, the seven tenths that `clip-large` scores highest",
         "Stable Diffusion pipeline",
-        ("vocabulary", "autoencoder", "caption-encoder", "clip"),
+        ("vocabulary", "autoencoder", "caption-encoder", "clip-large"),
     ),
 }
 
@@ -95,24 +105,40 @@ def _train_vocabulary(folder):
 
     train_vocabulary(caption_texts("text", 8000)).save_pretrained(folder / "model")
 
+# %% ../../nbs/2_models/2a_pretrain.ipynb #b43985c7
+def _train_dual_encoder(name, folder, steps):
+    "One of the trainings of `clip` or `judge`."
+    from selfalign.models.caption_tokens import train_teacher
+    from selfalign.models.contrastive import train_contrastive
+
+    family, _, kind = name.partition("-")
+    before = dict(tower=f"{family}-teacher", large=family).get(kind, f"{family}-tower")
+    if kind == "teacher":
+        return train_teacher(family, folder, steps)
+    if kind == "tower":
+        teacher = folder.parent / before / "model"
+        return train_contrastive(family, folder, steps, teacher=teacher, lr=1.5e-3, weight_decay=0.05)
+    return train_contrastive(family, folder, steps, start=folder.parent / before, seed=1 + (kind == "large"))
+
 # %% ../../nbs/2_models/2a_pretrain.ipynb #621f8bdb
 def _train(name, folder, steps):
     "Call the training of one model."
-    from selfalign.models import autoencoder, contrastive, generator, language, reader, vision
+    from selfalign.models import autoencoder, generator, language, reader, vision
 
     done = lambda model: folder.parent / model / "model"
     trainings = {
         "vocabulary": lambda: _train_vocabulary(folder),
         "reader": lambda: reader.train_reader(folder, steps),
-        "clip": lambda: contrastive.train_contrastive("clip", folder, steps),
-        "judge": lambda: contrastive.train_contrastive("judge", folder, steps),
         "autoencoder": lambda: autoencoder.train_autoencoder(folder, steps),
         "caption-encoder": lambda: generator.train_caption_encoder(folder, steps),
         "generator": lambda: generator.train_generator(
-            folder, done("autoencoder"), done("caption-encoder"), done("clip"), steps
+            folder, done("autoencoder"), done("caption-encoder"), done("clip-large"), steps
         ),
         "text": lambda: language.train_text(folder, steps),
         "lm": lambda: language.train_lm(folder, steps),
+    }
+    trainings |= {
+        d: (lambda d=d: _train_dual_encoder(d, folder, steps)) for d in recipes if d.startswith(("clip", "judge"))
     }
     trainings |= {v: (lambda v=v: vision.train_vision(v, folder, steps)) for v in vision.vision_sizes}
     trainings[name]()
