@@ -1693,6 +1693,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'selfalign/models/vision.py'),
                                          'selfalign.models.vision.loud_colours': ( '2_models/vision.html#loud_colours',
                                                                                    'selfalign/models/vision.py'),
+                                         'selfalign.models.vision.place_contrast': ( '2_models/vision.html#place_contrast',
+                                                                                     'selfalign/models/vision.py'),
                                          'selfalign.models.vision.random_cameras': ( '2_models/vision.html#random_cameras',
                                                                                      'selfalign/models/vision.py'),
                                          'selfalign.models.vision.random_lens': ( '2_models/vision.html#random_lens',

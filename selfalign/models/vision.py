@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['vision_sizes', 'image_encoder', 'summary', 'uniform', 'random_cameras', 'through', 'hue_turns', 'relight', 'soften',
            'random_lens', 'random_view', 'features_at', 'busyness', 'busy_places', 'seen_at', 'two_views', 'contrast',
-           'cell_colours', 'loud_colours', 'TwoViews', 'save_encoder', 'train_vision']
+           'place_contrast', 'cell_colours', 'loud_colours', 'TwoViews', 'save_encoder', 'train_vision']
 
 # %% ../../nbs/2_models/2k_vision.ipynb #037181e6
 import math
@@ -55,11 +55,10 @@ def random_cameras(
     n: int,  # how many
     g: torch.Generator,  # source of randomness
 ) -> torch.Tensor:  # (n, 2, 3): from places in the view to places in the image, both in [-1, 1]
-    "Affine maps: scale, tilt, shift and mirror."
+    "Affine maps: scale, tilt and shift."
     scale, tilt = uniform(g, 0.75, 1.25, n), uniform(g, -8, 8, n) * math.pi / 180
-    mirror = uniform(g, -1, 1, n).sign()
     c, s = scale * tilt.cos(), scale * tilt.sin()
-    turn = torch.stack([c * mirror, -s, s * mirror, c], 1).view(n, 2, 2)
+    turn = torch.stack([c, -s, s, c], 1).view(n, 2, 2)
     return torch.cat([turn, uniform(g, -0.24, 0.24, n, 2, 1)], 2)
 
 # %% ../../nbs/2_models/2k_vision.ipynb #98271e33
@@ -187,6 +186,17 @@ def contrast(
     s, own = a @ b.T / temperature, torch.arange(len(a), device=a.device)
     return (F.cross_entropy(s, own) + F.cross_entropy(s.T, own)) / 2
 
+# %% ../../nbs/2_models/2k_vision.ipynb #8aa70b61
+def place_contrast(
+    places: torch.Tensor,  # (m, d)
+    wholes: torch.Tensor,  # (n, d)
+    owner: torch.Tensor,  # (m,) int64: the row of `wholes` that each place belongs to
+    temperature: float = 0.2,  # a smaller one looks at the most similar wrong rows alone
+) -> torch.Tensor:  # scalar; ln n if nothing is known
+    "InfoNCE of places with wholes (Deep InfoMax, local objective, section 3.2)."
+    a, b = F.normalize(places.float(), dim=-1), F.normalize(wholes.float(), dim=-1)
+    return F.cross_entropy(a @ b.T / temperature, owner)
+
 # %% ../../nbs/2_models/2k_vision.ipynb #86bd6307
 def cell_colours(
     x: torch.Tensor,  # (n, 3, 64, 64)
@@ -216,7 +226,7 @@ def _head(width, out):
 
 # %% ../../nbs/2_models/2k_vision.ipynb #0d8409cd
 class TwoViews(nn.Module):
-    "An encoder with the five heads that teach it."
+    "An encoder with the six heads that teach it."
 
     def __init__(
         self,
@@ -225,7 +235,7 @@ class TwoViews(nn.Module):
         super().__init__()
         width = encoder.config.hidden_sizes[-1]
         self.encoder = encoder
-        self.whole, self.part = _head(2 * width, 128), _head(width, 64)
+        self.whole, self.around, self.part = _head(2 * width, 128), _head(2 * width, 64), _head(width, 64)
         self.repaint, self.detail = nn.Linear(2 * width, 3 * 8 * 8), nn.Linear(width, 3 * 4 * 4)
         self.loud = nn.Linear(2 * width, 64)
 
@@ -235,18 +245,21 @@ class TwoViews(nn.Module):
         places: torch.Tensor,  # (2 n, k, 2): the same places in both
         both: torch.Tensor,  # (n, k) bool: those that both views show
     ) -> dict:  # the loss and its parts
-        "Contrast of images and of places; memory of the whole, of the cells and of loud colours."
+        "Contrast of images, and of places with images; memory of the whole, of the cells and of loud colours."
         maps = self.encoder(pixel_values=views).last_hidden_state
         seen, cells = summary(maps), maps.permute(0, 2, 3, 1)
-        found = features_at(maps, places)[both.repeat(2, 1)]
+        first, second = self.part(features_at(maps, places).flatten(0, 1)).chunk(2)
+        one, other = self.around(seen).chunk(2)
+        owner, shown = torch.arange(len(both), device=seen.device).repeat_interleave(both.shape[1]), both.flatten()
+        pairs = ((first[shown], other), (second[shown], one))
         parts = dict(
             images=contrast(*self.whole(seen).chunk(2)),
-            places=contrast(*self.part(found).chunk(2)),
+            places=sum(place_contrast(part, whole, owner[shown]) for part, whole in pairs) / 2,
             whole=F.l1_loss(self.repaint(seen).float(), F.avg_pool2d(views, 8).flatten(1)),
             cells=F.l1_loss(self.detail(cells).float(), cell_colours(views)),
             colours=F.kl_div(self.loud(seen).float().log_softmax(1), loud_colours(views), reduction="batchmean"),
         )
-        weights = dict(whole=3.0, places=0.5, colours=3.0)
+        weights = dict(whole=1.5, cells=0.3, colours=1.5)
         return dict(loss=sum(weights.get(k, 1.0) * v for k, v in parts.items()), **parts)
 
 # %% ../../nbs/2_models/2k_vision.ipynb #89a07959
