@@ -36,6 +36,7 @@ ANSWERS = {
 FOUND = {
     "retrieval-r1": Metric("Share of image and caption pairs that find each other first, mean of both directions."),
     "zero-shot-accuracy": Metric("Share of the images whose name is the nearest of all names."),
+    "named": Metric("Share of the images of one thing whose name is the nearest of all names."),
     "recall@{}": Metric("Share of the queries with an answer of their own among the first so many."),
     "median rank": Metric("Rank of the best own answer, the middle one of all queries.", unit="count", better="down"),
     "top-{} accuracy": Metric("Share of the images whose class is among the first so many."),
@@ -45,6 +46,7 @@ FOUND = {
 # %% ../../nbs/0_study/09_metrics.ipynb #1d71092a
 COMPARED = {
     "difference": Metric("One arm minus another, on the same questions and seeds.", chance=0.0),
+    "{}-gain": Metric("The same metric after training minus before, on the same questions.", chance=0.0),
     "the paper's difference": Metric("The same difference as the paper reports it.", better=""),
     "verdict": Metric("1 supported, 0 undecided, -1 not supported.", unit="score", better=""),
     "{}, corrected p": Metric("p-value of no difference, corrected for all of its table.", unit="ratio", better=""),
