@@ -46,7 +46,7 @@ def _dual_encoder(name, what, teacher, tower, both):
     return {k: replace(r, needs=("vocabulary", *r.needs)) for k, r in parts.items()}
 
 
-recipes |= _dual_encoder("clip", "open_clip dual encoder, InfoNCE", 900, 1200, 300)
+recipes |= _dual_encoder("clip", "open_clip dual encoder, InfoNCE", 900, 1200, 150)
 recipes |= _dual_encoder("judge", "SigLIP dual encoder, sigmoid loss", 900, 1200, 500)
 recipes["clip-large"] = replace(recipes["clip"], steps=900, needs=("clip",))
 
