@@ -236,7 +236,7 @@ def test_captions_cut_short_are_known(pipe):
 
 def test_diversity_is_the_mean_distance_of_two_images_of_a_caption():
     from itertools import combinations
-    from selfalign.self_align.sweep import diversity
+    from selfalign.models.dials import diversity
 
     x = np.random.default_rng(0).normal(size=(9, 5))
     x /= np.linalg.norm(x, axis=1, keepdims=True)
@@ -250,7 +250,7 @@ def test_diversity_is_the_mean_distance_of_two_images_of_a_caption():
 
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_the_best_of_the_first_k(k):
-    from selfalign.self_align.sweep import best_of
+    from selfalign.models.dials import best_of
 
     table = pd.DataFrame(
         dict(parent=np.repeat(list("abcd"), 3), k=[0, 1, 2] * 4, score=np.random.default_rng(1).permutation(12))
@@ -262,7 +262,7 @@ def test_the_best_of_the_first_k(k):
 
 
 def test_each_dial_is_turned_alone():
-    from selfalign.self_align.sweep import dial_settings
+    from selfalign.models.dials import dial_settings
 
     base = dict(guidance=3.0, steps=10, strength=0.0)
     found = dial_settings(base, guidance=[1.0, 2.0], strength=[0.5])

@@ -131,16 +131,33 @@ def _points(
     place: np.ndarray,  # one a row
     table,  # value, low, high
     i: int,  # which group
-    down: bool,  # rows below each other
+    across: str | None,  # column with the places; None: rows below each other
     label,  # of the group
 ):
     "One group's points with their intervals"
     look = dict(color=PALETTE[i % len(PALETTE)], markersize=4, capsize=2, elinewidth=1.2, label=label)
     value, reach = table["value"].to_numpy(float), _reach(table)
-    if down:
+    if across is None:
         ax.errorbar(value, place, xerr=reach, fmt="osDv^"[i % 5], **look)
     else:
-        ax.errorbar(place, value, yerr=reach, marker="o", linestyle=LINES[i % len(LINES)], **look)
+        ax.errorbar(
+            place,
+            value,
+            yerr=reach,
+            xerr=_reach_across(table, across),
+            marker="o",
+            linestyle=LINES[i % len(LINES)],
+            **look,
+        )
+
+# %% ../../nbs/0_study/04_figures.ipynb #9abc76e8
+def _reach_across(
+    table,
+    across: str,  # column
+) -> np.ndarray | None:  # (2, n): how far to the left and to the right; None: the places were not measured
+    "Arms of the intervals of the places themselves"
+    columns = [across, f"{across}_low", f"{across}_high"]
+    return _reach(table[columns].set_axis(["value", "low", "high"], axis=1)) if set(columns) <= set(table) else None
 
 # %% ../../nbs/0_study/04_figures.ipynb #eb78df46
 def _guides(
@@ -184,7 +201,7 @@ def intervals(
     for i, group in enumerate(groups):
         own = np.ones(len(table), bool) if group is None else (table[colour] == group).to_numpy()
         aside = (i - (len(groups) - 1) / 2) * 0.5 / len(groups) if down else 0
-        _points(ax, place[own] + aside, table[own], i, down, group)
+        _points(ax, place[own] + aside, table[own], i, None if down else across, group)
     ax.set(**{"xlabel" if down else "ylabel": unit, "ylabel" if down else "xlabel": "" if down else across})
     if down:
         _name_rows(ax, names)
