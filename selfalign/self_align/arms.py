@@ -40,6 +40,7 @@ class Arm:
     options: dict = field(default_factory=dict)  # of the adapter, over those of the stage
     training: dict = field(default_factory=dict)  # fields of `FinetuneConfig`, over those of the stage
     crops: float = 1.0  # smallest share of an image's area that a random crop keeps; 1: none
+    rate: float = 0.0  # learning rate; 0: chosen from the stage's list
     rate_of: str = ""  # the arm whose learning rate it takes, if that one is trained; empty: it chooses its own
     main: bool = False  # part of the main comparison, which gets more seeds
 
@@ -112,7 +113,14 @@ PAPER_ARMS = (
 
 # %% ../../nbs/4_self_align/44_arms.ipynb #28a614f9
 CONTROL_ARMS = (
-    Arm("all-weights", "can training on true captions help at all?", "originals", "clean", adapter="all-weights"),
+    Arm(
+        "all-weights",
+        "can training on true captions help at all?",
+        "originals",
+        "clean",
+        adapter="all-weights",
+        rate=3e-4,
+    ),
     Arm(
         "all-weights-wrong-60",
         "and does it matter what they say?",
@@ -120,7 +128,7 @@ CONTROL_ARMS = (
         "clean",
         wrong=0.6,
         adapter="all-weights",
-        rate_of="all-weights",
+        rate=3e-4,
     ),
     Arm("lora-wrong-60", "the same with LoRA", "originals", "clean", wrong=0.6, rate_of="lora-clean-originals"),
 )
