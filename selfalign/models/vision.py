@@ -17,9 +17,9 @@ from .train import fit, rendered_images, step_generator, to_tensor
 
 # %% ../../nbs/2_models/2k_vision.ipynb #d76b1501
 vision_sizes = {
-    "vision-small": dict(embedding_size=24, hidden_sizes=[32, 64], depths=[1, 2]),
-    "vision": dict(embedding_size=32, hidden_sizes=[64, 128], depths=[2, 2]),
-    "vision-large": dict(embedding_size=48, hidden_sizes=[96, 208], depths=[2, 2]),
+    "vision-small": dict(embedding_size=32, hidden_sizes=[64, 128], depths=[2, 2]),
+    "vision": dict(embedding_size=48, hidden_sizes=[96, 208], depths=[2, 2]),
+    "vision-large": dict(embedding_size=64, hidden_sizes=[128, 288], depths=[2, 2]),
 }
 
 # %% ../../nbs/2_models/2k_vision.ipynb #27ea382b
@@ -259,7 +259,7 @@ class TwoViews(nn.Module):
             cells=F.l1_loss(self.detail(cells).float(), cell_colours(views)),
             colours=F.kl_div(self.loud(seen).float().log_softmax(1), loud_colours(views), reduction="batchmean"),
         )
-        weights = dict(whole=1.5, cells=0.3, colours=1.5)
+        weights = dict(places=1.5, cells=0.3)
         return dict(loss=sum(weights.get(k, 1.0) * v for k, v in parts.items()), **parts)
 
 # %% ../../nbs/2_models/2k_vision.ipynb #89a07959
