@@ -15,7 +15,9 @@ def cost(
     from selfalign.self_align.arms import find_arm, trainings
 
     sample, arms = see("sample"), values["arms"]
-    tries = sum(not find_arm(name).rate and find_arm(name).rate_of not in arms for name in arms) * (len(values["rates"]) - 1)
+    tries = sum(not find_arm(name).rate and find_arm(name).rate_of not in arms for name in arms) * (
+        len(values["rates"]) - 1
+    )
     n = len(trainings(arms, values["main_seeds"], values["seeds"])) + tries
     pairs = round(sample["size"] * (1 - sample["validation"]))
     batch = min(values["batch"], pairs)
