@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from fastcore.basics import patch
 from .train import fit, rendered_images, step_generator, to_tensor
 from .vocabulary import caption_texts, tokenize, vocabulary
 
@@ -85,21 +86,23 @@ class Pupil(nn.Module):
         self.middle, self.late = nn.Linear(width, 128), nn.Linear(width, 256)
         self.embedding, self.tokens = nn.Linear(embedding, 128), nn.Linear(embedding, tokens)
 
-    def forward(
-        self,
-        middle: torch.Tensor,  # (n, side * side, width): patches half-way up the tower
-        late: torch.Tensor,  # (n, side * side, width): patches at its end
-        embedding: torch.Tensor,  # (n, embedding)
-        shown: tuple,  # from `hints`
-        shares: torch.Tensor,  # (n, tokens), from `token_shares`
-    ) -> dict:  # losses: tokens, hints
-        "Squared error of the maps, cosine of the embedding, cross-entropy of the tokens."
-        maps = sum(
-            F.mse_loss(head(patches).float(), target.flatten(2).transpose(1, 2))
-            for head, patches, target in zip((self.middle, self.late), (middle, late), shown)
-        )
-        far = 1 - F.cosine_similarity(self.embedding(embedding).float(), shown[2]).mean()
-        return dict(tokens=token_loss(self.tokens(embedding), shares), hints=maps + far)
+# %% ../../nbs/2_models/2r_caption_tokens.ipynb #674da6be
+@patch
+def forward(
+    self: Pupil,
+    middle: torch.Tensor,  # (n, side * side, width): patches half-way up the tower
+    late: torch.Tensor,  # (n, side * side, width): patches at its end
+    embedding: torch.Tensor,  # (n, embedding)
+    shown: tuple,  # from `hints`
+    shares: torch.Tensor,  # (n, tokens), from `token_shares`
+) -> dict:  # losses: tokens, hints
+    "Squared error of the maps, cosine of the embedding, cross-entropy of the tokens."
+    maps = sum(
+        F.mse_loss(head(patches).float(), target.flatten(2).transpose(1, 2))
+        for head, patches, target in zip((self.middle, self.late), (middle, late), shown)
+    )
+    far = 1 - F.cosine_similarity(self.embedding(embedding).float(), shown[2]).mean()
+    return dict(tokens=token_loss(self.tokens(embedding), shares), hints=maps + far)
 
 # %% ../../nbs/2_models/2r_caption_tokens.ipynb #5033987b
 def train_teacher(

@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from fastcore.basics import patch
 from .caption_tokens import Pupil, hints, load_teacher, token_loss, token_shares
 from .losses import info_nce, sigmoid_loss
 from .train import fit, rendered_images, step_generator, to_tensor
@@ -159,41 +160,47 @@ class Pretraining(nn.Module):
         width = 128 if family == "clip" else 96
         self.pupil = Pupil(width, width, tokens)
 
-    def learn_to_see(
-        self,
-        teacher,  # from `load_teacher`
-        pixels: torch.Tensor,  # (n, 3, 64, 64) in [-1, 1]
-        ids: torch.Tensor,  # (n, length) int64: captions
-        shares: torch.Tensor,  # (n, tokens), from `token_shares`
-    ) -> dict:  # the loss and its parts
-        "The image tower alone: what the teacher sees, and the tokens of the captions."
-        *patches, x = _image_side(self.model, pixels)
-        shown = hints(teacher, pixels, side=int(patches[0].shape[1] ** 0.5))
-        parts = self.pupil(*patches, x, shown, shares)
-        return dict(loss=sum(parts.values()), **parts)
+# %% ../../nbs/2_models/26_contrastive.ipynb #d043d419
+@patch
+def learn_to_see(
+    self: Pretraining,
+    teacher,  # from `load_teacher`
+    pixels: torch.Tensor,  # (n, 3, 64, 64) in [-1, 1]
+    ids: torch.Tensor,  # (n, length) int64: captions
+    shares: torch.Tensor,  # (n, tokens), from `token_shares`
+) -> dict:  # the loss and its parts
+    "The image tower alone: what the teacher sees, and the tokens of the captions."
+    *patches, x = _image_side(self.model, pixels)
+    shown = hints(teacher, pixels, side=int(patches[0].shape[1] ** 0.5))
+    parts = self.pupil(*patches, x, shown, shares)
+    return dict(loss=sum(parts.values()), **parts)
 
-    def learn_to_match(
-        self,
-        pixels: torch.Tensor,  # (n, 3, 64, 64) in [-1, 1]
-        ids: torch.Tensor,  # (n, length) int64: captions
-        shares: torch.Tensor,  # (n, tokens), from `token_shares`
-    ) -> dict:  # the loss and its parts
-        "Both towers: which caption belongs to which image, and half as much the tokens."
-        x = _image_side(self.model, pixels)[2]
-        contrast = _contrast(self.model, x, _text_side(self.model, ids))
-        said = token_loss(self.pupil.tokens(x), shares)
-        return dict(loss=contrast + said / 2, contrast=contrast, tokens=said)
+# %% ../../nbs/2_models/26_contrastive.ipynb #6f006f03
+@patch
+def learn_to_match(
+    self: Pretraining,
+    pixels: torch.Tensor,  # (n, 3, 64, 64) in [-1, 1]
+    ids: torch.Tensor,  # (n, length) int64: captions
+    shares: torch.Tensor,  # (n, tokens), from `token_shares`
+) -> dict:  # the loss and its parts
+    "Both towers: which caption belongs to which image, and half as much the tokens."
+    x = _image_side(self.model, pixels)[2]
+    contrast = _contrast(self.model, x, _text_side(self.model, ids))
+    said = token_loss(self.pupil.tokens(x), shares)
+    return dict(loss=contrast + said / 2, contrast=contrast, tokens=said)
 
-    def save(
-        self,
-        folder: Path,  # of a training
-    ):
-        "Write the model in its library's format, and the whole training for the next one."
-        from safetensors.torch import save_file
+# %% ../../nbs/2_models/26_contrastive.ipynb #2466ceb6
+@patch
+def save(
+    self: Pretraining,
+    folder: Path,  # of a training
+):
+    "Write the model in its library's format, and the whole training for the next one."
+    from safetensors.torch import save_file
 
-        save = partial(save_clip, self.model, self.config) if self.family == "clip" else partial(save_judge, self.model)
-        save(self.tokenizer, Path(folder) / "model")
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, Path(folder) / "training.safetensors")
+    save = partial(save_clip, self.model, self.config) if self.family == "clip" else partial(save_judge, self.model)
+    save(self.tokenizer, Path(folder) / "model")
+    save_file({k: v.contiguous() for k, v in self.state_dict().items()}, Path(folder) / "training.safetensors")
 
 # %% ../../nbs/2_models/26_contrastive.ipynb #45c3a8aa
 def train_contrastive(

@@ -178,12 +178,14 @@ def model_card(
     losses = ", ".join(f"{k} {last[k]:.4f}" for k in curve.columns if k not in ("step", "seconds", "sitting"))
     sittings = int(last.get("sitting", 0)) + 1
     resumed = f", resumed {sittings - 1} time{'s' * (sittings > 2)}" if sittings > 1 else ""
+    earlier = [f"{n} ({recipes[n].steps} steps)" for n in training_order([name])[:-1] if recipes[n].steps]
+    after = f", after {', '.join(earlier)}" if earlier else ""
     points = {
         "Saw": f"{r.sees}. Never a scene of the pools `validation` and `evaluation`, "
         "never a held-out pair of object and colour.",
-        "Training": f"{int(last.step)} steps, {last.seconds / 60:.0f} minutes{resumed} ({machine}).",
+        "Training": f"{int(last.step)} steps, {last.seconds / 60:.0f} minutes{resumed} ({machine}){after}.",
         "At the end": f"{losses} (means over the last logged steps; the curve is in `training.csv`).",
-        "How good it is": "measured on held-out scenes by the stage `models`; see the report, chapter *models*.",
+        "How good it is": "measured on held-out scenes by the stages `models` and `dual-encoders`; see the report, chapter *models*.",
         "Weights": f"half precision, sha256 `{tree_hash(folder)[:16]}` of the folder without this card.",
         "Again": f"`selfalign pretrain {name}`.",
     }
