@@ -131,6 +131,14 @@ CONTROL_ARMS = (
         rate=3e-4,
     ),
     Arm("lora-wrong-60", "the same with LoRA", "originals", "clean", wrong=0.6, rate_of="lora-clean-originals"),
+    Arm(
+        "round-trip",
+        "what does the generator's autoencoder cost?",
+        "round-trip",
+        "clean",
+        adapter="all-weights",
+        rate=3e-4,
+    ),
 )
 
 # %% ../../nbs/4_self_align/44_arms.ipynb #f455fcfb
@@ -180,6 +188,7 @@ IMAGES = {  # where images come from: the rows of the pairs table, or None where
     "originals": lambda s: s.originals,
     "generated": lambda s: s.generated,
     "redrawn": lambda s: s.originals,
+    "round-trip": lambda s: s.originals,
     "conditioned": lambda s: s.conditioned,
     "mixed": _mixed,
 }
@@ -238,6 +247,7 @@ def arm_pairs(
     texts: dict = {},  # of `Sources`
     seed: int = 0,  # of what is drawn anew
     fit=lambda image: image,  # called with each image
+    reconstruct=None,  # called with a list of images: an autoencoder, there and back; arms of round trips need it
 ) -> dict:  # images, captions, positives, negatives
     "The images and texts of one arm."
     captions = [clean_caption_of(k) for k in rows.key] if arm.captions == "clean" else list(rows.caption)
@@ -245,7 +255,8 @@ def arm_pairs(
     if arm.images == "redrawn":
         images = [fit(redrawn(p, seed)) for p in rows.itertuples()]
     else:
-        images = [fit(read_image(i, f)) for i, f in zip(rows.image, rows.folder)]
+        images = (read_image(i, f) for i, f in zip(rows.image, rows.folder))
+        images = [fit(p) for p in (reconstruct(list(images)) if arm.images == "round-trip" else images)]
     found = dict(images=SPOILED[arm.spoiled](images), captions=captions, positives=[], negatives=[])
     if arm.beside:
         otherwise = captions if arm.beside == "positive" else [""] * len(rows)
