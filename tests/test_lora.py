@@ -20,6 +20,7 @@ from selfalign.models.finetune import (
     TextTable,
     TrainingPairs,
     Validation,
+    ask_before,
     batch_rows,
     batch_vectors,
     finetune,
@@ -268,6 +269,29 @@ def test_pairs_in_batches_are_the_same_pairs(fresh, family):
     with torch.no_grad():
         for whole, parts in zip(e.pair_vectors(square, tokens), e.pair_vectors(square, tokens, batch=2)):
             torch.testing.assert_close(whole, parts, atol=1e-6, rtol=0)
+
+
+@FAMILIES
+def test_a_batch_at_a_time_is_the_plain_loop_to_the_bit(fresh, family):
+    e = fresh(family)
+    square, tokens, parts = squares(e, photos()), e.tokenize(TEXTS), (slice(0, 2), slice(2, 4), slice(4, 5))
+    with torch.no_grad():
+        x = torch.cat([e.image_vectors(square[part]) for part in parts])
+        y = torch.cat([e.text_vectors(tokens[part]) for part in parts])
+        assert equal(dict(x=x, y=y), dict(x=e.image_vectors(square, batch=2), y=e.text_vectors(tokens, batch=2)))
+        assert equal(dict(x=x, y=y), dict(zip("xy", e.pair_vectors(square, tokens, batch=2))))
+
+
+@FAMILIES
+def test_asked_before_with_the_tokens_that_are_there(fresh, family):
+    "What the objective wants to know is the same to the bit, and nothing is tokenized again."
+    e, objective = fresh(family), Objective(distill=1.0)
+    pairs, table = TrainingPairs(squares(e, photos()), TEXTS), TextTable(e, [*TEXTS[::-1], "another"], frozen=True)
+    with torch.no_grad():
+        x, y = e.pair_vectors(pairs.square, e.tokenize(TEXTS), batch=2)
+    e.tokenizer = None
+    before, _ = ask_before(e, pairs, objective, table, batch=2)
+    assert equal(dict(x=x, y=y), dict(zip("xy", before)))
 
 
 @FAMILIES

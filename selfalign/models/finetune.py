@@ -109,15 +109,21 @@ class TextTable:
         self.tokens = encoder.tokenize(distinct)
         if frozen:
             with torch.no_grad():
-                parts = range(0, len(distinct), batch)
-                self.vectors = torch.cat([encoder.text_vectors(self.tokens[i : i + batch]) for i in parts])
+                self.vectors = encoder.text_vectors(self.tokens, batch)
+
+    def rows(
+        self,
+        texts,  # n of them
+    ) -> list:  # n numbers
+        "Where the texts lie in `tokens`."
+        return [self.row[t] for t in texts]
 
     def __call__(
         self,
         texts,  # n of them
     ) -> torch.Tensor:  # (n, d) unit rows, with their gradient if one is wanted
         "Vectors of texts."
-        rows = [self.row[t] for t in texts]
+        rows = self.rows(texts)
         return self.encoder.text_vectors(self.tokens[rows]) if self.vectors is None else self.vectors[rows]
 
 # %% ../../nbs/2_models/2l_finetune.ipynb #0b73386e
@@ -144,12 +150,14 @@ def ask_before(
     encoder,  # a `DualEncoder` that has not been adapted yet
     pairs: TrainingPairs,  # all rows
     objective: Objective,  # what will be minimised
+    texts: TextTable,  # that knows their captions
     batch: int = 256,  # pairs at a time
 ) -> tuple:  # (two (n, d) tensors of vectors, or empty; the bias)
     "What the objective wants to know of the model before it is tuned."
     if not objective.distill and objective.contrast != "sigmoid":
         return (), 0.0
-    x, y = (v.cpu().clone() for v in encoder.pair_vectors(pairs.square, encoder.tokenize(pairs.texts), batch))
+    tokens = texts.tokens[texts.rows(pairs.texts)]
+    x, y = (v.cpu().clone() for v in encoder.pair_vectors(pairs.square, tokens, batch))
     before, bias = (x, y) if objective.distill else (), 0.0
     if objective.contrast == "sigmoid":
         own = getattr(encoder.model, "logit_bias", None)
@@ -219,7 +227,7 @@ def validate(
     encoder.model.eval()
     texts, parts = texts or TextTable(encoder, pairs.texts), range(0, len(pairs.texts), batch)
     with torch.autocast(encoder.device.type, enabled=False):
-        x = torch.cat([encoder.image_vectors(pairs.square[i : i + batch]) for i in parts])
+        x = encoder.image_vectors(pairs.square, batch)
         y = torch.cat([texts(pairs.texts[i : i + batch]) for i in parts])
         encoder.model.train(was)
         loss = float(info_nce(x, y, torch.as_tensor(encoder.logit_scale)))
@@ -309,11 +317,12 @@ class Training:
         self.per_epoch = len(pairs.texts) // config.batch
         others = [t for c in callbacks if (kept := getattr(c, "pairs", None)) for t in kept.texts]
         texts = [*pairs.texts, *pairs.positives, *filter(None, pairs.negatives), *others]
-        self.before, self.bias = ask_before(encoder, pairs, config.objective)
         self.texts = TextTable(encoder, texts, frozen="text" not in config.towers)
+        self.before, self.bias = ask_before(encoder, pairs, config.objective, self.texts)
         self.seen = None
         if "image" not in config.towers and not any(c.changes_images for c in callbacks):
-            self.seen = _frozen_images(encoder, pairs.square)
+            with torch.no_grad():
+                self.seen = encoder.image_vectors(pairs.square, batch=256)
         self.adapted = ADAPTERS[config.adapter](encoder, seed=config.seed, **config.options)
         for callback in callbacks:
             callback.begin(self)
@@ -321,12 +330,6 @@ class Training:
     def chance(self, step):
         "A seed for what is random in a step."
         return step_generator(self.config.seed, step).initial_seed()
-
-
-def _frozen_images(encoder, square, batch=256):
-    "Vectors of all images, which no step changes."
-    with torch.no_grad():
-        return torch.cat([encoder.image_vectors(square[i : i + batch]) for i in range(0, len(square), batch)])
 
 # %% ../../nbs/2_models/2l_finetune.ipynb #bcd9544e
 @patch

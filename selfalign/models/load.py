@@ -275,22 +275,31 @@ def unit(
     return torch.nn.functional.normalize(features.float(), dim=-1)
 
 
+def _in_parts(vectors, items, batch):
+    "Vectors of all items, with their gradient if one is wanted."
+    if not batch or len(items) <= batch:
+        return vectors(items)
+    return torch.cat([vectors(items[i : i + batch]) for i in range(0, len(items), batch)])
+
+# %% ../../nbs/2_models/20_load.ipynb #3ffeaa86
 @patch
 def image_vectors(
     self: DualEncoder,
     square: torch.Tensor,  # (n, size, size, 3) uint8, from `squares`
+    batch: int = 0,  # images at a time; 0: all at once
 ) -> torch.Tensor:  # (n, d) float32, unit length
     "Vectors of images, with their gradient if one is wanted."
-    return unit(self.image_features(normalise(self, square)))
+    return _in_parts(lambda part: unit(self.image_features(normalise(self, part))), square, batch)
 
 
 @patch
 def text_vectors(
     self: DualEncoder,
     tokens: Tokens,  # from `tokenize`
+    batch: int = 0,  # texts at a time; 0: all at once
 ) -> torch.Tensor:  # (n, d) float32, unit length
     "Vectors of texts, with their gradient if one is wanted."
-    return unit(self.text_features(tokens))
+    return _in_parts(lambda part: unit(self.text_features(part)), tokens, batch)
 
 # %% ../../nbs/2_models/20_load.ipynb #f0061a80
 @patch
@@ -301,10 +310,7 @@ def pair_vectors(
     batch: int = 256,  # pairs at a time
 ) -> tuple:  # two (n, d) float32 tensors of unit rows
     "Vectors of pairs, a batch at a time."
-    parts = range(0, len(tokens), batch)
-    images = [self.image_vectors(square[i : i + batch]) for i in parts]
-    texts = [self.text_vectors(tokens[i : i + batch]) for i in parts]
-    return torch.cat(images), torch.cat(texts)
+    return self.image_vectors(square, batch), self.text_vectors(tokens, batch)
 
 # %% ../../nbs/2_models/20_load.ipynb #cb7c420b
 @functools.cache
