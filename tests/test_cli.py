@@ -474,7 +474,7 @@ print("What it would take" in said, "Preset micro" in said, "selfalign.tools.est
 
 
 def test_doctor_knows_the_loaders_libraries():
-    from selfalign.models.load import libraries
+    from selfalign.models.references import libraries
     from selfalign.tools.checks import LIBRARIES
 
     assert LIBRARIES == libraries

@@ -3,7 +3,7 @@
 import math, types
 import pytest, torch
 from selfalign.models import operations as ops
-from selfalign.models.load import ModelError
+from selfalign.models.references import ModelError
 from selfalign.study.costs import REFERENCE_RATE, work_seconds
 from selfalign.tools import estimate as est
 from selfalign.tools.checks import needs

@@ -7,7 +7,8 @@ from unittest.mock import Mock
 from PIL import Image
 from selfalign.models import full_size
 from selfalign.models.full_size import SHAPES, clip_tokenizer, count, is_random, random_weights, skeleton
-from selfalign.models.load import ModelError, load_dual_encoder, load_generator, mirrors_of
+from selfalign.models.load import load_dual_encoder, load_generator
+from selfalign.models.references import ModelError, mirrors_of
 from selfalign.tools import checks
 from selfalign.benchmarks.sections import read_questions, scored_arms
 from selfalign.study.settings import StudyError, presets, resolve

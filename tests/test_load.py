@@ -2,7 +2,8 @@
 
 import numpy as np, pytest, torch, tiny
 from PIL import Image
-from selfalign.models.load import ModelError, check_folder, load_dual_encoder, load_generator, parse_reference
+from selfalign.models.load import load_dual_encoder, load_generator
+from selfalign.models.references import ModelError, check_folder, parse_reference
 
 
 def photos(n=4, size=(64, 64), seed=0):

@@ -29,7 +29,9 @@ from selfalign.models.finetune import (
     steps_for,
     validate,
 )
-from selfalign.models.load import ModelError, OpenClipEncoder, load_dual_encoder, normalise, squares
+from selfalign.models.dual_encoder import OpenClipEncoder, normalise, squares
+from selfalign.models.load import load_dual_encoder
+from selfalign.models.references import ModelError
 from selfalign.models.objective import Objective
 from selfalign.models.paper_lora import add_paper_lora, counted, paper_layers, papers_size
 from selfalign.models.towers import find_layers, layer_pattern

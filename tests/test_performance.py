@@ -8,7 +8,8 @@ from selfalign.benchmarks.items import Benchmark, evaluate, open_images
 from selfalign.data.captions import web_caption
 from selfalign.data.images import fit_square, in_threads, open_image
 from selfalign.models.adapters import add_lora
-from selfalign.models.load import causal_text, shortest_first, load_dual_encoder, normalise, squares
+from selfalign.models.dual_encoder import causal_text, shortest_first, normalise, squares
+from selfalign.models.load import load_dual_encoder
 from selfalign.models.full_size import clip_tokenizer
 from selfalign.models.operations import operations
 from selfalign.report.measuring import (

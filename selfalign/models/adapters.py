@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 import pandas as pd
 import torch
-from .load import ModelError, load_dual_encoder
+from .load import load_dual_encoder
+from .references import ModelError
 from .paper_lora import add_paper_lora, load_paper_lora
 from .towers import TARGETS, TOWERS, find_layers, layer_pattern, may_adapt, now_adapted
 from ..study.files import atomic_write, read_json, write_json

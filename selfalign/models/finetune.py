@@ -16,7 +16,8 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 from .adapters import ADAPTERS, TrainedWeights, merge, save_adapter
-from .load import load_dual_encoder, squares
+from .dual_encoder import squares
+from .load import load_dual_encoder
 from .losses import info_nce
 from .objective import Objective, Vectors, fitting_bias
 from .train import fit, step_generator

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 import torch
 from torch import nn
-from .load import ModelError, Reference, parse_reference
+from .references import ModelError, Reference, parse_reference
 from ..study.files import publish
 from ..study.settings import nearest
 

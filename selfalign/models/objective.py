@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from open_clip.loss import DistillClipLoss
-from .load import ModelError
+from .references import ModelError
 from .losses import info_nce, sigmoid_loss
 from ..study.settings import nearest
 

@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from .full_size import count, skeleton
-from .load import ModelError, causal_text, parse_reference
+from .dual_encoder import causal_text
+from .references import ModelError, parse_reference
 
 # %% ../../nbs/2_models/2g_operations.ipynb #6235da01
 def _attention(q, k, v, *_, out_shape=None, **__):

@@ -12,7 +12,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from torch.nn.utils import parametrize
-from .load import ModelError
+from .references import ModelError
 from .towers import TOWERS, may_adapt, now_adapted
 from ..study.files import atomic_write, write_json
 
@@ -184,7 +184,7 @@ def papers_size(
     "What an adapter of rank 4 counts on a full-size model, without its weights."
     from types import SimpleNamespace
     import open_clip
-    from selfalign.models.load import parse_reference
+    from selfalign.models.references import parse_reference
 
     with torch.device("meta"):
         model = open_clip.create_model(name, device="meta").requires_grad_(False)

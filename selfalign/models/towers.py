@@ -10,7 +10,7 @@ import re
 from dataclasses import replace
 import pandas as pd
 import torch
-from .load import ModelError
+from .references import ModelError
 from ..study.settings import nearest
 
 # %% ../../nbs/2_models/2j_towers.ipynb #5e33568d

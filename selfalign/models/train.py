@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
-from .load import keep_memory
+from .references import keep_memory
 
 # %% ../../nbs/2_models/22_train.ipynb #8cb19015
 @cache

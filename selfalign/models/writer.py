@@ -9,7 +9,7 @@ __all__ = ['start_of', 'Writer', 'rewrite']
 import torch
 from fastcore.basics import patch
 from ..data.pairs import clean_caption
-from .load import check_folder, device, parse_reference
+from .references import check_folder, device, parse_reference
 from ..study.settings import StudyError
 
 # %% ../../nbs/2_models/2i_writer.ipynb #a336b842

@@ -68,7 +68,7 @@ def shape_operations(
     length: int,  # tokens of the text
 ) -> int:
     "What one image, or one text of this length, costs."
-    from selfalign.models.load import causal_text
+    from selfalign.models.dual_encoder import causal_text
 
     if kind == "image":
         return operations(lambda: encoder.model.encode_image(torch.zeros(1, 3, encoder.size, encoder.size)))

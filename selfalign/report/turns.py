@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from fastcore.basics import patch
 from pathlib import Path
-from ..models import load as load_module
+from ..models import dual_encoder
 from .measuring import ratio
 from ..study.figures import PALETTE, new_figure
 from ..study.settings import StudyError
@@ -144,7 +144,7 @@ def tower_parts(
 
 # %% ../../nbs/8_report/8e_turns.ipynb #df07ec6a
 TRAINED = {
-    (load_module, "normalise"): "preprocess",
+    (dual_encoder, "normalise"): "preprocess",
     (torch.Tensor, "backward"): "backward",
     (torch.optim.AdamW, "step"): "optimiser",
 }
@@ -229,7 +229,7 @@ def mended(
 
     tokens = encoder.tokenizer(texts)
     end = tokens.argmax(-1)
-    at_once = torch.inference_mode()(lambda: load_module.causal_text(encoder.model, tokens, end))
+    at_once = torch.inference_mode()(lambda: dual_encoder.causal_text(encoder.model, tokens, end))
     in_chunks = torch.inference_mode()(lambda: encoder.text_features(encoder.tokenize(texts)))
     return {
         "resize 64 images": (lambda: list(map(fitted, images)), lambda: in_threads(fitted, images)),

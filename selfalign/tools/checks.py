@@ -124,7 +124,7 @@ def on_hub(
     "Whether the hub, or the cache of this machine, has what is wanted of it."
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
-    from selfalign.models.load import mirrors_of
+    from selfalign.models.references import mirrors_of
 
     name, other = repository(want), "name another model, or a folder that holds this one"
     if want.prefix == "microworld" or not name or cached(name):
