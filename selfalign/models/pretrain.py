@@ -48,7 +48,7 @@ def _dual_encoder(name, what, teacher, tower, both):
 
 recipes |= _dual_encoder("clip", "open_clip dual encoder, InfoNCE", 900, 1200, 150)
 recipes |= _dual_encoder("judge", "SigLIP dual encoder, sigmoid loss", 900, 1200, 500)
-recipes["clip-large"] = replace(recipes["clip"], steps=900, needs=("clip",))
+recipes["clip-large"] = replace(recipes["clip"], steps=1600, needs=("clip",))
 
 # %% ../../nbs/2_models/2a_pretrain.ipynb #a8984921
 recipes |= {
