@@ -48,7 +48,7 @@ def _dual_encoder(name, what, teacher, tower, both):
 
 recipes |= _dual_encoder("clip", "open_clip dual encoder, InfoNCE", 900, 1200, 150)
 recipes |= _dual_encoder("judge", "SigLIP dual encoder, sigmoid loss", 900, 1200, 500)
-recipes["clip-large"] = replace(recipes["clip"], steps=1600, needs=("clip",))
+recipes["clip-large"] = replace(recipes["clip"], steps=1300, needs=("clip",))
 
 # %% ../../nbs/2_models/2a_pretrain.ipynb #a8984921
 recipes |= {
@@ -185,7 +185,7 @@ def model_card(
         "never a held-out pair of object and colour.",
         "Training": f"{int(last.step)} steps, {last.seconds / 60:.0f} minutes{resumed} ({machine}){after}.",
         "At the end": f"{losses} (means over the last logged steps; the curve is in `training.csv`).",
-        "How good it is": "measured on held-out scenes by the stages `models` and `dual-encoders`; see the report, chapter *models*.",
+        "How good it is": "measured on held-out scenes by the stages `models` and `dual-encoders`; see the report.",
         "Weights": f"half precision, sha256 `{tree_hash(folder)[:16]}` of the folder without this card.",
         "Again": f"`selfalign pretrain {name}`.",
     }
