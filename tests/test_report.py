@@ -422,7 +422,7 @@ def test_unchanged_notebooks_are_taken_over(run, tmp_path, monkeypatch):
     def never(*args):
         raise AssertionError("made again")
 
-    monkeypatch.setattr("selfalign.report.render.notebook_html", never)
+    monkeypatch.setattr("selfalign.report.pages.notebook_html", never)
     index = render(run, tmp_path / "out")
     assert page.read_bytes() == before and "cannot be shown" not in index.read_text(encoding="utf-8")
     (run / "score/notebook.ipynb").write_text(
@@ -634,8 +634,11 @@ def test_own_script_runs_and_page_is_not_blank(report, tmp_path):
         and dom.count('<li class="card"') == 40
         and "stolen" not in re.search("<title>(.*?)</title>", dom)[1]
     )
-    browse(report.as_uri(), tmp_path, "--window-size=1200,5200", f"--screenshot={tmp_path / 'page.png'}")
+    unfolded = report.parent / "unfolded.html"
+    unfolded.write_text(report.read_text(encoding="utf-8").replace("<details", "<details open"), encoding="utf-8")
+    browse(unfolded.as_uri(), tmp_path, "--window-size=1200,9000", f"--screenshot={tmp_path / 'page.png'}")
+    unfolded.unlink()
     img = Image.open(tmp_path / "page.png").convert("RGB")
     colours = {c for _, c in img.getcolors(1 << 24)}
     reddish = sum(n for n, (r, g, b) in img.getcolors(1 << 24) if r > 180 and g < 90 and b < 90)
-    assert img.size == (1200, 5200) and len(colours) > 500 and reddish > 200
+    assert img.size == (1200, 9000) and len(colours) > 500 and reddish > 200

@@ -24,6 +24,8 @@ class Hypothesis(NamedTuple):
     variant: str = "balanced"  # of the benchmark
     harmless: bool = False  # the claim is that nothing is lost
     paper: float | None = None  # the same difference in the paper, where it can be read there
+    claim: str = ""  # one plain sentence, for readers who know no name of an arm
+    paper_says: str = ""  # the paper's own words; empty: it says nothing of this
 
 # %% ../../nbs/0_study/07_hypotheses.ipynb #a9299974
 def verdict_of(

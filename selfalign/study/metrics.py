@@ -46,6 +46,7 @@ FOUND = {
 # %% ../../nbs/0_study/09_metrics.ipynb #1d71092a
 COMPARED = {
     "difference": Metric("One arm minus another, on the same questions and seeds.", chance=0.0),
+    "difference without the image": Metric("The same difference where no model sees the image.", better="", chance=0.0),
     "{}-gain": Metric("The same metric after training minus before, on the same questions.", chance=0.0),
     "{} to {}": Metric("Change of the score from one image to another of the same caption.", "score", "", 0.0),
     "the paper's difference": Metric("The same difference as the paper reports it.", better=""),

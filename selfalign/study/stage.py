@@ -110,7 +110,7 @@ def _prepare_in_run(self: Stage):
     if self.manifest is None:
         raise StageError(f"{self.folder} was not prepared; stages are started with `selfalign run`")
     sweep(self.folder)
-    for name in ("results.csv", "figures.json", ".progress"):
+    for name in ("results.csv", "figures.json", "claims.json", "section.json", ".progress"):
         (self.folder / name).unlink(missing_ok=True)
     shutil.rmtree(self.folder / "figures", ignore_errors=True)
 
@@ -349,6 +349,37 @@ def results(
             given["chance"] = known.chance
         self._entry(table, r["row"], r["metric"], r["value"], chapter=chapter, **given)
     write_results(self.folder / "results.csv", self._results.values())
+
+# %% ../../nbs/0_study/01_stage.ipynb #50609d5c
+@patch
+def claims(
+    self: Stage,
+    question: str,  # of the chapter, in one sentence
+    hypotheses,  # all of them, tested or not: with name, claim, paper_says and harmless
+    reacts: bool | None,  # does the positive control react? None: it was not trained
+    smallest: float,  # effect of interest, as a fraction
+    table: str = "verdicts",  # of results.csv: its rows are named as the claims are
+    control: str = "positive-control",  # of results.csv: what training gains that is known to help
+):
+    "Say what was asked and claimed, for the report"
+    told = [dict(row=h.name, claim=h.claim, paper_says=h.paper_says, harmless=h.harmless) for h in hypotheses]
+    tables = dict(table=table + self.variant, control=control + self.variant)
+    said = dict(chapter=self.chapter, **tables, question=question, reacts=reacts, smallest=smallest, claims=told)
+    write_json(self.folder / "claims.json", said)
+
+# %% ../../nbs/0_study/01_stage.ipynb #af7f80e6
+@patch
+def section(
+    self: Stage,
+    says: str,  # what to look for, in a sentence or two
+    number: tuple = (),  # (words, table, row, metric)
+    control: tuple = (),  # the same for what it is to be held against
+    figure: str = "",  # its name; empty: the first one
+):
+    "Say what the report shows of this stage before anything is unfolded"
+    named = lambda o: dict(words=o[0], table=o[1] + self.variant, row=o[2], metric=o[3]) if o else {}
+    said = dict(says=says, figure=figure, number=named(number), control=named(control))
+    write_json(self.folder / "section.json", said)
 
 # %% ../../nbs/0_study/01_stage.ipynb #54e49c10
 @patch

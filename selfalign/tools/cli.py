@@ -120,13 +120,14 @@ def comparison_rows(
     "Two runs as they are printed."
     from selfalign.report.tables import amount
 
+    unit = lambda r: "points" if r.unit == "fraction" else r.unit  # of a difference
     return [
         (
             f"{r.chapter}/{r.table}/{r.row} {r.metric}",
             amount(r.a, r.unit),
             amount(r.b, r.unit),
-            amount(r.difference, r.unit, signed=True),
-            between(r.low, r.high, r.unit, signed=True),
+            amount(r.difference, unit(r), signed=True),
+            between(r.low, r.high, unit(r), signed=True),
             r.verdict,
         )
         for r in table.itertuples()

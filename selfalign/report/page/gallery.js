@@ -1,6 +1,6 @@
 // Sort and filter the gallery. The page is complete without this.
 (() => {
-  const list = document.querySelector('.cards'), box = document.querySelector('#gallery ~ .controls')
+  const list = document.querySelector('.cards'), box = document.querySelector('.controls:has(#sort)')
   if (!list || !box) return
   const cards = [...list.children], step = 24, more = document.getElementById('more')
   const [sort, order, subset, noise] = ['sort', 'order', 'subset', 'noise'].map(id => document.getElementById(id))

@@ -14,6 +14,8 @@
     head.scope = 'row'
     tr.append(cell(threshold), head, cell(`${kept} of ${n}`), cell(share(n ? 1000*kept/n : -1)))
     if (data.known) tr.append(cell(share(precision), range(low, high)), cell(share(below)), cell(share(recall)), cell(share(random), range(from, to), 'num chance'))
+    const labels = ['threshold', 'images', 'kept', 'share', 'true above', 'true below', 'recall', 'random drop']
+    ;[...tr.children].forEach((o, i) => { o.dataset.label = labels[i] })
     return tr
   }
   function pair(p, s) {
