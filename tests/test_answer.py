@@ -162,3 +162,36 @@ def test_few_numbers_before_the_first_fold(tmp_path):
     before = page(tmp_path, rows + HELPS, ASKED | dict(claims=claims)).partition("<details")[0]
     text = re.sub(r"<(style|script|title)\b.*?</\1>|<[^>]+>", " ", before, flags=re.S)
     assert len(re.findall(r"\d+(?:[.,]\d+)*", text)) <= 60
+
+
+# --- sections ----------------------------------------------------------------------------------------------------
+
+
+def section(tmp_path, told):
+    "The section of a stage that has put this in front"
+    rows = [dict(table="scores", row="clip", metric="auc", value=0.71, low=0.68, high=0.74, chance=0.5)]
+    stage = tmp_path / "toy/score"
+    stage.mkdir(parents=True)
+    (stage / "stage.json").write_text(json.dumps(dict(name="score", status="finished")))
+    (stage / "figures.json").write_text(json.dumps([dict(name="gone", title="Gone", files=["figures/gone.svg"])]))
+    (stage / "section.json").write_text(json.dumps(told))
+    pd.DataFrame([SAME | r for r in rows]).reindex(columns=COLUMNS).to_csv(stage / "results.csv", index=False)
+    text = page(tmp_path, rows, None)
+    return text.partition('<h2 id="stage-score">')[2].partition("</section>")[0], text
+
+
+NUMBER = dict(words="true captions found", table="scores", row="clip", metric="auc")
+
+
+def test_a_section_shows_its_number_and_folds_the_rest(tmp_path):
+    shown, text = section(tmp_path, dict(says="Higher is better.", number=NUMBER, control=NUMBER | dict(row="judge")))
+    front, _, folded = shown.partition("<details")
+    assert "Higher is better." in front and "true captions found" in front and "71.0 %" in front
+    assert "[68.0, 74.0], n = 500, chance 50.0 %" in front and front.count("<dt>") == 1 and "<table" in folded
+    assert "<figure" not in shown and "The figure “Gone” of score is not here: the figure is not there." in text
+
+
+@pytest.mark.parametrize("told", [[], dict(number="all"), dict(number=dict(words=HOSTILE)), dict(says=7, figure=[1])])
+def test_a_damaged_section_is_a_section(tmp_path, told):
+    shown, text = section(tmp_path, told)
+    assert "71.0 %" in shown and "<script>alert" not in text

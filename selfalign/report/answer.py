@@ -320,7 +320,7 @@ def drawing(
     unit = unit_of(first)
     ticks = [(at(v), amount(v, unit, signed=True, bare=True).replace(".0", "")) for v in steps(low, high)]
     said = " ".join(f"{r.claim} {spelled(r.number)}." for r in rows)
-    where = dict(zero=at(0), smallest=at(smallest), ticks=ticks, unit=unit, wide=WIDE, height=height + 34)
+    where = dict(zero=at(0), smallest=at(smallest), ticks=ticks, unit=unit, wide=WIDE, height=height + 36)
     return templates().get_template("answer.svg.j2").render(lines=lines, said=said, **where)
 
 # %% ../../nbs/8_report/8f_answer.ipynb #6410da78

@@ -52,9 +52,11 @@ def in_front(
         return None
     o = next(rows.itertuples())
     ends = [amount(v, o.unit, bare=True) for v in (o.low, o.high)]
-    both = o.low == o.low and o.high == o.high
-    said = dict(words=plain(told["words"]), value=amount(o.value, o.unit, signed=o.unit == "points"))
-    return said | dict(range=f"[{', '.join(ends)}]" if both else "", n=amount(o.n, "count") if o.n == o.n else "")
+    beside = [f"[{', '.join(ends)}]" if o.low == o.low and o.high == o.high else ""]
+    beside.append(f"n = {amount(o.n, 'count')}" if o.n == o.n else "")
+    beside.append(f"chance {amount(o.chance, o.unit)}" if o.chance == o.chance and o.unit == "fraction" else "")
+    value = amount(o.value, o.unit, signed=o.unit == "points")
+    return dict(words=plain(told["words"]), value=value, beside=", ".join(b for b in beside if b))
 
 # %% ../../nbs/8_report/8g_sections.ipynb #42e3b9da
 def section_of(
