@@ -436,7 +436,7 @@ def test_the_micro_benchmark_is_as_large_as_it_says(published):
 def test_every_row_has_interval_chance_and_n(published):
     results, *_ = published
     assert results[["low", "high", "n", "chance"]].notna().all().all()
-    assert results[results.row.isin(["lora-originals", "lora-generated"])].seeds.dropna().eq(5).all() and {
+    assert results[results.row.isin(["lora-originals", "lora-generated"])].seeds.dropna().eq(3).all() and {
         *resolve("micro").values["finetune"]["arms"],
         "zero-shot",
         "word-frequency",

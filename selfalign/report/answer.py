@@ -87,7 +87,7 @@ WRONG = "-wrong-"  # in the name of a positive control that was spoiled
 
 def gains_of(
     results,  # as `read_results` gives them, or None
-    asked: Asked,
+    asked: Asked,  # by the chapter
 ):  # rows of results: what each training gained
     "The positive control and the same spoiled, in numbers"
     if results is None:
@@ -101,7 +101,7 @@ MEASURES = {"object-gain": "Object", "retrieval-r1-gain": "R@1"}  # one of them 
 
 def reaction(
     gains: list,  # from `gains_of`
-    asked: Asked,
+    asked: Asked,  # by the chapter
 ) -> bool | None:  # None: no positive control was trained
     "Does the positive control react?"
     if asked.reacts is not None:
@@ -148,7 +148,7 @@ def spelled(
 # %% ../../nbs/8_report/8f_answer.ipynb #4af08d62
 def looked_up(
     results,  # as `read_results` gives them
-    asked: Asked,
+    asked: Asked,  # by the chapter
 ) -> dict:  # (row, metric) → a row of results
     "The numbers of all claims"
     if results is None:
@@ -176,7 +176,7 @@ SAID = {True: "reacts", False: "does not react", None: "not known"}  # of the po
 
 def control_rows(
     gains: list,  # from `gains_of`
-    reacts: bool | None,
+    reacts: bool | None,  # does the positive control react? None: not known
 ) -> list:  # of `Row`; one without a number where nothing was trained
     "The positive control and the same with wrong captions"
     helped = [g for g in gains if WRONG not in g.row and g.metric in MEASURES]
@@ -195,7 +195,7 @@ def control_rows(
 
 # %% ../../nbs/8_report/8f_answer.ipynb #a66d7955
 def blind_row(
-    asked: Asked,
+    asked: Asked,  # by the chapter
     numbers: dict,  # from `looked_up`
 ) -> list:  # of one `Row`; empty where it was not measured
     "The first claim that was asked without the image as well"
@@ -255,7 +255,7 @@ UNKNOWN = (
 
 def answer(
     rows: list,  # of `Row`
-    reacts: bool | None,
+    reacts: bool | None,  # does the positive control react? None: not known
 ) -> list:  # of sentences
     "What was found, in two or three sentences"
     claims = [r for r in rows if r.kind == "claim"]
@@ -268,8 +268,8 @@ def answer(
 
 # %% ../../nbs/8_report/8f_answer.ipynb #4a972752
 def steps(
-    low: float,
-    high: float,
+    low: float,  # end of the interval
+    high: float,  # its other end
 ) -> list:  # about five round numbers between them
     "Where an axis has its marks"
     raw = (high - low) / 5
@@ -326,7 +326,7 @@ def drawing(
 # %% ../../nbs/8_report/8f_answer.ipynb #6410da78
 def opening_of(
     run,  # from `read_run`
-    asked: Asked,
+    asked: Asked,  # by the chapter
     before: bool | None,  # what the positive control of the chapter said, where this one has none of its own
     scale: str,  # micro, real or random-weights
 ) -> dict:  # for the template
@@ -345,7 +345,7 @@ def opening_of(
 
 # %% ../../nbs/8_report/8f_answer.ipynb #8b736375
 def lacks(
-    asked: Asked,
+    asked: Asked,  # by the chapter
     rows: list,  # of `Row`
 ) -> str:  # a sentence, or nothing
     "What the first screen should show and cannot"
