@@ -112,13 +112,12 @@ def _train_dual_encoder(name, folder, steps):
     from selfalign.models.contrastive import train_contrastive
 
     family, _, kind = name.partition("-")
-    before = dict(tower=f"{family}-teacher", large=family).get(kind, f"{family}-tower")
+    before = folder.parent / recipes[name].needs[-1]
     if kind == "teacher":
         return train_teacher(family, folder, steps)
     if kind == "tower":
-        teacher = folder.parent / before / "model"
-        return train_contrastive(family, folder, steps, teacher=teacher, lr=1.5e-3, weight_decay=0.05)
-    return train_contrastive(family, folder, steps, start=folder.parent / before, seed=1 + (kind == "large"))
+        return train_contrastive(family, folder, steps, teacher=before / "model", lr=1.5e-3, weight_decay=0.05)
+    return train_contrastive(family, folder, steps, start=before, seed=1 + (kind == "large"))
 
 # %% ../../nbs/2_models/2a_pretrain.ipynb #621f8bdb
 def _train(name, folder, steps):

@@ -87,7 +87,8 @@ def sections(
     left = {t["key"]: t | dict(chapter=c["title"]) for c in chapters for t in c["tables"]}
     numbers, made, notebooks = None if results is None else with_points(results), [], set()
     for s in run.stages:
-        tables = [left.pop(key) for key in [k for k in left if k in tables_of(s)]]
+        recorded = tables_of(s)
+        tables = [left.pop(key) for key in [k for k in left if k in recorded]]
         own = [f for f in figures if f["stage"] == s["name"]]
         notebook = str(s.get("notebook") or s["name"])
         if own or tables:
