@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['formats', 'suffixes', 'ImageProblem', 'named_image', 'open_image', 'fit_square', 'in_threads', 'contact_sheet',
-           'save_png', 'pixel_hash', 'file_name']
+           'save_png', 'pixel_hash', 'open_labels', 'file_name']
 
 # %% ../../nbs/1_data/11_images.ipynb #5f6671b3
 import hashlib, io, os, threading, warnings
@@ -99,6 +99,14 @@ def _remarks(img, name):
     return found
 
 # %% ../../nbs/1_data/11_images.ipynb #c7d8f9e4
+def _bytes_of(path):
+    "What a file holds."
+    try:
+        return Path(path).read_bytes()
+    except OSError as e:
+        raise ImageProblem(f"{path}: {e.strerror}", "check the path") from None
+
+
 def open_image(
     source: bytes | str | Path,  # the file, or its bytes
     max_pixels: int = 50_000_000,  # larger images are refused before they are unpacked
@@ -106,11 +114,7 @@ def open_image(
 ) -> Image.Image:  # RGB, upright; `info['remarks']` says what was unusual
     "Open an image of unknown origin, or raise an `ImageProblem`."
     if isinstance(source, (str, Path)):
-        name = name or str(source)
-        try:
-            source = Path(source).read_bytes()
-        except OSError as e:
-            raise ImageProblem(f"{name}: {e.strerror}", "check the path") from None
+        name, source = name or str(source), _bytes_of(source)
     img = _identify(source, max_pixels)
     try:
         remarks = _remarks(img, name)
@@ -206,6 +210,21 @@ def pixel_hash(
     "A fingerprint of what the image shows, whatever file it came from."
     rgb = img.convert("RGB")
     return hashlib.sha256(f"{rgb.width}x{rgb.height}:".encode() + rgb.tobytes()).hexdigest()
+
+# %% ../../nbs/1_data/11_images.ipynb #43f62cc4
+def open_labels(
+    path: str | Path,  # of a PNG or another lossless file
+    max_pixels: int = 50_000_000,  # larger ones are refused before they are unpacked
+) -> np.ndarray:  # (height, width) int32
+    "The numbers of a label map, or an `ImageProblem`."
+    img = _identify(_bytes_of(path), max_pixels)
+    if img.format == "JPEG" or not (img.mode in ("P", "L") or img.mode.startswith("I")):
+        what = f"{img.format} of mode {img.mode} instead of a number for each pixel"
+        raise ImageProblem(what, "take the data set's label maps, not coloured copies of them")
+    try:
+        return np.asarray(img).astype(np.int32)
+    except Exception as e:
+        raise ImageProblem(f"damaged {img.format}: {e}", "fetch it again or leave it out") from None
 
 # %% ../../nbs/1_data/11_images.ipynb #ad1e31a3
 def file_name(

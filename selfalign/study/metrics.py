@@ -41,6 +41,10 @@ FOUND = {
     "median rank": Metric("Rank of the best own answer, the middle one of all queries.", unit="count", better="down"),
     "top-{} accuracy": Metric("Share of the images whose class is among the first so many."),
     "mean per-class accuracy": Metric("Mean of the shares of the classes, each counted once."),
+    "iou": Metric("Pixels of a class that are found, over those that are of it or were said to be."),
+    "mean iou": Metric("Mean of the classes' IoU, each from the pixels of all images."),
+    "pixel accuracy": Metric("Share of the pixels whose class is named right."),
+    "pair accuracy": Metric("Share of the pairs of which both halves are answered right.", chance=0.25),
 }
 
 # %% ../../nbs/0_study/09_metrics.ipynb #1d71092a
