@@ -697,6 +697,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'selfalign.data.images._bytes_of': ('1_data/images.html#_bytes_of', 'selfalign/data/images.py'),
                                        'selfalign.data.images._crop': ('1_data/images.html#_crop', 'selfalign/data/images.py'),
                                        'selfalign.data.images._identify': ('1_data/images.html#_identify', 'selfalign/data/images.py'),
+                                       'selfalign.data.images._middle': ('1_data/images.html#_middle', 'selfalign/data/images.py'),
                                        'selfalign.data.images._pad': ('1_data/images.html#_pad', 'selfalign/data/images.py'),
                                        'selfalign.data.images._remarks': ('1_data/images.html#_remarks', 'selfalign/data/images.py'),
                                        'selfalign.data.images._to_rgb': ('1_data/images.html#_to_rgb', 'selfalign/data/images.py'),

@@ -130,6 +130,17 @@ def test_crop_equals_the_transforms_of_clip():
         assert np.array_equal(np.asarray(fit_square(img, 64, "crop")), np.asarray(reference(img))), size
 
 
+def test_crop_equals_the_transforms_of_timm():
+    from timm.data import create_transform
+
+    for mode, theirs in dict(crop="center", squash="squash").items():
+        reference = create_transform(56, interpolation="bilinear", crop_pct=0.875, crop_mode=theirs)
+        for size in ((200, 130), (56, 56), (77, 131), (641, 480)):
+            img = image(size)
+            ours = fit_square(img, 56, mode, between=64, filter="bilinear")
+            assert np.array_equal(np.asarray(ours), np.asarray(reference.transforms[1](reference.transforms[0](img))))
+
+
 def test_proportions_kept_when_padded():
     disc = fit_square(Image.new("RGB", (128, 64), "red"), 64, "pad")
     assert np.all(np.asarray(disc)[16:48] == (255, 0, 0))

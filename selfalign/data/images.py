@@ -127,18 +127,23 @@ def open_image(
     return rgb
 
 # %% ../../nbs/1_data/11_images.ipynb #1b1b21bb
-def _crop(img, size):
-    "Short side to `size`, then the centre, as the transforms that CLIP was trained with."
+def _middle(img, size):
+    "The square of this side in the middle."
+    left, top = (int(round((side - size) / 2)) for side in img.size)
+    return img.crop((left, top, left + size, top + size))
+
+
+def _crop(img, size, between, way):
+    "Short side to `between`, then the middle, as the transforms that CLIP was trained with."
     short, long = min(img.size), max(img.size)
     if long > 16 * short:
         img = ImageOps.fit(img, (short, short))
     if img.width <= img.height:
-        w, h = size, max(size, int(size * img.height / img.width))
+        w, h = between, max(between, int(between * img.height / img.width))
     else:
-        w, h = max(size, int(size * img.width / img.height)), size
-    img = img.resize((w, h), Image.Resampling.BICUBIC)
-    left, top = int(round((w - size) / 2)), int(round((h - size) / 2))
-    return img.crop((left, top, left + size, top + size))
+        w, h = max(between, int(between * img.width / img.height)), between
+    return _middle(img.resize((w, h), way), size)
+
 
 # %% ../../nbs/1_data/11_images.ipynb #031d01ab
 def _pad(img, size):
@@ -153,15 +158,19 @@ def fit_square(
     img: Image.Image,  # RGB
     size: int,  # side of the square in pixels
     mode: str = "pad",  # pad: all of it, bars beside; crop: the middle; squash: all of it, out of proportion
+    between: int = 0,  # crop, squash: side of the image that the middle is taken of; 0: `size`
+    filter: str = "bicubic",  # crop, squash: name of one of Pillow's `Resampling`
 ) -> Image.Image:
-    "The image as a square; unchanged if it is that square already."
+    "The image as a square; unchanged if it is that square already and nothing is cut off."
     if mode not in ("pad", "crop", "squash"):
         raise ValueError(f"unknown mode {mode!r}; the modes are pad, crop and squash")
-    if img.size == (size, size):
+    between, way = between or size, Image.Resampling[filter.upper()]
+    if img.size == (size, size) and (between == size or mode == "pad"):
         return img
     if mode == "squash":
-        return img.resize((size, size), Image.Resampling.BICUBIC)
-    return (_pad if mode == "pad" else _crop)(img, size)
+        return _middle(img.resize((between, between), way), size)
+    return _pad(img, size) if mode == "pad" else _crop(img, size, between, way)
+
 
 # %% ../../nbs/1_data/11_images.ipynb #9e72818f
 def in_threads(
