@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['libraries', 'MIRRORS', 'ModelError', 'Reference', 'parse_reference', 'check_folder', 'mirrors_of', 'opening',
-           'device', 'weights_hash', 'keep_memory']
+           'device', 'weights_hash', 'untrained', 'transformers_model', 'keep_memory']
 
 # %% ../../nbs/2_models/2t_references.ipynb #867845b0
 import functools
@@ -19,7 +19,7 @@ class ModelError(StudyError):
     "A model that cannot be loaded."
 
 
-libraries = ("open_clip", "transformers", "diffusers")
+libraries = ("open_clip", "transformers", "timm", "diffusers")
 
 # %% ../../nbs/2_models/2t_references.ipynb #279a34fe
 @dataclass(frozen=True)
@@ -139,9 +139,10 @@ def device() -> str:  # 'cuda' or 'cpu'
 def weights_hash(
     ref: Reference,  # a loaded reference
     model,  # the module it gave
+    trained: bool = True,  # False: its weights are random, and not those of the folder
 ) -> str:  # sha256
-    "A fingerprint of the model: of its folder, or of its weights if it came from the hub."
-    if ref.path:
+    "A fingerprint of the model: of its folder, or of its weights if it came from the hub or from nowhere."
+    if ref.path and trained:
         return tree_hash(ref.path)
     import hashlib
 
@@ -150,6 +151,41 @@ def weights_hash(
         h.update(k.encode())
         h.update(v.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return h.hexdigest()
+
+# %% ../../nbs/2_models/2t_references.ipynb #13fecaf4
+def untrained(
+    make,  # function without arguments that builds a model
+    seed: int = 0,  # of its weights
+):  # what `make` gives
+    "Build a model with random weights that follow from a seed."
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make()
+
+
+# %% ../../nbs/2_models/2t_references.ipynb #3d69407a
+def transformers_model(
+    ref: Reference,  # of a model in transformers' format
+    trained: bool = True,  # False: the same shape with random weights
+) -> torch.nn.Module:  # float32
+    "The bare model of a folder or of the hub, whole."
+    from transformers import AutoConfig, AutoModel, utils
+
+    utils.logging.disable_progress_bar()
+    utils.logging.set_verbosity_error()
+    where, safe = ref.path or ref.name, dict(trust_remote_code=False)
+    if not trained:
+        config = AutoConfig.from_pretrained(where, **safe)
+        return untrained(lambda: AutoModel.from_config(config)).float()
+    safe |= dict(use_safetensors=True, output_loading_info=True)
+    model, report = AutoModel.from_pretrained(where, dtype=torch.float32, **safe)
+    lacking = sorted(k for k in report["missing_keys"] if not k.startswith("pooler."))
+    if lacking:
+        raise ModelError(f"{ref}: {len(lacking)} weights are missing and would be random, e.g. {lacking[0]}; save it again")
+    if report["missing_keys"]:
+        model.pooler = None
+    return model
+
 
 # %% ../../nbs/2_models/2t_references.ipynb #cb7c420b
 @functools.cache

@@ -15,7 +15,7 @@ from ..study.costs import declared
 from ..study.settings import Settings, StudyError, find_root, resolve, stages
 
 # %% ../../nbs/9_tools/93_checks.ipynb #858fbc28
-LIBRARIES = "open_clip", "transformers", "diffusers"
+LIBRARIES = "open_clip", "transformers", "timm", "diffusers"
 
 
 class Wanted(NamedTuple):
@@ -95,6 +95,8 @@ def repository(
     want: Wanted,  # on the hub
 ) -> str:  # as the hub names it; empty: the weights lie elsewhere
     "Where on the hub a model lies."
+    if want.prefix == "timm" and "/" not in want.place:
+        return f"timm/{want.place}"
     if want.prefix != "open_clip":
         return "/".join(want.place.split("/")[:2])  # an adapter is named with its file
     try:
