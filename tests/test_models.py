@@ -120,19 +120,16 @@ def test_judge_loads_through_transformers_and_belongs_to_another_family():
 
 
 def test_vision_text_and_lm_load_through_transformers():
-    from selfalign.models.probes import summary_and_map
-    from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+    from selfalign.models.image_encoders import load_image_encoder
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
     sizes = []
     for name in ("vision-small", "vision", "vision-large"):
-        model = AutoModel.from_pretrained(MICRO / name, dtype=torch.float32)
-        pixels = AutoImageProcessor.from_pretrained(MICRO / name)(Image.new("RGB", (64, 64)), return_tensors="pt")[
-            "pixel_values"
-        ]
-        whole, cells = summary_and_map(model(pixel_values=pixels).last_hidden_state)
+        encoder = load_image_encoder(f"transformers:{MICRO / name}")
+        whole, cells = encoder.features([Image.new("RGB", (80, 64))])
         assert cells.shape[2:] == (8, 8)
-        assert whole.shape[1] == 2 * cells.shape[1]
-        sizes.append(sum(p.numel() for p in model.parameters()))
+        assert whole.shape[1] == 2 * cells.shape[1] == encoder.dimension
+        sizes.append(sum(p.numel() for p in encoder.model.parameters()))
     assert sizes == sorted(sizes)
     tokenizer = AutoTokenizer.from_pretrained(MICRO / "text")
     assert len(tokenizer) <= 1024
