@@ -144,7 +144,6 @@ def _crop(img, size, between, way):
         w, h = max(between, int(between * img.width / img.height)), between
     return _middle(img.resize((w, h), way), size)
 
-
 # %% ../../nbs/1_data/11_images.ipynb #031d01ab
 def _pad(img, size):
     "Long side to `size`, grey bars beside it."
@@ -170,7 +169,6 @@ def fit_square(
     if mode == "squash":
         return _middle(img.resize((between, between), way), size)
     return _pad(img, size) if mode == "pad" else _crop(img, size, between, way)
-
 
 # %% ../../nbs/1_data/11_images.ipynb #9e72818f
 def in_threads(

@@ -66,7 +66,6 @@ class DualEncoder:
         "Options of `fit_square` for one of its modes."
         return dict(mode=aspect)
 
-
 # %% ../../nbs/2_models/2u_dual_encoder.ipynb #bd798448
 def squares(
     encoder,  # a `DualEncoder`, or whatever has a `size` and `fitting`

@@ -8,6 +8,7 @@ __all__ = ['TOWERS', 'Seen', 'from_tokens', 'patches_of', 'stretch', 'transforme
 
 # %% ../../nbs/2_models/2o_image_towers.ipynb #0351a1f5
 import inspect
+from functools import partial
 from typing import NamedTuple
 import torch
 from .dual_encoder import open_clip_model
@@ -56,7 +57,6 @@ def stretch(
     asked = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
     return dict(interpolate_pos_encoding=True) if asked else {}
 
-
 # %% ../../nbs/2_models/2o_image_towers.ipynb #c4ab213e
 def transformers_tower(
     ref,  # a `Reference`
@@ -67,7 +67,9 @@ def transformers_tower(
 
     model = transformers_model(ref, trained)
     if model.config.model_type == "vit_mae":
-        raise ModelError(f"{ref}: this class hides patches at random, also from us; take the model of timm that ends in .mae")
+        raise ModelError(
+            f"{ref}: this class hides patches at random, also from us; take the model of timm that ends in .mae"
+        )
     model = getattr(model, "vision_model", model)
     registers, stretches = getattr(model.config, "num_register_tokens", 0), stretch(model)
 
@@ -138,7 +140,6 @@ def autoencoder_place(
     blocks = config.get("block_out_channels") or config["encoder_block_out_channels"]
     return dict(subfolder="vae"), config, side * 2 ** (len(blocks) - 1)
 
-
 # %% ../../nbs/2_models/2o_image_towers.ipynb #d3cf549e
 def diffusers_tower(
     ref,  # a `Reference`
@@ -153,8 +154,8 @@ def diffusers_tower(
     if config["_class_name"] not in ("AutoencoderKL", "AutoencoderTiny"):
         raise ModelError(f"{ref}: a {config['_class_name']} is no autoencoder that is known here")
     kind = getattr(diffusers, config["_class_name"])
-    how = dict(use_safetensors=True, torch_dtype=torch.float32)
-    model = kind.from_pretrained(where, **place, **how) if trained else untrained(lambda: kind.from_config(config))
+    load, make = partial(kind.from_pretrained, use_safetensors=True), lambda: kind.from_config(config)
+    model = (load(where, **place) if trained else untrained(make)).float()
 
     def see(pixels):
         found = model.encode(pixels)
@@ -163,6 +164,4 @@ def diffusers_tower(
     return model, see, Preparation(side, (0.5,) * 3, (0.5,) * 3)
 
 # %% ../../nbs/2_models/2o_image_towers.ipynb #4d0efb56
-TOWERS = dict(
-    transformers=transformers_tower, timm=timm_tower, open_clip=open_clip_tower, diffusers=diffusers_tower
-)
+TOWERS = dict(transformers=transformers_tower, timm=timm_tower, open_clip=open_clip_tower, diffusers=diffusers_tower)

@@ -56,7 +56,7 @@ def sample_image(
     size: int,  # of the encoder's images
 ) -> Image.Image:  # a third wider than high, and larger than `size`
     "An image in which every place and every channel differs."
-    y, x = np.mgrid[0:1 : (3 * size // 2) * 1j, 0:1 : (2 * size) * 1j]
+    y, x = np.mgrid[0 : 1 : (3 * size // 2) * 1j, 0 : 1 : (2 * size) * 1j]
     channels = [x, y, np.sin(7 * x + 5 * y) / 2 + 0.5]
     return Image.fromarray((255 * np.stack(channels, -1)).astype(np.uint8))
 
@@ -70,7 +70,9 @@ def of_processor(
     theirs = processor(image, return_tensors="pt")["pixel_values"][0]
     ours = normalise(preparation, squares(preparation, [image], "own"))[0]
     if theirs.shape != ours.shape or (theirs - ours).abs().mean() > 0.03:
-        raise ModelError(f"a {type(processor).__name__} prepares images in a way that is not known here; take another model")
+        raise ModelError(
+            f"a {type(processor).__name__} prepares images in a way that is not known here; take another model"
+        )
     return preparation
 
 # %% ../../nbs/2_models/2z_preparation.ipynb #332f547d
@@ -94,4 +96,6 @@ def of_open_clip(
     if config["resize_mode"] not in modes:
         raise ModelError(f"open_clip's resize mode {config['resize_mode']!r} is not known here; take another model")
     numbers = (tuple(config[k]) for k in ("mean", "std"))
-    return Preparation(int(np.max(config["size"])), *numbers, modes[config["resize_mode"]], filter=config["interpolation"])
+    return Preparation(
+        int(np.max(config["size"])), *numbers, modes[config["resize_mode"]], filter=config["interpolation"]
+    )

@@ -162,7 +162,6 @@ def untrained(
         torch.manual_seed(seed)
         return make()
 
-
 # %% ../../nbs/2_models/2t_references.ipynb #3d69407a
 def transformers_model(
     ref: Reference,  # of a model in transformers' format
@@ -181,11 +180,12 @@ def transformers_model(
     model, report = AutoModel.from_pretrained(where, dtype=torch.float32, **safe)
     lacking = sorted(k for k in report["missing_keys"] if not k.startswith("pooler."))
     if lacking:
-        raise ModelError(f"{ref}: {len(lacking)} weights are missing and would be random, e.g. {lacking[0]}; save it again")
+        raise ModelError(
+            f"{ref}: {len(lacking)} weights are missing and would be random, e.g. {lacking[0]}; save it again"
+        )
     if report["missing_keys"]:
         model.pooler = None
     return model
-
 
 # %% ../../nbs/2_models/2t_references.ipynb #cb7c420b
 @functools.cache
