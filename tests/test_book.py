@@ -16,12 +16,12 @@ def cells(nb, kind):
 
 
 def test_numbers_order_the_reading():
-    "Two digits or a digit and a letter, the first that of the floor, and no two notebooks share them."
+    "A digit, that of the floor, and another or a letter or two; no two notebooks share them."
     numbers = Counter()
     for nb in NOTEBOOKS:
         if nb.parent != NBS:
             number = nb.name.split("_")[0]
-            assert re.fullmatch(r"[0-9][0-9a-z]", number) and number[0] == nb.parent.name[0], nb.name
+            assert re.fullmatch(r"[0-9]([0-9]|[a-z]{1,2})", number) and number[0] == nb.parent.name[0], nb.name
             numbers[number] += 1
     assert not [number for number, n in numbers.items() if n > 1]
 

@@ -6,11 +6,11 @@
 __all__ = ['first_scenes', 'pixels_of', 'probe', 'probe_scenes', 'thing_share', 'cell_names', 'balanced', 'probe_cells']
 
 # %% ../../nbs/2_models/2p_probes.ipynb #968d6992
-from dataclasses import replace
 import numpy as np
 import torch
 import torch.nn.functional as F
 from ..data.scenes import Scene, make_scene, objects, render
+from ..data.segments import mask_of
 
 # %% ../../nbs/2_models/2p_probes.ipynb #54e212f5
 def first_scenes(
@@ -75,11 +75,9 @@ def thing_share(
     cells: int = 8,  # along each side
 ) -> np.ndarray:  # (cells, cells), 0 to 1
     "The share of each cell that the thing covers."
-    still = replace(scene, things=(replace(scene.things[0], action=""),))
-    drawn = [np.asarray(render(s, noise=0), int) for s in (still, replace(scene, things=()))]
-    covered = np.abs(drawn[0] - drawn[1]).max(-1) > 12
-    side = len(covered) // cells
-    return covered.reshape(cells, side, cells, side).mean((1, 3))
+    mask = mask_of(scene)
+    side = len(mask) // cells
+    return mask.reshape(cells, side, cells, side).mean((1, 3))
 
 # %% ../../nbs/2_models/2p_probes.ipynb #39115ff4
 def cell_names(
