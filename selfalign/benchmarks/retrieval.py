@@ -28,7 +28,7 @@ from ..data.images import ImageProblem
 from ..data.pairs import clean_caption
 from ..data.readers import problem
 from ..data.sources import open_pairs
-from ..study.ranking import ranks, recall_at
+from ..study.ranking import ranks_both_ways, recall_at
 from ..study.settings import nearest
 from ..study.statistics import bootstrap
 
@@ -141,8 +141,7 @@ def search(
     owner,  # (n,) caption → image
 ) -> dict:  # direction → ranks
     "Ranks in both directions."
-    every = np.arange(len(images))
-    return dict(zip(DIRECTIONS, (ranks(images, texts, every, owner), ranks(texts, images, owner, every))))
+    return dict(zip(DIRECTIONS, ranks_both_ways(images, texts, owner)))
 
 # %% ../../nbs/3_benchmarks/37_retrieval.ipynb #06a120b2
 def _asked(questions, names):

@@ -10,6 +10,7 @@ __all__ = ['TrainingPairs', 'batch_rows', 'steps_for', 'FinetuneConfig', 'TextTa
 # %% ../../nbs/2_models/2l_finetune.ipynb #35998198
 import hashlib
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 import pandas as pd
@@ -50,8 +51,14 @@ def batch_rows(
     "The pairs of one step."
     n, batch = n // group, batch // group
     epoch, i = divmod(step, n // batch)
-    first = torch.randperm(n, generator=step_generator(seed, epoch))[i * batch : (i + 1) * batch]
+    first = _order(n, seed, epoch)[i * batch : (i + 1) * batch]
     return (first[:, None] * group + torch.arange(group)).flatten()
+
+
+@lru_cache(2)
+def _order(n, seed, epoch):
+    "The order of an epoch, drawn once."
+    return torch.randperm(n, generator=step_generator(seed, epoch))
 
 # %% ../../nbs/2_models/2l_finetune.ipynb #a8d39255
 def steps_for(
