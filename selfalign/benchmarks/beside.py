@@ -63,7 +63,8 @@ def measure(
     "All numbers of a benchmark."
     modes = (WITH_IMAGE, *task.audits)
     tables = [_table(task, predictions[predictions["mode"] == mode], mode) for mode in modes]
-    tables.append(_smallest(tables[0]))
+    if getattr(task, "verdicts", True):
+        tables.append(_smallest(tables[0]))
     if task.groups and task.audits:
         tables.append(gains(task, predictions))
     filled = [t.dropna(axis=1, how="all") for t in (*tables, *more) if len(t)]

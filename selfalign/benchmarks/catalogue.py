@@ -35,6 +35,9 @@ from selfalign.benchmarks.items import (
 )
 from .overlap import collection
 from .retrieval import ask_retrieval, read_karpathy, read_source, retrieval_groups, retrieval_table
+from .mean_iou import segmentation_table
+from .segmentation import AUDITS as SEGMENTATION_AUDITS, ask_segmentation
+from .segmentation_data import read_segmentation
 from .sugarcrepe import read_sugarcrepe, sugarcrepe_groups, sugarcrepe_table
 from .vl_checklist import checklist_groups, read_checklist
 from .winoground import read_winoground, stored, whole_examples, winoground_groups, winoground_table
@@ -60,6 +63,7 @@ class Task:
     audits: tuple = ()  # modes beside `WITH_IMAGE`; rows are tested against the first
     chance: float | None = 0.5  # what guessing gives, where the table does not say it
     groups: Callable | None = None  # predictions of one mode → pairs of row and its answers: key, image, correct
+    verdicts: bool = True  # an item is right or wrong; without that there is no smallest difference
     text: str = "positive"  # column with the true text, for the check of leakage; empty: there is none
 
 # %% ../../nbs/3_benchmarks/3b_catalogue.ipynb #215538f7
@@ -185,6 +189,21 @@ register(
         audits=("blind", "shuffled", "length"),
         chance=None,
         text="caption",
+    )
+);
+
+# %% ../../nbs/3_benchmarks/3b_catalogue.ipynb #3af8e46e
+register(
+    Task(
+        name="segmentation",
+        title="Open-vocabulary segmentation: every pixel gets the class whose name is nearest to its patch",
+        read=read_segmentation,
+        ask=ask_segmentation,
+        table=segmentation_table,
+        audits=SEGMENTATION_AUDITS,
+        chance=None,
+        verdicts=False,
+        text="",
     )
 );
 
