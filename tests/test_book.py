@@ -21,7 +21,7 @@ def test_numbers_order_the_reading():
     for nb in NOTEBOOKS:
         if nb.parent != NBS:
             number = nb.name.split("_")[0]
-            assert re.fullmatch(r"[0-9]([0-9]|[a-z]{1,2})", number) and number[0] == nb.parent.name[0], nb.name
+            assert re.fullmatch(r"[0-9][0-9a-z][a-z]?", number) and number[0] == nb.parent.name[0], nb.name
             numbers[number] += 1
     assert not [number for number, n in numbers.items() if n > 1]
 

@@ -41,6 +41,7 @@ class DualEncoder:
     "Images and texts to unit vectors of the same space."
 
     logit_bias, context_length = 0.0, 77
+    aspect, pooling = "crop", "projected, unit length"
     map_paths, map_cell = (), 1  # ways to a map, the best first; pixels along a side of its cells
 
     def __init__(self, ref, model):
@@ -67,6 +68,12 @@ class DualEncoder:
     def fitting(self, aspect):
         "Options of `fit_square` for one of its modes."
         return dict(mode=aspect)
+
+    def describe(self, kind, aspect):
+        "How images or texts are prepared, in words."
+        if kind == "text":
+            return f"{self.context_length} tokens"
+        return f"{aspect} {self.size}, mean {list(self.mean)}, std {list(self.std)}"
 
 # %% ../../nbs/2_models/2u_dual_encoder.ipynb #bd798448
 def squares(

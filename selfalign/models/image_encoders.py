@@ -7,6 +7,7 @@ __all__ = ['PARTS', 'pooled', 'check_pooling', 'ImageEncoder', 'load_image_encod
 
 # %% ../../nbs/2_models/2vb_image_encoders.ipynb #073bac0e
 import functools
+from dataclasses import replace
 import torch
 from fastcore.basics import patch
 from .dual_encoder import normalise, squares
@@ -46,6 +47,8 @@ def check_pooling(
 class ImageEncoder:
     "A frozen image encoder: images to vectors and to maps."
 
+    kind, aspect = "image", "own"
+
     def __init__(self, ref, pooling="", trained=True):
         if ref.library not in TOWERS:
             raise ModelError(f"{ref}: no image encoder is loaded by this library; {nearest(ref.library, TOWERS)}")
@@ -77,6 +80,10 @@ class ImageEncoder:
     def fitting(self, aspect="own"):
         "Options of `fit_square`."
         return self.preparation.fitting(aspect)
+
+    def describe(self, kind="image", aspect="own"):
+        "How images are prepared, in words."
+        return str(self.preparation if aspect == "own" else replace(self.preparation, mode=aspect, between=0))
 
     def pixels(self, images, aspect="own"):
         "PIL images, or an (n, H, W, 3) uint8 array, to (n, 3, size, size) normalised."
