@@ -1637,6 +1637,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                      'selfalign/models/image_towers.py')},
             'selfalign.models.imported': { 'selfalign.models.imported.check_order': ( '2_models/imported.html#check_order',
                                                                                       'selfalign/models/imported.py'),
+                                           'selfalign.models.imported.check_shards': ( '2_models/imported.html#check_shards',
+                                                                                       'selfalign/models/imported.py'),
                                            'selfalign.models.imported.import_pt': ( '2_models/imported.html#import_pt',
                                                                                     'selfalign/models/imported.py'),
                                            'selfalign.models.imported.numbered_shards': ( '2_models/imported.html#numbered_shards',
