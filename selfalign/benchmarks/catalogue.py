@@ -33,6 +33,7 @@ from selfalign.benchmarks.items import (
     predict,
     require_coverage,
 )
+from .mmvp import ask_mmvp, mmvp_groups, mmvp_table, read_mmvp
 from .overlap import collection
 from .retrieval import ask_retrieval, read_karpathy, read_source, retrieval_groups, retrieval_table
 from .mean_iou import segmentation_table
@@ -139,6 +140,20 @@ register(
         audits=("shuffled",),
         chance=None,
         groups=winoground_groups,
+    )
+);
+
+# %% ../../nbs/3_benchmarks/3b_catalogue.ipynb #5e32512e
+register(
+    Task(
+        name="mmvp",
+        title="MMVP-VLM: two images that CLIP confuses, and a statement about each",
+        read=read_mmvp,
+        ask=ask_mmvp,
+        table=mmvp_table,
+        audits=("shuffled", "blind"),
+        chance=None,
+        groups=mmvp_groups,
     )
 );
 

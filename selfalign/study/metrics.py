@@ -45,6 +45,7 @@ FOUND = {
     "mean iou": Metric("Mean of the classes' IoU, each from the pixels of all images."),
     "pixel accuracy": Metric("Share of the pixels whose class is named right."),
     "pair accuracy": Metric("Share of the pairs of which both halves are answered right.", chance=0.25),
+    "standard error": Metric("Standard error of the share in the same row.", unit="ratio", better=""),
 }
 
 # %% ../../nbs/0_study/09_metrics.ipynb #1d71092a
