@@ -36,6 +36,8 @@ ANSWERS = {
 FOUND = {
     "retrieval-r1": Metric("Share of image and caption pairs that find each other first, mean of both directions."),
     "zero-shot-accuracy": Metric("Share of the images whose name is the nearest of all names."),
+    "i2t-r{}": Metric("Share of the images with a caption of their own among the first so many."),
+    "t2i-r{}": Metric("Share of the captions whose image is among the first so many."),
     "named": Metric("Share of the images of one thing whose name is the nearest of all names."),
     "recall@{}": Metric("Share of the queries with an answer of their own among the first so many."),
     "median rank": Metric("Rank of the best own answer, the middle one of all queries.", unit="count", better="down"),
@@ -119,6 +121,7 @@ WORK = {
 
 # %% ../../nbs/0_study/09_metrics.ipynb #ab43e5af
 SPEED = {
+    "peak-gb": Metric("The most memory a computation holds above its inputs.", unit="gb", better="down"),
     "largest difference of a cosine": Metric("Between two programs on the same items.", unit="score", better="down"),
     "largest relative difference": Metric("Of loss and gradients of two programs.", unit="score", better="down"),
     "ratio": Metric("How many times as long the other program takes.", unit="ratio"),
