@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from .features import PairedFeatures, check_features, fingerprint, gather
 from .finetune import batch_rows, keep_recipe
 from .heads import Head, head_spec, make_head, standardise
@@ -63,13 +64,15 @@ class AlignmentConfig:
             raise ModelError(f"{self.steps} steps of {self.batch} pairs; take 1 step of 2 pairs or more")
         self.head_specs(8, 8)
 
-    def head_specs(self, image_width, text_width):
-        "What builds both heads, for features of these widths."
-        kind = dict(kind=self.head)
-        return [
-            head_spec(**(kind | self.options | own), width_in=width, width_out=self.width)
-            for own, width in ((self.image, image_width), (self.text, text_width))
-        ]
+# %% ../../nbs/2_models/2z_alignment.ipynb #3efc45af
+@patch
+def head_specs(self: AlignmentConfig, image_width, text_width):
+    "What builds both heads, for features of these widths."
+    kind = dict(kind=self.head)
+    return [
+        head_spec(**(kind | self.options | own), width_in=width, width_out=self.width)
+        for own, width in ((self.image, image_width), (self.text, text_width))
+    ]
 
 # %% ../../nbs/2_models/2z_alignment.ipynb #be15aeef
 class AlignedHeads(torch.nn.Module):
@@ -86,21 +89,23 @@ class AlignedHeads(torch.nn.Module):
         self.images, self.texts = (make_head(**spec, seed=seed) for spec, seed in zip(specs, seeds))
         self.scale, self.config = ScaleAndBias(config.scale, config.bias, config.learn_scale), config
 
-    def loss(
-        self,
-        images: torch.Tensor,  # (B, d) features
-        texts: list,  # (B, e) features, one a set of captions
-    ) -> dict:  # loss, scale, bias
-        "What a step minimises."
-        x = F.normalize(self.images(images).float(), dim=-1)
-        sets = [F.normalize(self.texts(t).float(), dim=-1) for t in texts]
-        (scale, bias), c = self.scale(), self.config
-        with torch.autocast(x.device.type, enabled=False):
-            if c.loss == "infonce":
-                loss = several_positives(lambda a, b: info_nce(a, b, scale, c.block), x, sets)
-            else:
-                loss = several_positives(lambda a, b: sigmoid_loss(a, b, scale, bias, c.per, c.block), x, sets)
-        return dict(loss=loss, scale=scale, bias=bias)
+# %% ../../nbs/2_models/2z_alignment.ipynb #5f9cd395
+@patch
+def loss(
+    self: AlignedHeads,
+    images: torch.Tensor,  # (B, d) features
+    texts: list,  # (B, e) features, one a set of captions
+) -> dict:  # loss, scale, bias
+    "What a step minimises."
+    x = F.normalize(self.images(images).float(), dim=-1)
+    sets = [F.normalize(self.texts(t).float(), dim=-1) for t in texts]
+    (scale, bias), c = self.scale(), self.config
+    with torch.autocast(x.device.type, enabled=False):
+        if c.loss == "infonce":
+            loss = several_positives(lambda a, b: info_nce(a, b, scale, c.block), x, sets)
+        else:
+            loss = several_positives(lambda a, b: sigmoid_loss(a, b, scale, bias, c.per, c.block), x, sets)
+    return dict(loss=loss, scale=scale, bias=bias)
 
 # %% ../../nbs/2_models/2z_alignment.ipynb #d7e8fda5
 @torch.inference_mode()
@@ -148,19 +153,6 @@ class _Training:
         self.rows = {row["step"]: row for row in read_json(self.path, [])}
         self.interval = max(1, round(config.steps / config.validations)) if config.validations else config.steps
 
-    def validate(self, step):
-        "Validate the heads as they are after `step` steps, where it is time and was not done."
-        from safetensors.torch import save_file
-
-        if self.validation is None or step in self.rows or (step % self.interval and step < self.config.steps):
-            return
-        found = dict(step=step) | retrieval_of(self.heads.images, self.heads.texts, self.validation)
-        if found["mean"] > max((row["mean"] for row in self.rows.values()), default=-1):
-            with atomic_write(self.best) as beside:
-                save_file({k: v.detach().cpu().contiguous() for k, v in self.heads.state_dict().items()}, beside)
-        self.rows[step] = found
-        write_json(self.path, [self.rows[s] for s in sorted(self.rows)])
-
     def __call__(self, step):
         self.validate(step)
         chance = step_generator(self.config.seed, step)
@@ -169,6 +161,21 @@ class _Training:
         images, texts = self.pairs.at(rows, chance)
         where = self.heads.scale.bias.device
         return self.heads.loss(images.to(where).float(), [t.to(where).float() for t in texts])
+
+# %% ../../nbs/2_models/2z_alignment.ipynb #1b0cac15
+@patch
+def validate(self: _Training, step):
+    "Validate the heads as they are after `step` steps, where it is time and was not done."
+    from safetensors.torch import save_file
+
+    if self.validation is None or step in self.rows or (step % self.interval and step < self.config.steps):
+        return
+    found = dict(step=step) | retrieval_of(self.heads.images, self.heads.texts, self.validation)
+    if found["mean"] > max((row["mean"] for row in self.rows.values()), default=-1):
+        with atomic_write(self.best) as beside:
+            save_file({k: v.detach().cpu().contiguous() for k, v in self.heads.state_dict().items()}, beside)
+    self.rows[step] = found
+    write_json(self.path, [self.rows[s] for s in sorted(self.rows)])
 
 # %% ../../nbs/2_models/2z_alignment.ipynb #a5d5696b
 class Aligned(NamedTuple):
@@ -217,7 +224,7 @@ def _standardise(heads, pairs):
         rows = torch.isin(captions.owner, pairs.words_of).nonzero().flatten()
         standardise(heads.texts, captions.features, rows.numpy())
 
-
+# %% ../../nbs/2_models/2z_alignment.ipynb #50a6024d
 def _chosen(heads, training, curve):
     "The best of the validated states."
     from safetensors.torch import load_file

@@ -10,6 +10,7 @@ __all__ = ['CaptionSet', 'gather', 'PairedFeatures', 'some_pairs', 'shuffled_pai
 import copy, hashlib
 import numpy as np
 import torch
+from fastcore.basics import patch
 from .train import step_generator
 from ..study.settings import StudyError
 
@@ -35,15 +36,17 @@ class CaptionSet:
             raise StudyError(f"image {alone} has no caption; leave it out of the images")
         self.order, self.starts = self.owner.argsort(stable=True), self.counts.cumsum(0) - self.counts
 
-    def draw(
-        self,
-        images: torch.Tensor,  # (B,) numbers of images
-        generator: torch.Generator,  # what decides
-    ) -> torch.Tensor:  # (B,) rows of the features
-        "A caption of each image."
-        counts = self.counts[images]
-        which = (torch.rand(len(images), generator=generator) * counts).long().clamp(max=counts - 1)
-        return self.order[self.starts[images] + which]
+# %% ../../nbs/2_models/2x_features.ipynb #4b11e70d
+@patch
+def draw(
+    self: CaptionSet,
+    images: torch.Tensor,  # (B,) numbers of images
+    generator: torch.Generator,  # what decides
+) -> torch.Tensor:  # (B,) rows of the features
+    "A caption of each image."
+    counts = self.counts[images]
+    which = (torch.rand(len(images), generator=generator) * counts).long().clamp(max=counts - 1)
+    return self.order[self.starts[images] + which]
 
 # %% ../../nbs/2_models/2x_features.ipynb #00e54e48
 def gather(
@@ -84,14 +87,16 @@ class PairedFeatures:
         "How wide the features are."
         return self.images.shape[1], self.sets[0].features.shape[1]
 
-    def at(
-        self,
-        pairs: torch.Tensor,  # (B,) numbers of pairs
-        generator: torch.Generator,  # decides which captions
-    ) -> tuple:  # images (B, d), list of texts (B, e)
-        "A batch."
-        texts = [gather(s.features, s.draw(self.words_of[pairs], generator)) for s in self.sets]
-        return gather(self.images, self.image_of[pairs]), texts
+# %% ../../nbs/2_models/2x_features.ipynb #76263d47
+@patch
+def at(
+    self: PairedFeatures,
+    pairs: torch.Tensor,  # (B,) numbers of pairs
+    generator: torch.Generator,  # decides which captions
+) -> tuple:  # images (B, d), list of texts (B, e)
+    "A batch."
+    texts = [gather(s.features, s.draw(self.words_of[pairs], generator)) for s in self.sets]
+    return gather(self.images, self.image_of[pairs]), texts
 
 # %% ../../nbs/2_models/2x_features.ipynb #8d4b33ba
 def _others(pairs, image_of, words_of):
@@ -100,7 +105,7 @@ def _others(pairs, image_of, words_of):
     found.image_of, found.words_of = image_of, words_of
     return found
 
-
+# %% ../../nbs/2_models/2x_features.ipynb #884cd271
 def some_pairs(
     pairs: PairedFeatures,  # all
     rows,  # numbers of those that are kept
@@ -118,7 +123,7 @@ def shuffled_pairs(
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
     return _others(pairs, pairs.image_of, pairs.words_of[order])
 
-
+# %% ../../nbs/2_models/2x_features.ipynb #9cb37e7b
 def random_features(
     features,  # (n, d), of which only the shape counts
     seed: int = 0,  # of the numbers

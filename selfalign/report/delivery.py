@@ -38,7 +38,7 @@ class RowList:
     def __getitem__(self, i):
         return self.images[i], self.texts[i]
 
-
+# %% ../../nbs/8_report/8h_delivery.ipynb #f0270e05
 def original_batches(
     rows: RowList,  # all pairs
     batch: int,  # pairs a batch
@@ -70,7 +70,7 @@ def _delivered(batches):
         last = time.perf_counter()
     return spent, np.sum(sums, 0)
 
-
+# %% ../../nbs/8_report/8h_delivery.ipynb #4e3695d3
 def delivery(
     folder: Path,  # scratch: two files of features
     rows: int,  # pairs
@@ -113,7 +113,7 @@ def _loss_memory(rows, width, block):
         gb=max(0.0, peak_memory_gb() - before), seconds=spent, loss=float(loss.detach()), gradient=float(x.grad.norm())
     )
 
-
+# %% ../../nbs/8_report/8h_delivery.ipynb #f9aa3b0b
 def loss_memory(
     rows: int,  # pairs in the batch
     width: int = 1024,  # numbers of a feature
