@@ -88,28 +88,28 @@ def loudness(
 
 # %% ../../nbs/2_models/28_generator.ipynb #3dce5d3a
 def new_unet(
-    channels: tuple = (64, 112),  # of the levels, 16 and 8 cells a side
-    latent_channels: int = 4,  # numbers that the autoencoder keeps in a cell
+    channels: tuple = (120,),  # of the levels, the first has 8 cells a side
+    latent_channels: int = 16,  # numbers that the autoencoder keeps in a cell
     context: int = 128,  # width of the text encoder
 ):  # `diffusers.UNet2DConditionModel`
-    "An untrained UNet; captions enter at every level but the first."
+    "An untrained UNet; captions enter at every level."
     from diffusers import UNet2DConditionModel
 
-    deep = len(channels) - 1
     return UNet2DConditionModel(
-        sample_size=16,
+        sample_size=8,
         in_channels=latent_channels,
         out_channels=latent_channels,
         block_out_channels=channels,
-        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * deep,
-        up_block_types=("CrossAttnUpBlock2D",) * deep + ("UpBlock2D",),
+        down_block_types=("CrossAttnDownBlock2D",) * len(channels),
+        up_block_types=("CrossAttnUpBlock2D",) * len(channels),
         layers_per_block=1,
         cross_attention_dim=context,
         attention_head_dim=4,
-        norm_num_groups=16,
+        norm_num_groups=8,
         addition_embed_type="text",
         addition_embed_type_num_heads=4,
         resnet_time_scale_shift="scale_shift",
+        time_embedding_dim=128,
     )
 
 # %% ../../nbs/2_models/28_generator.ipynb #f2e59c5f
@@ -131,7 +131,7 @@ def encode_latents(
     autoencoder,  # `diffusers.AutoencoderTiny`
     pixels: np.ndarray,  # (n, 64, 64, 3) uint8
     batch: int = 256,  # images at a time
-) -> torch.Tensor:  # (n, c, 16, 16), on the CPU
+) -> torch.Tensor:  # (n, c, 8, 8), on the CPU
     "Scaled latents of images."
     device = next(autoencoder.parameters()).device
     out = [autoencoder.encoder(to_tensor(pixels[i : i + batch]).to(device)).cpu() for i in range(0, len(pixels), batch)]
@@ -225,12 +225,12 @@ def train_generator(
     autoencoder_folder: Path,  # a trained autoencoder
     text_folder: Path,  # a trained caption encoder
     clip_folder: Path,  # a trained clip, which filters the pairs
-    steps: int = 5000,  # steps in all
-    n: int = 40_000,  # web pairs of the pool `generator`
+    steps: int = 9000,  # steps in all
+    n: int = 100_000,  # web pairs of the pool `generator`
     keep: float = 0.7,  # share of pairs that the filter leaves
     batch: int = 64,  # images a step
     lr: float = 2e-3,  # peak learning rate
-    channels: tuple = (64, 112),  # width of the UNet
+    channels: tuple = (120,),  # width of the UNet
     noise: float = 0.3,  # probability that something is wrong with a caption, 0 to 1
     seed: int = 0,  # of the weights, the batches, the times and the diffusion noise
 ):  # `diffusers.StableDiffusionPipeline`
@@ -246,7 +246,7 @@ def train_generator(
         said = torch.where(torch.rand(batch, generator=g) < 0.1, len(latents), pick)
         return velocity_loss(unet, latents[pick], context[said], alphas, g)
 
-    fit(unet, loss, steps, folder, lr=lr, optimiser="muon", decay=0.998, every=120, log=50, label="generator")
+    fit(unet, loss, steps, folder, lr=lr, optimiser="muon", decay=0.999, every=120, log=50, label="generator")
     pipe = pipeline(unet, text, autoencoder, vocabulary())
     pipe.save_pretrained(Path(folder) / "model", safe_serialization=True)
     return pipe

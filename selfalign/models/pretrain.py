@@ -52,7 +52,9 @@ recipes["clip-large"] = replace(recipes["clip"], steps=1300, needs=("clip",))
 
 # %% ../../nbs/2_models/2a_pretrain.ipynb #a8984921
 recipes |= {
-    "autoencoder": Recipe(2400, "images of the pool `generator`", "the generator's autoencoder", part=True),
+    "autoencoder": Recipe(
+        4000, "images of the pool `generator`", "the generator's autoencoder", ("vision",), part=True
+    ),
     "caption-encoder": Recipe(
         800,
         "captions of the pool `generator`, with their noise",
@@ -61,7 +63,7 @@ recipes |= {
         part=True,
     ),
     "generator": Recipe(
-        5000,
+        9000,
         "web pairs of the pool `generator`, the seven tenths that `clip-large` scores highest",
         "Stable Diffusion pipeline",
         ("vocabulary", "autoencoder", "caption-encoder", "clip-large"),
@@ -128,7 +130,7 @@ def _train(name, folder, steps):
     trainings = {
         "vocabulary": lambda: _train_vocabulary(folder),
         "reader": lambda: reader.train_reader(folder, steps),
-        "autoencoder": lambda: autoencoder.train_autoencoder(folder, steps),
+        "autoencoder": lambda: autoencoder.train_autoencoder(folder, done("vision"), steps),
         "caption-encoder": lambda: generator.train_caption_encoder(folder, steps),
         "generator": lambda: generator.train_generator(
             folder, done("autoencoder"), done("caption-encoder"), done("clip-large"), steps
