@@ -20,12 +20,15 @@ class Microworld:
         pool: str = "study",  # one of `selfalign.data.scenes.pools`
         noise: float = 0.3,  # probability that something is wrong with a caption, 0 to 1
         size: int = 64,  # side of the images in pixels
+        kind: str = "",  # of all captions, one of `selfalign.data.captions.kinds`; empty: each of its own
     ):
         if pool not in pools:
             raise ValueError(f"unknown pool {pool!r}; the pools are {', '.join(pools)}")
         if not 0 <= noise <= 1:
             raise ValueError(f"noise is a probability, got {noise}")
-        self.pool, self.noise, self.size = pool, noise, size
+        if kind and kind not in kinds:
+            raise ValueError(f"unknown kind of caption {kind!r}; the kinds are {', '.join(kinds)}")
+        self.pool, self.noise, self.size, self.kind = pool, noise, size, kind
 
     def __getitem__(
         self,
@@ -33,7 +36,7 @@ class Microworld:
     ) -> dict:  # image, texts, truth and noise, each under its name
         "The pair with this number; `image` is None and `data` holds the bytes when the file is damaged."
         scene = make_scene(self.pool, index)
-        caption, kind, done = web_caption(self.pool, index, self.noise)
+        caption, kind, done = web_caption(self.pool, index, self.noise, self.kind)
         record = _truth(scene, caption, f"{self.pool}-{index:07d}")
         record |= dict(
             image=render(scene, self.size),

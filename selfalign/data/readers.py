@@ -96,8 +96,9 @@ class MicroworldPairs:
         noise: float = 0.3,  # probability that a caption has something wrong
         size: int = 64,  # side of the images
         count: int = 20_000,  # scenes in this collection
+        kind: str = "",  # of all captions: short, blip, alt or dense; empty: each of its own
     ):
-        self.name, self.world, self.problems = f"microworld:{pool}", Microworld(pool, noise, size), Problems()
+        self.name, self.world, self.problems = f"microworld:{pool}", Microworld(pool, noise, size, kind), Problems()
         self.keys = [f"{pool}-{i:07d}" for i in range(count)]
 
     def __len__(self):

@@ -206,7 +206,7 @@ def render(
     return Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
 
 # %% ../../nbs/1_data/13_scenes.ipynb #61ffe42a
-pools = ("generator", "clip", "judge", "vision", "text", "reader", "study", "validation", "evaluation")
+pools = ("generator", "clip", "judge", "vision", "text", "reader", "study", "sail", "validation", "evaluation")
 
 
 def number_of(
