@@ -94,10 +94,10 @@ def train_autoencoder(
     seed: int = 0,  # of the weights, the batches, the noise and the crops
 ):  # `diffusers.AutoencoderTiny`
     "Train the autoencoder and save it in diffusers' format."
-    from selfalign.models.probes import load_vision
+    from selfalign.models.image_encoders import load_image_encoder
 
     data, first = rendered_images("generator", n), round(whole * steps)
-    encoder = load_vision(encoder_folder).requires_grad_(False).to(memory_format=torch.channels_last)
+    encoder = load_image_encoder(f"transformers:{encoder_folder}").model.to(memory_format=torch.channels_last)
     torch.manual_seed(seed)
     model = new_autoencoder(channels).to(memory_format=torch.channels_last)
 

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['HEAD_ARMS', 'LOSS_ARMS', 'CAPTION_ARMS', 'ENCODERS', 'ENCODER_ARMS', 'ARMS', 'Arm', 'arms_by_name', 'config_of']
 
-# %% ../../nbs/5_sail/50_arms.ipynb #3ede8e1a
+# %% ../../nbs/5_sail/50_arms.ipynb #6234893c
 from dataclasses import dataclass, field
 import pandas as pd
 from ..models.alignment import AlignmentConfig
 from ..models.heads import head_parameters, matched_hidden
 from ..study.settings import StudyError, nearest
 
-# %% ../../nbs/5_sail/50_arms.ipynb #a69a7b74
+# %% ../../nbs/5_sail/50_arms.ipynb #eecf6f12
 @dataclass(frozen=True)
 class Arm:
     "One row of a comparison: what is aligned, by what, and how it is trained."
@@ -29,7 +29,7 @@ class Arm:
     shuffled: bool = False  # captions exchanged among the pairs
     training: dict = field(default_factory=dict)  # fields of `AlignmentConfig`, over those of the stage
 
-# %% ../../nbs/5_sail/50_arms.ipynb #50fbf2cd
+# %% ../../nbs/5_sail/50_arms.ipynb #d48551fe
 HEAD_ARMS = (
     Arm("linear", "is a matrix enough?", head="linear"),
     Arm("mlp", "does a hidden layer help?", head="mlp"),
@@ -41,7 +41,7 @@ HEAD_ARMS = (
     Arm("glu-untrained-text", "what does reading contribute?", texts="text-untrained"),
 )
 
-# %% ../../nbs/5_sail/50_arms.ipynb #c1bcfb63
+# %% ../../nbs/5_sail/50_arms.ipynb #bb762149
 def _loss(name, asks, **training):
     "An arm that differs from `glu` in how it is trained."
     return Arm(name, asks, "losses", training=training)
@@ -59,23 +59,24 @@ LOSS_ARMS = (
     _loss("batch-2048", "are large ones better, after as many pairs?", batch=2048),
 )
 
-# %% ../../nbs/5_sail/50_arms.ipynb #4e39135b
+# %% ../../nbs/5_sail/50_arms.ipynb #2e5d6e5f
 CAPTION_ARMS = (
-    Arm("short", "captions as the web has them", "captions", captions=("short",)),
+    Arm("web", "captions as the web has them", "captions", captions=("web",)),
+    Arm("short", "the same without mistakes", "captions", captions=("short",)),
     Arm("dense", "captions that say everything", "captions"),
     Arm("short-and-dense", "one of each", "captions", captions=("short", "dense")),
     Arm("quarter", "how much does a quarter of the pairs give?", "captions", share=1 / 4),
     Arm("sixteenth", "and a sixteenth?", "captions", share=1 / 16),
 )
 
-# %% ../../nbs/5_sail/50_arms.ipynb #1a3b72c3
+# %% ../../nbs/5_sail/50_arms.ipynb #4eb91e5c
 ENCODERS = ("vision", "vision-small", "vision-middle", "autoencoder", "clip", "vision-untrained")
 ENCODER_ARMS = tuple(
     Arm(f"linear-{name}", "how well is this encoder aligned?", "table2", "linear", images=name) for name in ENCODERS
 )
 ARMS = HEAD_ARMS + LOSS_ARMS + CAPTION_ARMS + ENCODER_ARMS
 
-# %% ../../nbs/5_sail/50_arms.ipynb #8da027c2
+# %% ../../nbs/5_sail/50_arms.ipynb #7706c4e7
 def arms_by_name(
     names: list,  # of `ARMS`
 ) -> list:  # of `Arm`
@@ -86,7 +87,7 @@ def arms_by_name(
             raise StudyError(f"unknown arm {name!r}; {nearest(name, known)}")
     return [known[name] for name in names]
 
-# %% ../../nbs/5_sail/50_arms.ipynb #1c1b4ad5
+# %% ../../nbs/5_sail/50_arms.ipynb #709247aa
 def _hidden(arm, config, width):
     "The hidden width of a layer over features of this width; 0: its own."
     if not arm.large_as:
