@@ -50,13 +50,13 @@ def draw(
 
 # %% ../../nbs/2_models/2x_features.ipynb #00e54e48
 def gather(
-    features,  # (n, d): array, memory map or tensor
+    features,  # (n, d): array, memory map, rows of a store, or tensor
     rows: torch.Tensor,  # (B,) which
 ) -> torch.Tensor:  # (B, d), where the features are
     "Some rows, at once."
     if isinstance(features, torch.Tensor):
         return features.index_select(0, rows.to(features.device))
-    return torch.from_numpy(np.asarray(features).take(rows.numpy(), axis=0))
+    return torch.from_numpy(features.take(rows.numpy(), axis=0))
 
 # %% ../../nbs/2_models/2x_features.ipynb #21eeacb9
 class PairedFeatures:
