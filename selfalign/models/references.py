@@ -19,7 +19,7 @@ class ModelError(StudyError):
     "A model that cannot be loaded."
 
 
-libraries = ("open_clip", "transformers", "timm", "diffusers")
+libraries = ("open_clip", "transformers", "timm", "diffusers", "sail")
 
 # %% ../../nbs/2_models/2t_references.ipynb #279a34fe
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Named', 'parse_encoder', 'captions_of', 'cost']
 
-# %% ../../nbs/5_sail/51_embed.ipynb #3128295e
+# %% ../../nbs/5_sail/51_embed.ipynb #66ef7b94
 import json
 from typing import NamedTuple
 from ..study.settings import StudyError, nearest
 
-# %% ../../nbs/5_sail/51_embed.ipynb #922405a3
+# %% ../../nbs/5_sail/51_embed.ipynb #2fb4d3f0
 class Named(NamedTuple):
     "An encoder of the experiment."
 
@@ -39,7 +39,7 @@ def parse_encoder(
             raise StudyError(f"{text!r}: unknown word {word!r}; {nearest(word, ['untrained', 'pooling=…'])}")
     return Named(name, reference, **options)
 
-# %% ../../nbs/5_sail/51_embed.ipynb #f33b24fa
+# %% ../../nbs/5_sail/51_embed.ipynb #8de189a9
 def captions_of(
     record: dict,  # of a collection
     which: str,  # caption, all, or a kind of caption that the collection offers
@@ -56,7 +56,7 @@ def captions_of(
         raise StudyError(f"{record['key']} has no captions {which!r}; {nearest(which, there)}")
     return [offered[which]]
 
-# %% ../../nbs/5_sail/51_embed.ipynb #78a51ce0
+# %% ../../nbs/5_sail/51_embed.ipynb #d79f5527
 def cost(
     values: dict,  # the stage's parameters
     see,  # function: a stage's name → the parameters of that stage
