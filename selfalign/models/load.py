@@ -8,7 +8,6 @@ __all__ = ['LOADERS', 'load_dual_encoder', 'load_generator']
 # %% ../../nbs/2_models/20_load.ipynb #6ed41db8
 import torch
 from .aligned import load_aligned
-from .aligned import load_aligned
 from .dual_encoder import DualEncoder, OpenClipEncoder, TransformersEncoder
 from .references import ModelError, device, opening
 from ..study.settings import nearest

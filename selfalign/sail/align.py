@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cost']
 
-# %% ../../nbs/5_sail/52_align.ipynb #6edae527
+# %% ../../nbs/5_sail/52_align.ipynb #75a5f989
 def cost(
     values: dict,  # the stage's parameters
     see,  # function: a stage's name → the parameters of that stage

@@ -15,7 +15,7 @@ from ..study.costs import declared
 from ..study.settings import Settings, StudyError, find_root, resolve, stages
 
 # %% ../../nbs/9_tools/93_checks.ipynb #858fbc28
-LIBRARIES = "open_clip", "transformers", "timm", "diffusers", "sail", "sail"
+LIBRARIES = "open_clip", "transformers", "timm", "diffusers", "sail"
 
 
 class Wanted(NamedTuple):
