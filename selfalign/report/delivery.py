@@ -61,14 +61,17 @@ def our_batches(
         yield images, texts
 
 # %% ../../nbs/8_report/8h_delivery.ipynb #e97b59bc
-def _delivered(batches):
-    "Seconds of an epoch, and the sums of all that came."
-    sums, spent, last = [], 0.0, time.perf_counter()
-    for some in batches:
-        spent += time.perf_counter() - last
-        sums.append([float(part.double().sum()) for part in some])
-        last = time.perf_counter()
-    return spent, np.sum(sums, 0)
+def _by_turns(*sides):
+    "Seconds of each side's middle batch, and the sums of all that came; the sides take turns, batch by batch."
+    sides, spent, sums = [iter(s) for s in sides], [[] for _ in sides], [0.0] * len(sides)
+    while True:
+        for i, side in enumerate(sides):
+            start = time.perf_counter()
+            some = next(side, None)
+            if some is None:
+                return np.median(spent, 1), sums
+            spent[i].append(time.perf_counter() - start)
+            sums[i] = sums[i] + np.array([float(part.double().sum()) for part in some])
 
 # %% ../../nbs/8_report/8h_delivery.ipynb #4e3695d3
 def delivery(
@@ -87,14 +90,11 @@ def delivery(
     ours, theirs = PairedFeatures(*arrays), RowList(*arrays)
     seconds = []
     for turn in range(turns + 1):
-        (a, one), (b, other) = (
-            _delivered(our_batches(ours, batch, turn)),
-            _delivered(original_batches(theirs, batch, turn)),
-        )
+        spent, (one, other) = _by_turns(our_batches(ours, batch, turn), original_batches(theirs, batch, turn))
         agree("sums of all features", one / rows, other / rows, 1e-6)
-        seconds.append((a, b))
+        seconds.append(spent)
     ours, theirs = zip(*seconds[1:])
-    each = dict(ours=rows * turns / sum(ours), theirs=rows * turns / sum(theirs))
+    each = dict(ours=float(batch * turns / sum(ours)), theirs=float(batch * turns / sum(theirs)))
     return ratio(ours, theirs) | each
 
 # %% ../../nbs/8_report/8h_delivery.ipynb #c48cd0f0
