@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 import torch.nn as nn
-from .operations import operations
+from torch.utils.flop_counter import FlopCounterMode
 from .references import ModelError
 from ..study.files import atomic_write
 from ..study.settings import nearest
@@ -219,9 +219,9 @@ def head_operations(
     **options,  # `expansion`, and those of the kind
 ) -> int:  # floating-point operations
     "What a head takes for one feature vector, forward."
-    with torch.device("meta"):
-        head = Head(head_spec(kind, width_in, width_out, hidden, **options)).eval()
-        return operations(lambda: head(torch.empty(1, width_in)))
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        Head(head_spec(kind, width_in, width_out, hidden, **options)).eval()(torch.empty(1, width_in))
+    return counter.get_total_flops()
 
 # %% ../../nbs/2_models/2y_heads.ipynb #274fdeed
 def head_sizes(
