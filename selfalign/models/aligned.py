@@ -141,7 +141,7 @@ def save_aligned(
     "Save an aligned pair."
     folder, config = Path(folder), dict(scale=float(scale), bias=float(bias))
     for (side, name), encoder, head in zip(SIDES.items(), (images, texts), heads, strict=True):
-        known = dict(reference=str(encoder.reference), pooling=encoder.pooling, trained=encoder.trained)
+        known = dict(reference=str(encoder.reference), pooling=encoder.pooling, trained=bool(encoder.trained))
         config[side] = known | dict(hash=encoder.hash)
         save_head(head, folder / f"{name.split('_')[0]}_head.safetensors")
         if copy and encoder.reference.path:
