@@ -20,16 +20,16 @@ def _better(name, arm, against, claim, paper_says=""):
 _TABLE1 = "CC3M, zero-shot on ImageNet: {} % (Table 1)"
 HYPOTHESES = (
     _better(
+        "glu-vs-mlp", "glu", "mlp", "A gated layer aligns better than an MLP.", _TABLE1.format("GLU 52.4, MLP 51.2")
+    ),
+    _better("gate-not-size", "glu", "mlp-as-glu", "The gain is due to the gate, not to the number of weights."),
+    _better(
         "mlp-vs-linear",
         "mlp",
         "linear",
         "A hidden layer aligns better than a matrix.",
         _TABLE1.format("MLP 51.2, linear 39.4"),
     ),
-    _better(
-        "glu-vs-mlp", "glu", "mlp", "A gated layer aligns better than an MLP.", _TABLE1.format("GLU 52.4, MLP 51.2")
-    ),
-    _better("gate-not-size", "glu", "mlp-as-glu", "The gain is due to the gate, not to the number of weights."),
     _better("vision-matters", "glu", "glu-untrained-vision", "What is aligned is what the vision encoder has learned."),
 )
 
