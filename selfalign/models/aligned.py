@@ -10,6 +10,7 @@ import functools, shutil
 from pathlib import Path
 import torch
 import torch.nn as nn
+from fastcore.basics import patch
 from ..data.images import pixel_hash
 from .dual_encoder import DualEncoder, unit
 from .heads import load_head, save_head
@@ -52,7 +53,7 @@ class _Parts(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(float(scale)).log())
         self.logit_bias = nn.Parameter(torch.tensor(float(bias)))
 
-
+# %% ../../nbs/2_models/2zb_aligned.ipynb #9d12a855
 class AlignedEncoder(DualEncoder):
     "Two frozen encoders with a layer behind each."
 
@@ -75,26 +76,29 @@ class AlignedEncoder(DualEncoder):
         "The benchmarks' usual way to make an image square means the encoder's own."
         return "own" if aspect == "crop" else aspect
 
-    def image_features(self, pixels):
-        "(n, 3, size, size), normalised, to (n, d)."
-        return self.image_head(pooled(self.images.see(pixels), self.images.pooling).float())
+# %% ../../nbs/2_models/2zb_aligned.ipynb #4d3b9d79
+@patch
+def image_features(self: AlignedEncoder, pixels):
+    "(n, 3, size, size), normalised, to (n, d)."
+    return self.image_head(pooled(self.images.see(pixels), self.images.pooling).float())
 
-    def text_features(self, tokens):
-        "`Tokens` of n texts to (n, d)."
-        return self.text_head(self.texts.vectors(tokens).float())
 
-    def map_features(self, pixels, path=""):
-        "(n, 3, H, W), normalised, to (n, d, rows, columns)."
-        seen = self.images.see(pixels)
-        cells = seen.map.permute(0, 2, 3, 1)
-        whole = {} if seen.cls is None else dict(cls=seen.cls[:, None, None].expand_as(cells))
-        parts = [whole.get(part, cells) for part in self.images.pooling.split("+")]
-        return self.image_head(torch.cat(parts, -1).float()).permute(0, 3, 1, 2)
+@patch
+def text_features(self: AlignedEncoder, tokens):
+    "`Tokens` of n texts to (n, d)."
+    return self.text_head(self.texts.vectors(tokens).float())
+
+
+@patch
+def map_features(self: AlignedEncoder, pixels, path=""):
+    "(n, 3, H, W), normalised, to (n, d, rows, columns)."
+    seen = self.images.see(pixels)
+    cells = seen.map.permute(0, 2, 3, 1)
+    whole = {} if seen.cls is None else dict(cls=seen.cls[:, None, None].expand_as(cells))
+    parts = [whole.get(part, cells) for part in self.images.pooling.split("+")]
+    return self.image_head(torch.cat(parts, -1).float()).permute(0, 3, 1, 2)
 
 # %% ../../nbs/2_models/2zb_aligned.ipynb #8d9cd8e0
-from fastcore.basics import patch
-
-
 @patch
 @torch.inference_mode()
 def encode_image(
@@ -112,7 +116,7 @@ def encode_image(
         rows = self.memory(f"{self.images} {how}", images, [pixel_hash(i) for i in images], encode)
     return unit(self.image_head(rows.to(self.device))).cpu()
 
-
+# %% ../../nbs/2_models/2zb_aligned.ipynb #61de74fb
 @patch
 @torch.inference_mode()
 def encode_text(
@@ -177,7 +181,7 @@ def _encoder(ref, folder, side, known, load):
         )
     return encoder
 
-
+# %% ../../nbs/2_models/2zb_aligned.ipynb #bf96da23
 @opening
 def load_aligned(
     ref: Reference,  # `sail:FOLDER`
