@@ -18,6 +18,7 @@ from selfalign.models.objective import Objective
 from selfalign.self_align.arms import (
     ARMS,
     CONTROL_ARMS,
+    FULL_ARMS,
     OPTION_ARMS,
     PAPER_ARMS,
     Sources,
@@ -151,7 +152,7 @@ BASE = FinetuneConfig(steps=24, options=dict(rank=3, alpha=3.0, rslora=False, to
 def test_which_arms_are_trained_otherwise():
     changed = {name for name, arm in ARMS.items() if arm_config(arm, BASE) != BASE}
     named = {a.name for a in (*OPTION_ARMS, *PAPER_ARMS)} - {"lora-rank-3"}
-    named |= {a.name for a in CONTROL_ARMS if a.adapter == "all-weights"}
+    named |= {a.name for a in (*CONTROL_ARMS, *FULL_ARMS) if a.adapter == "all-weights"}
     assert changed == named | {"lora-text-tower", "lora-image-tower"}
 
 
@@ -207,6 +208,7 @@ def test_arms_that_need_what_is_not_there_are_left_out(tables):
         "all-weights-wrong-60",
         "lora-wrong-60",
         "round-trip",
+        "all-weights-perfect-generator",
         "lora-two-images",
         "lora-four-images",
         "lora-positives",
