@@ -179,9 +179,9 @@ def fit(
 ) -> pd.DataFrame:  # the learning curve: step, loss, seconds, and the sitting: how often it had been resumed
     "Train in place; the averaged weights are left in `module`. Resumes from `folder` by itself."
     accelerator, folder = _accelerator(precision), Path(folder)
+    optimiser = _optimiser(module, optimiser, lr, weight_decay, betas, eps)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "checkpoint.pt"
-    optimiser = _optimiser(module, optimiser, lr, weight_decay, betas, eps)
     weights = [p for g in optimiser.param_groups for p in g["params"]]
     module.to(accelerator.device)
     averages = averaged(module, decay)
