@@ -63,7 +63,7 @@ def measure(
     "All numbers of a benchmark."
     modes = (WITH_IMAGE, *task.audits)
     tables = [_table(task, predictions[predictions["mode"] == mode], mode) for mode in modes]
-    if getattr(task, "verdicts", True):
+    if task.verdicts:
         tables.append(_smallest(tables[0]))
     if task.groups and task.audits:
         tables.append(gains(task, predictions))

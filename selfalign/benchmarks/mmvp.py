@@ -124,10 +124,9 @@ def mmvp_groups(
 ):  # pairs of row and its examples, with `correct`
     "All patterns, each of them, and all with the images choosing."
     scores = winoground_scores(predictions)
-    scores = scores.assign(key=scores.example, image=scores.example)
-    yield ALL, scores.assign(correct=scores["c0_i0"].gt(scores["c0_i1"]) & scores["c1_i1"].gt(scores["c1_i0"]))
-    for pattern, part in scores.groupby("tag", sort=False):
-        yield pattern, part.assign(correct=part["c0_i0"].gt(part["c0_i1"]) & part["c1_i1"].gt(part["c1_i0"]))
+    scores = scores.assign(key=scores.example, correct=scores["image"], image=scores.example)
+    yield ALL, scores
+    yield from scores.groupby("tag", sort=False)
     yield TURNED, scores.assign(correct=scores["text"])
 
 

@@ -18,7 +18,6 @@ from .image_encoders import load_image_encoder, pooled
 from .references import ModelError, Reference, opening, parse_reference
 from .text_encoders import load_text_encoder
 from ..study.files import read_json, write_json
-from ..study.settings import at_root
 
 # %% ../../nbs/2_models/2zb_aligned.ipynb #f854fd63
 class FeatureMemory:
@@ -65,12 +64,7 @@ class AlignedEncoder(DualEncoder):
         self.image_head, self.text_head = self.model.image_head, self.model.text_head
         self.size, self.mean, self.std, self.context_length = images.size, images.mean, images.std, texts.limit
         self.tokenize, self.fitting = texts.tokenize, lambda aspect: images.fitting(self.own(aspect))
-        self.map_cell = images.size // self._cells()
-
-    @torch.inference_mode()
-    def _cells(self):
-        "Cells along a side of the map."
-        return self.images.see(torch.zeros(1, 3, self.size, self.size, device=self.device)).map.shape[-1]
+        self.map_cell = images.map_cell
 
     def own(self, aspect):
         "The benchmarks' usual way to make an image square means the encoder's own."

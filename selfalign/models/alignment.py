@@ -133,7 +133,7 @@ def retrieval_of(
     pairs: PairedFeatures,  # the validation set
 ) -> dict:  # i2t-r1, i2t-r5, i2t-r10, t2i-r1, t2i-r5, t2i-r10, mean: fractions
     "Recall both ways."
-    captions, place = pairs.sets[0], {}
+    captions = pairs.sets[0]
     own = torch.full((len(captions.counts),), -1)
     own[pairs.words_of] = torch.arange(len(pairs))
     asked = (own[captions.owner] >= 0).nonzero().flatten()

@@ -7,7 +7,6 @@ __all__ = ['new_autoencoder', 'salience', 'perceptual_distance', 'autoencoder_lo
 
 # %% ../../nbs/2_models/24_autoencoder.ipynb #283043ed
 from pathlib import Path
-import numpy as np
 import torch
 import torch.nn.functional as F
 from .train import fit, rendered_images, step_generator, to_tensor

@@ -60,6 +60,7 @@ class ImageEncoder:
         self.pooling = pooling or ("mean+max" if seen.cls is None else "cls+mean")
         check_pooling(seen, self.pooling, ref)
         self.dimension = pooled(seen, self.pooling).shape[1]
+        self.map_cell = self.size // seen.map.shape[-1]  # pixels along a side of its cells
 
     def __repr__(self):
         kind = "" if self.trained else "untrained, "

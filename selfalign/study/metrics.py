@@ -122,6 +122,8 @@ WORK = {
 # %% ../../nbs/0_study/09_metrics.ipynb #ab43e5af
 SPEED = {
     "peak-gb": Metric("The most memory a computation holds above its inputs.", unit="gb", better="down"),
+    "dimension": Metric("Numbers of a vector.", unit="count", better=""),
+    "vectors": Metric("Vectors of distinct images or texts.", unit="count", better=""),
     "largest difference of a cosine": Metric("Between two programs on the same items.", unit="score", better="down"),
     "largest relative difference": Metric("Of loss and gradients of two programs.", unit="score", better="down"),
     "ratio": Metric("How many times as long the other program takes.", unit="ratio"),
