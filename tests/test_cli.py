@@ -20,6 +20,7 @@ COMMANDS = [
     "benchmark",
     "pretrain",
     "make-shapes",
+    "offline-models",
     "lab",
     "data",
     "data inspect",

@@ -139,7 +139,7 @@ def maps(
 # %% ../../nbs/2_models/2vb_image_encoders.ipynb #bf5a66f6
 @opening
 def load_image_encoder(
-    ref: str,  # `transformers:…`, `timm:…`, `open_clip:…`, or `diffusers:…` for an autoencoder
+    ref: str,  # `transformers:…`, `timm:…`, `open_clip:…`, `diffusers:…` for an autoencoder, or `joint:…`
     pooling: str = "",  # parts joined by +: cls, mean, max, pooler; empty: cls+mean, or mean+max without a class token
     trained: bool = True,  # False: the same shape with random weights, always the same ones
 ) -> ImageEncoder:

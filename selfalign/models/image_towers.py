@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['TOWERS', 'Seen', 'from_tokens', 'patches_of', 'stretch', 'transformers_tower', 'timm_tower', 'open_clip_tower',
-           'autoencoder_place', 'diffusers_tower']
+           'autoencoder_place', 'diffusers_tower', 'joint_tower']
 
 # %% ../../nbs/2_models/2va_image_towers.ipynb #0351a1f5
 import inspect
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 import torch
+import torch.nn.functional as F
 from .dual_encoder import open_clip_model
 from .preparation import Preparation, of_open_clip, of_processor, of_timm
-from .references import ModelError, transformers_model, untrained
+from .references import ModelError, parse_reference, transformers_model, untrained
+from ..study.files import read_json
 
 # %% ../../nbs/2_models/2va_image_towers.ipynb #cd18be49
 class Seen(NamedTuple):
@@ -163,5 +166,43 @@ def diffusers_tower(
 
     return model, see, Preparation(side, (0.5,) * 3, (0.5,) * 3)
 
-# %% ../../nbs/2_models/2va_image_towers.ipynb #4d0efb56
-TOWERS = dict(transformers=transformers_tower, timm=timm_tower, open_clip=open_clip_tower, diffusers=diffusers_tower)
+# %% ../../nbs/2_models/2va_image_towers.ipynb #81d2fb8b
+def joint_tower(
+    ref,  # a `Reference` to a folder whose config.json lists `parts`: library:folder, folders inside it
+    trained: bool,  # False: random weights
+) -> tuple:  # module, function of pixels, preparation
+    "Several image encoders that see the same image."
+    names = (read_json(ref.path / "config.json") if ref.path else None) or {}
+    parts = [parse_reference(f"{p.partition(':')[0]}:{ref.path / p.partition(':')[2]}") for p in names.get("parts", ())]
+    if len(parts) < 2:
+        raise ModelError(f"{ref}: a joint encoder is a folder whose config.json lists two parts or more")
+    towers = [TOWERS[part.library](part, trained) for part in parts]
+    first, *others = (t[2] for t in towers)
+    for other, part in zip(others, parts[1:]):
+        if replace(other, mean=first.mean, std=first.std) != first:
+            raise ModelError(f"{part} is shown {other}, and {parts[0]} {first}; a joint encoder prepares images once")
+
+    def see(pixels):
+        maps = [seen(_for(pixels, first, wants)).map for _, seen, wants in towers]
+        return Seen(torch.cat([F.adaptive_avg_pool2d(m, maps[0].shape[2:]) for m in maps], 1))
+
+    return torch.nn.ModuleList([t[0] for t in towers]), see, first
+
+# %% ../../nbs/2_models/2va_image_towers.ipynb #8ae6ffb7
+def _for(pixels, given, wanted):
+    "Pixels as one preparation gives them, with another one's means and spreads."
+    if (given.mean, given.std) == (wanted.mean, wanted.std):
+        return pixels
+    mean, std, mean_wanted, std_wanted = (
+        torch.tensor(v, device=pixels.device)[:, None, None] for v in (given.mean, given.std, wanted.mean, wanted.std)
+    )
+    return (pixels * std + mean - mean_wanted) / std_wanted
+
+# %% ../../nbs/2_models/2va_image_towers.ipynb #fbf6ec15
+TOWERS = dict(
+    transformers=transformers_tower,
+    timm=timm_tower,
+    open_clip=open_clip_tower,
+    diffusers=diffusers_tower,
+    joint=joint_tower,
+)

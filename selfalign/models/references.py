@@ -19,7 +19,7 @@ class ModelError(StudyError):
     "A model that cannot be loaded."
 
 
-libraries = ("open_clip", "transformers", "timm", "diffusers", "sail")
+libraries = ("open_clip", "transformers", "timm", "diffusers", "joint", "sail")
 
 # %% ../../nbs/2_models/2t_references.ipynb #279a34fe
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ..study.costs import declared
 from ..study.settings import Settings, StudyError, find_root, resolve, stages
 
 # %% ../../nbs/9_tools/93_checks.ipynb #858fbc28
-LIBRARIES = "open_clip", "transformers", "timm", "diffusers", "sail"
+LIBRARIES = "open_clip", "transformers", "timm", "diffusers", "joint", "sail"
 
 
 class Wanted(NamedTuple):
@@ -54,7 +54,7 @@ def wanted(
         (f"{stage}.{name}", v)
         for stage, values in settings.values.items()
         for name, value in values.items()
-        for v in (value if isinstance(value, (list, tuple)) else [value])
+        for v in (" ".join(map(str, value)).split() if isinstance(value, (list, tuple)) else [value])
     ]
     first = {}
     for parameter, v in every:
@@ -72,6 +72,8 @@ def how_to_make(
         return f"selfalign pretrain {last}"
     if place.startswith("data/random/"):
         return f"selfalign make-shapes {last}"
+    if place.startswith("data/offline/"):
+        return f"selfalign offline-models {last}"
     linked = f", or: selfalign data link FOLDER --name {place.split('/')[1]}" if place.startswith("data/") else ""
     return f"put it there{linked}"
 

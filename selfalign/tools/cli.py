@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'Preset', 'Params', 'Force', 'run', 'report', 'publish', 'stages', 'allowed', 'params', 'comparison_rows',
-           'compare', 'show_checks', 'show_estimate', 'doctor', 'pretrain', 'make_shapes', 'lab', 'main']
+           'compare', 'show_checks', 'show_estimate', 'doctor', 'pretrain', 'make_shapes', 'offline_models', 'lab',
+           'main']
 
 # %% ../../nbs/9_tools/90_cli.ipynb #284b1032
 import sys
@@ -238,6 +239,24 @@ def make_shapes(
         random_weights(SHAPES[name], folder, seed)
         size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
         print(f"{shown(folder)}: {SHAPES[name]}, RANDOM WEIGHTS, {size / 2**30:.1f} GiB")
+
+# %% ../../nbs/9_tools/90_cli.ipynb #2e8a7e9e
+@app.command(cls=Command)
+def offline_models(
+    models: Annotated[list[str], Argument()] = None,  # efficientnet-lite0, all-minilm-l6-v2, ...; none: all
+    out: Path = None,  # folder for the models; default data/offline
+):
+    "Make model folders of the weights that installed packages carry; no hub is asked."
+    from selfalign.models.offline import JOINT, PACKAGED, make_offline, offline_folder, offline_state
+
+    states = {name: offline_state(name, out) for name in models or [*PACKAGED, *JOINT]}
+    for name, (state, remedy) in states.items():
+        if state == "can be made":
+            make_offline(name, out)
+        said = remedy or shown(offline_folder(name, out))
+        print(f"{name}: {'made' if state == 'can be made' else state}; {said}")
+    if any(state == "missing" for state, _ in states.values()):
+        raise Exit(1)
 
 # %% ../../nbs/9_tools/90_cli.ipynb #8b1f40ba
 @app.command(cls=Command)

