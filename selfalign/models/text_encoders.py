@@ -42,7 +42,7 @@ def mean_of(
     return (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
 
-POOLINGS = dict(first=lambda hidden, mask, ends: hidden[:, 0], mean=mean_of, last=last_of, end=end_of)
+POOLINGS = dict(first=lambda hidden, mask, ends: hidden[:, 0], mean=mean_of, last=last_of, end=end_of, words=mean_of)
 
 # %% ../../nbs/2_models/2vc_text_encoders.ipynb #60b715c7
 def token_limit(
@@ -89,7 +89,7 @@ class TextEncoder:
         self.limit, self.causal = token_limit(model, self.tokenizer), is_causal(model)
         self.end = next((i for i in (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id) if i is not None), None)
         self.pooling = self._checked(pooling or ("last" if self.causal else "mean"))
-        self.adds_end = self.pooling == "end" and self.tokenizer("a").input_ids[-1] != self.end
+        self.adds_end = "end" in self.pooling.split("+") and self.tokenizer("a").input_ids[-1] != self.end
         self.dimension = self.encode(["a"]).shape[1]
 
     def __repr__(self):
@@ -99,9 +99,10 @@ class TextEncoder:
     def _checked(self, pooling):
         "A pooling that this model has; a causal model's first token has read nothing."
         can = [p for p in POOLINGS if not (p == "first" and self.causal or p == "end" and self.end is None)]
-        if pooling not in can:
-            why = "a causal model's first token has read nothing else; " if pooling == "first" else ""
-            raise ModelError(f"{self.reference} has no pooling {pooling!r}: {why}it can give {', '.join(can)}")
+        for part in pooling.split("+"):
+            if part not in can:
+                why = "a causal model's first token has read nothing else; " if part == "first" else ""
+                raise ModelError(f"{self.reference} has no pooling {part!r}: {why}it can give {', '.join(can)}")
         return pooling
 
     @functools.cached_property
@@ -143,8 +144,10 @@ def vectors(
     "One vector a text, computed as long as the longest text."
     length = int(tokens.mask.sum(1).max())
     ids, mask = (t[:, :length].to(self.device) for t in (tokens.ids, tokens.mask))
-    hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
-    return POOLINGS[self.pooling](hidden, mask, ids == self.end)
+    parts = self.pooling.split("+")
+    found = self.model(input_ids=ids, attention_mask=mask, output_hidden_states="words" in parts)
+    read = lambda part: found.hidden_states[0] if part == "words" else found.last_hidden_state
+    return torch.cat([POOLINGS[part](read(part), mask, ids == self.end) for part in parts], 1)
 
 # %% ../../nbs/2_models/2vc_text_encoders.ipynb #61a8b744
 @patch
@@ -175,7 +178,7 @@ def count_cut(
 @opening
 def load_text_encoder(
     ref: str,  # `transformers:folder-or-hub-id`, masked or causal
-    pooling: str = "",  # first, mean, last or end; empty: last for causal models, mean for all others
+    pooling: str = "",  # first, mean, last, end, words, joined by +; empty: last for causal models, else mean
     trained: bool = True,  # False: the same shape with random weights, always the same ones
 ) -> TextEncoder:
     "Load a text encoder, in float32 and frozen."
