@@ -252,11 +252,11 @@ def test_a_perfect_generator_never_errs_and_shows_no_pair_kept_back():
 
 
 def test_trainings_and_rates():
-    assert trainings(["lora-originals", "lora-selected"], 3, 1) == [
+    assert trainings(["lora-originals", "lora-rank-1"], 3, 1) == [
         ("lora-originals", 0),
         ("lora-originals", 1),
         ("lora-originals", 2),
-        ("lora-selected", 0),
+        ("lora-rank-1", 0),
     ]
     assert best_rate({3e-3: 1.0, 1e-3: 1.0}) == 1e-3
 

@@ -48,10 +48,10 @@ class Arm:
 DATA_ARMS = (
     Arm("lora-originals", "", "originals", main=True),
     Arm("lora-generated", "do generated images help?", main=True),
-    Arm("lora-selected", "do the well-scored ones?", selection="selected"),
-    Arm("lora-random-drop", "or is it the smaller number?", selection="random-drop"),
-    Arm("lora-clean-originals", "what does the noise of the captions cost?", "originals", "clean"),
-    Arm("lora-perfect-generator", "what would a generator bring that never errs?", "redrawn"),
+    Arm("lora-selected", "do the well-scored ones?", selection="selected", main=True),
+    Arm("lora-random-drop", "or is it the smaller number?", selection="random-drop", main=True),
+    Arm("lora-clean-originals", "what does the noise of the captions cost?", "originals", "clean", main=True),
+    Arm("lora-perfect-generator", "what would a generator bring that never errs?", "redrawn", main=True),
     Arm("lora-oracle-selected", "what would a filter bring that never errs?", selection="oracle"),
     Arm("lora-image-conditioned", "what does the original add to the caption?", "conditioned"),
     Arm("lora-augmented", "do longer captions help?", captions="long"),
@@ -113,11 +113,11 @@ PAPER_ARMS = (
 
 # %% ../../nbs/4_self_align/44_arms.ipynb #28a614f9
 TRUE = dict(images="originals", captions="clean")  # pairs that are known to help
-ALL_WEIGHTS = dict(adapter="all-weights", rate=3e-4)
+ALL_WEIGHTS = dict(adapter="all-weights", rate=3e-4, main=True)
 CONTROL_ARMS = (
     Arm("all-weights", "can training on true captions help at all?", **TRUE, **ALL_WEIGHTS),
     Arm("all-weights-wrong-60", "and does it matter what they say?", wrong=0.6, **TRUE, **ALL_WEIGHTS),
-    Arm("lora-wrong-60", "the same with LoRA", wrong=0.6, rate_of="lora-clean-originals", **TRUE),
+    Arm("lora-wrong-60", "the same with LoRA", wrong=0.6, rate_of="lora-clean-originals", main=True, **TRUE),
     Arm("round-trip", "what does the autoencoder cost?", **TRUE | dict(images="round-trip"), **ALL_WEIGHTS),
 )
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['StatisticsError', 'Interval', 'proportion', 'bootstrap', 'bootstrap_sums', 'paired_difference', 'McNemar', 'mcnemar',
-           'holm', 'seeds_interval', 'items_and_seeds', 'paired_seeds', 'auc', 'precision_at']
+           'holm', 'seeds_interval', 'items_and_seeds', 'paired_seeds', 'auc', 'precision_at', 'correlation']
 
 # %% ../../nbs/0_study/03_statistics.ipynb #589a9293
 from typing import NamedTuple
@@ -290,3 +290,23 @@ def precision_at(
     score, truth = np.asarray(rows, float).T
     n = max(1, round(keep * len(truth)))
     return float(truth[np.argsort(-score, kind="stable")[:n]].mean())
+
+# %% ../../nbs/0_study/03_statistics.ipynb #2dde5bf5
+def correlation(
+    x,  # one number a point
+    y,  # another one
+    level: float = 0.95,  # of confidence
+) -> Interval:
+    "Pearson's correlation with Fisher's interval; at least four points"
+    from scipy.stats import pearsonr
+
+    x, y = _numbers(x), _numbers(y)
+    if len(x) != len(y) or len(x) < 4:
+        raise StatisticsError(
+            f"{len(x)} and {len(y)} numbers: a correlation with an interval needs four points or more"
+        )
+    if not x.std() or not y.std():
+        raise StatisticsError("a correlation needs numbers that differ")
+    found = pearsonr(x, y)
+    low, high = found.confidence_interval(level)
+    return Interval(float(found.statistic), float(low), float(high), len(x))
