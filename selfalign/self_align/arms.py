@@ -113,7 +113,7 @@ PAPER_ARMS = (
 
 # %% ../../nbs/4_self_align/44_arms.ipynb #28a614f9
 TRUE = dict(images="originals", captions="clean")  # pairs that are known to help
-ALL_WEIGHTS = dict(adapter="all-weights", rate=3e-4, main=True)
+ALL_WEIGHTS = dict(adapter="all-weights", rate=2e-4, main=True)
 CONTROL_ARMS = (
     Arm("all-weights", "can training on true captions help at all?", **TRUE, **ALL_WEIGHTS),
     Arm("all-weights-wrong-60", "and does it matter what they say?", wrong=0.6, **TRUE, **ALL_WEIGHTS),
