@@ -2585,6 +2585,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'selfalign.sail.arms': { 'selfalign.sail.arms.Arm': ('5_sail/arms.html#arm', 'selfalign/sail/arms.py'),
                                      'selfalign.sail.arms._hidden': ('5_sail/arms.html#_hidden', 'selfalign/sail/arms.py'),
                                      'selfalign.sail.arms._loss': ('5_sail/arms.html#_loss', 'selfalign/sail/arms.py'),
+                                     'selfalign.sail.arms._photo': ('5_sail/arms.html#_photo', 'selfalign/sail/arms.py'),
                                      'selfalign.sail.arms.arms_by_name': ('5_sail/arms.html#arms_by_name', 'selfalign/sail/arms.py'),
                                      'selfalign.sail.arms.config_of': ('5_sail/arms.html#config_of', 'selfalign/sail/arms.py')},
             'selfalign.sail.embed': { 'selfalign.sail.embed.Named': ('5_sail/embed.html#named', 'selfalign/sail/embed.py'),
