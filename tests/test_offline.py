@@ -1,9 +1,10 @@
 "Weights that lie in packages: found, checked, renamed, and made folders."
 
-import hashlib, json
+import hashlib
 from dataclasses import replace
 import pytest
 import torch
+from PIL import Image
 from selfalign.models import offline
 from selfalign.models.image_encoders import load_image_encoder
 from selfalign.models.offline import PACKAGED, checked, make_offline, offline_state, renamed
@@ -95,8 +96,6 @@ def test_side_by_side(package, tmp_path, monkeypatch):
     monkeypatch.setitem(offline.JOINT, "both", ("small", "again"))
     both = load_image_encoder(f"joint:{make_offline('both', tmp_path / 'offline')}")
     alone = load_image_encoder(f"timm:{tmp_path / 'offline/small'}")
-    from PIL import Image
-
     image = Image.effect_noise((90, 60), 80).convert("RGB")
     x, y = both.encode([image]), alone.encode([image])
     assert both.dimension == 2 * alone.dimension and both.pooling == "mean+max"
@@ -115,3 +114,16 @@ def test_side_by_side_without_a_package(monkeypatch, tmp_path):
 def test_every_entry_has_a_pin():
     for packaged in PACKAGED.values():
         assert len(packaged.sha256) == 64 and "==" in packaged.package and packaged.licence
+
+
+def test_the_preset_says_what_it_needs(tmp_path):
+    "Each encoder that a list names is checked before a run, with the command that makes it."
+    from selfalign.study.settings import resolve
+    from selfalign.tools.checks import how_to_make, wanted
+
+    settings = resolve("sail-flickr8k")
+    made = {how_to_make(w) for w in wanted(settings, tmp_path) if w.path}
+    names = "efficientnet-lite0", "efficientnet-and-mobilenet", "all-minilm-l6-v2"
+    assert {f"selfalign offline-models {name}" for name in names} <= made
+    assert any("data link" in remedy for remedy in made)
+    assert settings.values["embed"]["examples"] == 0, "the photographs may not be passed on"
