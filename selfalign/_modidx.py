@@ -2933,6 +2933,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'selfalign/study/settings.py'),
                                           'selfalign.study.settings._entries': ( '0_study/settings.html#_entries',
                                                                                  'selfalign/study/settings.py'),
+                                          'selfalign.study.settings._in_order': ( '0_study/settings.html#_in_order',
+                                                                                  'selfalign/study/settings.py'),
                                           'selfalign.study.settings._read_settings': ( '0_study/settings.html#_read_settings',
                                                                                        'selfalign/study/settings.py'),
                                           'selfalign.study.settings._spread': ( '0_study/settings.html#_spread',

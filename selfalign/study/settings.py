@@ -45,6 +45,20 @@ def _read_settings() -> configparser.ConfigParser:
     return parser
 
 # %% ../../nbs/0_study/00_settings.ipynb #0978b5d3
+def _in_order(
+    reads: dict,  # stage to those that it reads from
+) -> list[str]:  # inputs before the stages that read them; else as in the file
+    "An order in which stages can run"
+    sorter, place, ready, order = TopologicalSorter(reads), list(reads), set(), []
+    sorter.prepare()
+    while sorter.is_active():
+        ready |= set(sorter.get_ready())
+        order.append(min(ready, key=place.index))
+        ready.remove(order[-1])
+        sorter.done(order[-1])
+    return order
+
+
 def stages() -> dict[str, StageSpec]:  # stage name → its line, inputs before the stages that read them
     "Read the registry of stages, in the order in which they can run"
     root, specs, first = find_root(), {}, {}
@@ -65,7 +79,7 @@ def stages() -> dict[str, StageSpec]:  # stage name → its line, inputs before 
                     f"settings.ini [stages] {spec.name}: unknown input {name!r}; {nearest(name, specs)}"
                 )
     try:
-        order = list(TopologicalSorter({s.name: s.reads() for s in specs.values()}).static_order())
+        order = _in_order({s.name: s.reads() for s in specs.values()})
     except CycleError as e:
         raise SettingsError(
             f"settings.ini [stages]: stages read each other in a circle: {' → '.join(e.args[1])}"
