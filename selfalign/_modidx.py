@@ -1682,6 +1682,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'selfalign/models/image_towers.py'),
                                                'selfalign.models.image_towers._for': ( '2_models/image_towers.html#_for',
                                                                                        'selfalign/models/image_towers.py'),
+                                               'selfalign.models.image_towers._part': ( '2_models/image_towers.html#_part',
+                                                                                        'selfalign/models/image_towers.py'),
                                                'selfalign.models.image_towers.autoencoder_place': ( '2_models/image_towers.html#autoencoder_place',
                                                                                                     'selfalign/models/image_towers.py'),
                                                'selfalign.models.image_towers.diffusers_tower': ( '2_models/image_towers.html#diffusers_tower',

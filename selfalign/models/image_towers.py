@@ -167,13 +167,21 @@ def diffusers_tower(
     return model, see, Preparation(side, (0.5,) * 3, (0.5,) * 3)
 
 # %% ../../nbs/2_models/2va_image_towers.ipynb #81d2fb8b
+def _part(ref, said):
+    "The reference of a part, which lies in the folder of the joint encoder."
+    library, _, name = str(said).partition(":")
+    if not (ref.path / name).resolve().is_relative_to(ref.path.resolve()):
+        raise ModelError(f"{ref}: the part {said!r} lies outside of this folder; copy it in")
+    return parse_reference(f"{library}:{ref.path / name}")
+
+
 def joint_tower(
     ref,  # a `Reference` to a folder whose config.json lists `parts`: library:folder, folders inside it
     trained: bool,  # False: random weights
 ) -> tuple:  # module, function of pixels, preparation
     "Several image encoders that see the same image."
     names = (read_json(ref.path / "config.json") if ref.path else None) or {}
-    parts = [parse_reference(f"{p.partition(':')[0]}:{ref.path / p.partition(':')[2]}") for p in names.get("parts", ())]
+    parts = [_part(ref, said) for said in names.get("parts", ())]
     if len(parts) < 2:
         raise ModelError(f"{ref}: a joint encoder is a folder whose config.json lists two parts or more")
     towers = [TOWERS[part.library](part, trained) for part in parts]
