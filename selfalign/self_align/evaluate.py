@@ -63,7 +63,7 @@ HYPOTHESES = tuple(
         "zero-shot",
         "object-seen",
         "biased",
-        claim="The gain comes from the image, not from the words.",
+        claim="After fine-tuning the image contributes more to the answers, beside the words.",
     ),
     Hypothesis(
         "nothing-forgotten",
