@@ -166,7 +166,7 @@ def diffusers_tower(
 
     return model, see, Preparation(side, (0.5,) * 3, (0.5,) * 3)
 
-# %% ../../nbs/2_models/2va_image_towers.ipynb #81d2fb8b
+# %% ../../nbs/2_models/2va_image_towers.ipynb #51e6f4be
 def _part(ref, said):
     "The reference of a part, which lies in the folder of the joint encoder."
     library, _, name = str(said).partition(":")
@@ -174,7 +174,7 @@ def _part(ref, said):
         raise ModelError(f"{ref}: the part {said!r} lies outside of this folder; copy it in")
     return parse_reference(f"{library}:{ref.path / name}")
 
-
+# %% ../../nbs/2_models/2va_image_towers.ipynb #81d2fb8b
 def joint_tower(
     ref,  # a `Reference` to a folder whose config.json lists `parts`: library:folder, folders inside it
     trained: bool,  # False: random weights
