@@ -96,7 +96,7 @@ def gains_of(
     return list(results[of & results["metric"].str.endswith("-gain")].itertuples())
 
 # %% ../../nbs/8_report/8f_answer.ipynb #5fd387dd
-MEASURES = {"object-gain": "Object", "retrieval-r1-gain": "R@1"}  # one of them must react
+MEASURES = {"object-gain": "Object", "retrieval-r1-gain": "R@1", "t2i-r10-gain": "R@10"}  # one of them must react
 
 
 def reaction(

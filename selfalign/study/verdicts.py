@@ -25,15 +25,15 @@ def _list_missing(stage, hypotheses, verdicts, reacted, arms):
             stage.problem("hypotheses", h.name, missing, f"add it to {arms}")
 
 # %% ../../nbs/0_study/0i_verdicts.ipynb #1f082533
-def _record(stage, hypotheses, verdicts):
+def _record(stage, hypotheses, verdicts, table):
     "Differences, the paper's, and verdicts as numbers."
     named = verdicts.rename(columns=dict(name="row")).drop(columns=["metric", "value"])
     numbers = dict(value=verdicts.value, chance=0.0, seeds=verdicts.seeds.replace(0, np.nan))
-    stage.results("verdicts", named.assign(metric="difference", **numbers))
+    stage.results(table, named.assign(metric="difference", **numbers))
     paper = named.row.map({h.name: h.paper for h in hypotheses})
-    stage.results("verdicts", pd.DataFrame(dict(row=named.row, metric="the paper's difference", value=paper)).dropna())
+    stage.results(table, pd.DataFrame(dict(row=named.row, metric="the paper's difference", value=paper)).dropna())
     said = pd.DataFrame(dict(row=named.row, metric="verdict", value=named.verdict.map(NUMBERS), n=named.n))
-    stage.results("verdicts", said.dropna(subset="value"))
+    stage.results(table, said.dropna(subset="value"))
 
 # %% ../../nbs/0_study/0i_verdicts.ipynb #3d2532d6
 def give_verdicts(
@@ -44,6 +44,7 @@ def give_verdicts(
     tables: dict,  # variant of the benchmark to {(arm, metric): `Scored`}; the control is asked of the first
     smallest: float = 0.02,  # effect of interest
     arms: str = "finetune.arms",  # the setting that a missing arm would be added to
+    suffix: str = "",  # of the tables' names, where a chapter asks a second question
 ) -> pd.DataFrame:  # from `judged`; without a reaction no row has a verdict
     "Judge, record, and tell the report"
     reacted = reacts(control, next(iter(tables.values())), smallest)
@@ -52,6 +53,7 @@ def give_verdicts(
         verdicts["verdict"] = "none: the instrument does not react"
     stage.write("verdicts", verdicts)
     _list_missing(stage, hypotheses, verdicts, reacted, arms)
-    _record(stage, hypotheses, verdicts)
-    stage.claims(question, hypotheses, reacted, smallest)
+    _record(stage, hypotheses, verdicts, f"verdicts{suffix}")
+    names = dict(table=f"verdicts{suffix}", control=f"positive-control{suffix}")
+    stage.claims(question, hypotheses, reacted, smallest, **names)
     return verdicts
