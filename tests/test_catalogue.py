@@ -1217,3 +1217,22 @@ def test_the_command_lists_and_hints():
         done = sh("benchmark", *args)
         assert done.exit_code == 2, done.output
         assert hint in done.output, done.output
+
+
+def test_people_judge_an_aligned_pair(tmp_path):
+    "A folder of two encoders with a layer behind each is a model as any other."
+    from selfalign.models.aligned import save_aligned
+    from selfalign.models.heads import make_head
+    from selfalign.models.image_encoders import load_image_encoder
+    from selfalign.models.text_encoders import load_text_encoder
+
+    images = load_image_encoder("transformers:data/micro/vision-small")
+    texts = load_text_encoder("transformers:data/micro/text")
+    heads = make_head("linear", images.dimension, 8, seed=0), make_head("linear", texts.dimension, 8, seed=1)
+    folder = save_aligned(tmp_path / "pair", images, texts, heads)
+    options = ("--first", 4, "-o", "only=crowd", "--out", tmp_path / "out")
+    done = sh("benchmark", "human-agreement", "--model", f"sail:{folder}", "--data", judged(tmp_path / "f"), *options)
+    assert done.exit_code == 0, done.output
+    assert "crowd: score" in done.output, done.output
+    predictions = pd.read_parquet(tmp_path / "out/predictions.parquet")
+    assert predictions[predictions["mode"] == WITH_IMAGE].score.nunique() > 1

@@ -26,7 +26,8 @@ _CLAIMS = (
     ("all", "What a score selects teaches more than all pairs, the wrong ones among them."),
 )
 HYPOTHESES = tuple(
-    Hypothesis(f"selected-vs-{other}", "selected", other, "t2i-r10", variant="", claim=claim) for other, claim in _CLAIMS
+    Hypothesis(f"selected-vs-{other}", "selected", other, "t2i-r10", variant="", claim=claim)
+    for other, claim in _CLAIMS
 )
 
 # %% ../../nbs/5_sail/57_selection.ipynb #75bdbbf3
