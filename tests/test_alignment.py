@@ -236,6 +236,15 @@ def test_what_holds_the_features_changes_nothing(whole, how, tmp_path):
     assert torch.equal(weights(once), weights(align(held, CONFIG, tmp_path, world(60, 2, 5))))
 
 
+@pytest.mark.parametrize("loss", ["sigmoid", "infonce"])
+def test_blocks_change_no_training(loss, tmp_path):
+    "But for rounding; AdamW, since Lion takes the sign of numbers that may round to either side of zero."
+    config, pairs = replace(CONFIG, loss=loss, optimiser="adamw"), world(captions=2)
+    whole, blocks = (align(pairs, replace(config, block=b), tmp_path / str(b), world(60, 2, 5)) for b in (0, 5))
+    torch.testing.assert_close(weights(whole), weights(blocks), atol=1e-3, rtol=0)
+    np.testing.assert_allclose(whole.curve.loss, blocks.curve.loss, rtol=1e-4)
+
+
 @pytest.mark.parametrize("optimiser", ["lion", "adamw", "muon"])
 @pytest.mark.parametrize("loss", ["sigmoid", "infonce"])
 def test_every_loss_and_optimiser_learns(optimiser, loss, tmp_path):

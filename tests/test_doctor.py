@@ -3,7 +3,9 @@
 import math, types
 import pytest, torch
 from selfalign.models import operations as ops
+from selfalign.models.encoder_operations import image_encoded, text_encoded
 from selfalign.models.references import ModelError
+from selfalign.sail.embed import parse_encoder
 from selfalign.study.costs import REFERENCE_RATE, work_seconds
 from selfalign.tools import estimate as est
 from selfalign.tools.checks import needs
@@ -113,6 +115,27 @@ def test_what_cannot_be_counted(call, hint):
         call()
 
 
+@pytest.mark.parametrize(
+    "call,hint",
+    [
+        (lambda: image_encoded("transformers:someone/something"), "someone/something"),
+        (lambda: image_encoded("sail:data/micro/clip"), "no image encoder"),
+        (lambda: image_encoded("timm:data/micro/nowhere"), "there is no folder"),
+        (lambda: text_encoded("timm:resnet18"), "nothing of timm"),
+        (lambda: text_encoded(JUDGE), "pair of encoders"),
+    ],
+)
+def test_what_cannot_be_counted_of_an_encoder(call, hint):
+    with pytest.raises(ModelError, match=hint):
+        call()
+
+
+def test_longer_texts_cost_an_encoder_more_up_to_its_limit():
+    words = [text_encoded("transformers:data/micro/text", n).operations for n in (5, 20, 32, 500)]
+    assert words[0] < words[1] < words[2] == words[3]
+    assert text_encoded("transformers:data/micro/text", pooling="words+mean").width == 2 * 128
+
+
 def test_rate():
     assert 1e8 < ops.measured_rate(0.05) < 1e16
 
@@ -140,6 +163,11 @@ def test_micro_by_hand(micro):
         "19 models"
     )  # as in the committed report
     assert micro["benchmark"].parts[0].units == 7800
+    v = resolve("micro").values["embed"]
+    assert micro["align"].parts[0].units == 21 and v["captions"] == ["dense dense"]
+    images = sum(image_encoded(parse_encoder(e).reference).operations for e in v["images"])
+    texts = sum(text_encoded(parse_encoder(e).reference, 30).operations for e in v["texts"])
+    assert micro["embed"].operations == 8000 * (images + texts)
 
 
 def trained(*overrides):
@@ -249,6 +277,29 @@ def test_the_papers_scale(preset):
     )
     assert all(not l.problem or "is not there" in l.problem for l in found.lines)
     assert sum("to download" in c.found or "in the hub cache" in c.found for c in found.checks) == 4
+
+
+@pytest.mark.parametrize("preset,model,encoders", [("sail-paper", "gte-large", 2), ("sail-nv2", "e5-mistral", 1)])
+@pytest.mark.slow
+def test_sail_s_scale(preset, model, encoders):
+    "Encoding every image and every caption is counted beside the trainings, with what has to be stored."
+    settings = resolve(preset)
+    found, n = est.estimate(settings, RATE), settings.values["embed"]["pairs"]
+    lines = {l.stage: l for l in found.lines}
+    assert list(lines) == ["embed", "align", "align-evaluate", "align-segment"] and not any(
+        l.problem for l in found.lines
+    )
+    image, text = (parse_encoder(settings.values["embed"][kind][0]) for kind in ("images", "texts"))
+    seen = image_encoded(image.reference, image.pooling)
+    read = [text_encoded(text.reference, tokens, text.pooling) for tokens in (20, 100)]
+    assert lines["embed"].operations == n * (2 * seen.operations + encoders * sum(r.operations for r in read))
+    assert lines["embed"].disk == 2 * n * (2 * seen.width + encoders * sum(r.width for r in read))
+    assert lines["align"].memory < 40 * 2**30, "a batch of 32 768 is compared by blocks"
+    fetched = [c.name for c in found.checks if "to download" in c.found or "in the hub cache" in c.found]
+    assert len(fetched) == 3 and any(model in name for name in fetched)
+    missing = {c.name: c.remedy for c in needs(settings) if c.status == "MISSING"}
+    assert set(missing) == {"embed.source", "align-evaluate.retention", "align-segment.data"}
+    assert all("selfalign data link FOLDER --name" in remedy for remedy in missing.values())
 
 
 def test_random_weights_need_not_be_written_to_be_counted():

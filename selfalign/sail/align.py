@@ -10,8 +10,19 @@ def cost(
     values: dict,  # the stage's parameters
     see,  # function: a stage's name → the parameters of that stage
 ) -> list:  # of `Work`
-    "Pairs that pass through the heads, forward and back."
-    from selfalign.study.costs import Pace, Work
+    "Pairs that pass through the layers, forward and back."
+    from selfalign.models.costs import aligning
+    from selfalign.models.encoder_operations import image_encoded, text_encoded
+    from selfalign.sail.arms import arms_by_name, common_fields, config_of
+    from selfalign.sail.embed import parse_encoder
 
-    n = len(values["arms"]) * values["seeds"]
-    return [Work(f"{n} alignments", n * values["steps"] * values["batch"], Pace(3, n, 0.00012, "pairs"))]
+    images, texts = ({e.name: e for e in map(parse_encoder, see("embed")[k])} for k in ("images", "texts"))
+    fields = common_fields(values)
+
+    def training(arm):
+        seen, read = images[arm.images], texts[arm.texts]
+        widths = image_encoded(*seen[1:3]).width, text_encoded(read.reference, pooling=read.pooling).width
+        return config_of(arm, fields, widths), widths, len(arm.captions)
+
+    arms = arms_by_name(values["arms"], values["captions"], values["own_rates"])
+    return [aligning([training(arm) for arm in arms for _ in range(values["seeds"])])]

@@ -56,16 +56,28 @@ def captions_of(
         raise StudyError(f"{record['key']} has no captions {which!r}; {nearest(which, there)}")
     return [offered[which]]
 
+# %% ../../nbs/5_sail/51_embed.ipynb #e4c82525
+_OPENED = dict(microworld=0.001)  # seconds to draw an image; others are photographs, opened and cut to size in 0.01
+
+
+def _tokens(which):
+    "How long the captions of an image are in such a column, about; an image has five where all are taken."
+    from selfalign.models.encoder_operations import LONG_TOKENS
+    from selfalign.models.operations import TOKENS
+
+    lengths = dict(all=[TOKENS] * 5, dense=[30])
+    return [LONG_TOKENS] if which.startswith("long") else lengths.get(which, [TOKENS])
+
 # %% ../../nbs/5_sail/51_embed.ipynb #d79f5527
 def cost(
     values: dict,  # the stage's parameters
     see,  # function: a stage's name → the parameters of that stage
 ) -> list:  # of `Work`
-    "Every image by every image encoder; texts are cheap beside them."
+    "Every image by every image encoder, every caption by every text encoder."
+    from selfalign.models.costs import encoding
     from selfalign.study.costs import Pace, Work
 
-    n = values["pairs"]
-    return [
-        Work(f"{n:,} pairs drawn", n, Pace(3.5, 1, 0.002, "pairs")),
-        Work(f"{n:,} images encoded", n * len(values["images"]), Pace(5, 1, 0.004, "images")),
-    ]
+    n, opened = values["pairs"], _OPENED.get(values["source"].partition(":")[0], 0.01)
+    tokens = [t for c in values["captions"] for t in _tokens(c.split()[1])]
+    images, texts = ([(e.reference, e.pooling) for e in map(parse_encoder, values[k])] for k in ("images", "texts"))
+    return [Work(f"{n:,} pairs", n, Pace(5, 1, opened, "pairs")), *encoding(images, texts, n, tokens)]

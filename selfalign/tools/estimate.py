@@ -13,7 +13,7 @@ from typing import NamedTuple
 from ..models import operations as ops
 from ..models.full_size import SHAPES
 from ..study.costs import REFERENCE_RATE, work_of, work_seconds
-from ..study.settings import Settings, at_root, find_root, resolve
+from ..study.settings import Settings, at_root, find_root, parameters, resolve
 from .checks import LIBRARIES, Check, cached, outside, repository, wanted
 
 # %% ../../nbs/9_tools/92_estimate.ipynb #8ff3ea23
@@ -137,6 +137,11 @@ def fits(
     return Check(name, "OK" if enough else "NOTE", found, "" if enough else f"it will hardly fit: {remedy}")
 
 # %% ../../nbs/9_tools/92_estimate.ipynb #af820b42
+def _smaller(stage):
+    "What makes a stage smaller, where it has such a parameter."
+    return f"lower {stage}.batch, or " if stage and "batch" in parameters(stage) else ""
+
+
 def room(
     lines: list,  # of `Line`
     fetched: int,  # bytes still to download
@@ -147,10 +152,10 @@ def room(
     want = PROCESS * (name == "memory") + most.memory
     written, free = sum(l.disk for l in lines) + fetched, shutil.disk_usage(find_root()).free
     in_memory = f"about {want / 2**30:.1f} GiB in {most.stage or 'any stage'}, {have / 2**30:.0f} GiB here"
-    on_disk = f"about {written / 2**30:.1f} GiB for images and downloads, {free / 2**30:.0f} GiB free"
+    on_disk = f"about {written / 2**30:.1f} GiB for images, vectors and downloads, {free / 2**30:.0f} GiB free"
     return [
-        fits(name, in_memory, want < 0.9 * have, f"lower {most.stage}.batch, or take a machine with more"),
-        fits("disk", on_disk, written < 0.8 * free, "make room, or lower sample.size"),
+        fits(name, in_memory, want < 0.9 * have, f"{_smaller(most.stage)}take a machine with more"),
+        fits("disk", on_disk, written < 0.8 * free, "make room, or take fewer pairs (sample.size, embed.pairs)"),
     ]
 
 # %% ../../nbs/9_tools/92_estimate.ipynb #35c13f22
