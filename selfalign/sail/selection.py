@@ -131,5 +131,5 @@ def cost(
     return [
         Work(f"{n} alignments", n * align["steps"] * align["batch"], Pace(3, 1, 0.00012, "pairs")),
         Work(f"{images:,} images encoded", images, Pace(6, 1, 0.06, "images")),
-        Work("intervals", values["seeds"] * see("embed")["pairs"], Pace(2, 1, 0.006, "pairs")),
+        Work("intervals", values["seeds"] * see("embed")["pairs"], Pace(2, 1, 0.008, "pairs")),
     ]
