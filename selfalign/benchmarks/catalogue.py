@@ -41,7 +41,8 @@ from .segmentation import AUDITS as SEGMENTATION_AUDITS, ask_segmentation
 from .segmentation_data import read_segmentation
 from .sugarcrepe import read_sugarcrepe, sugarcrepe_groups, sugarcrepe_table
 from .vl_checklist import checklist_groups, read_checklist
-from .winoground import read_winoground, stored, whole_examples, winoground_groups, winoground_table
+from .micro_winoground import open_winoground
+from .winoground import stored, whole_examples, winoground_groups, winoground_table
 from ..data.images import file_name
 from ..data.sources import readers
 from ..models.load import load_dual_encoder
@@ -118,7 +119,7 @@ class StoredBenchmark(Benchmark):
 
 def _read_winoground(data, images="", first=0):
     if Path(data).suffix not in (".npz", ".safetensors", ".parquet"):
-        return read_winoground(data, images, first)
+        return open_winoground(data, images, first)
     benchmark, encoded = stored(data, first)
     return StoredBenchmark(**vars(benchmark), encoded=encoded)
 

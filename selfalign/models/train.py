@@ -176,6 +176,7 @@ def fit(
     log: int = 25,  # steps between rows of the curve
     label: str = "",  # for the progress bar
     precision: str = "",  # 'no' or 'bf16'; empty: the faster one here
+    until: int = 0,  # stop after this step, to go on another time; 0: the last one
 ) -> pd.DataFrame:  # the learning curve: step, loss, seconds, and the sitting: how often it had been resumed
     "Train in place; the averaged weights are left in `module`. Resumes from `folder` by itself."
     accelerator, folder = _accelerator(precision), Path(folder)
@@ -188,13 +189,14 @@ def fit(
     start, rows, spent = _resume(path, module, optimiser, averages, accelerator.device)
     optimiser, curve = accelerator.prepare(optimiser), _Curve(rows, spent)
     saved = time.time()
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc=label or folder.name, mininterval=2)
+    stop = min(until or steps, steps)
+    bar = tqdm(range(start, stop), initial=start, total=stop, desc=label or folder.name, mininterval=2)
     for step in bar:
         for group in optimiser.param_groups:
             group["lr"] = lr * warmup_cosine(step, steps, warmup)
         curve.add(_take_step(accelerator, loss, step, optimiser, weights, clip))
         averages.update_parameters(module)
-        last = step + 1 == steps
+        last = step + 1 == stop
         if (step + 1) % log == 0 or last:
             bar.set_postfix(curve.close(step + 1))
         if time.time() - saved > every or last:

@@ -278,6 +278,7 @@ def train_vision(
     batch: int = 128,  # images a step, two views of each
     lr: float = 2e-3,  # peak learning rate
     seed: int = 0,  # of the weights, the batches and the views
+    until: int = 0,  # stop after this step, to go on another time; 0: the last one
 ):  # `transformers.ResNetModel`
     "Train an image encoder on images alone and save it in transformers' format."
     images = rendered_images("vision", n)
@@ -292,6 +293,7 @@ def train_vision(
         views = views.contiguous(memory_format=torch.channels_last)
         return model(*(v.to(device) for v in (views, *rest)))
 
-    fit(model, loss, steps, folder, lr=lr, weight_decay=0.05, betas=(0.9, 0.98), decay=0.99, label=name)
+    options = dict(weight_decay=0.05, betas=(0.9, 0.98), decay=0.99, label=name, until=until)
+    fit(model, loss, steps, folder, lr=lr, **options)
     save_encoder(model.encoder, Path(folder) / "model")
     return model.encoder

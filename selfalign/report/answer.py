@@ -15,6 +15,7 @@ from .offline import plain, templates
 from .origin import read_part
 from .tables import amount
 from ..study.hypotheses import VERDICTS
+from ..study.metrics import METRICS
 
 # %% ../../nbs/8_report/8f_answer.ipynb #2cab98e5
 @dataclass
@@ -40,11 +41,9 @@ def asked_by(
 ) -> Asked:
     "What a stage asked, as far as it can be read"
     listed = told.get("claims") if isinstance(told.get("claims"), list) else []
-    claims = [
-        dict(row=str(c["row"]), claim=plain(c.get("claim")) or plain(c["row"]), paper_says=plain(c.get("paper_says")))
-        for c in listed
-        if isinstance(c, dict) and c.get("row")
-    ]
+    read = lambda c: {k: plain(c.get(k)) for k in ("claim", "paper_says", "metric")}
+    rows = {str(c["row"]): read(c) for c in listed if isinstance(c, dict) and c.get("row")}
+    claims = [dict(row=name, **c | dict(claim=c["claim"] or plain(name))) for name, c in rows.items()]
     names = {k: str(told[k]) for k in ("table", "control") if told.get(k)}
     reacts = told["reacts"] if isinstance(told.get("reacts"), bool) else None
     smallest = told["smallest"] if isinstance(told.get("smallest"), float) else 0.02
@@ -350,7 +349,8 @@ def lacks(
 ) -> str:  # a sentence, or nothing
     "What the first screen should show and cannot"
     gone = [] if asked.recorded else ["the sentence of each claim and the paper's words"]
-    gone += [] if any(r.kind == "blind" for r in rows) else ["the difference without the image"]
+    can = [c for c in asked.claims if f"{c.get('metric') or 'object'}-blind" in METRICS]
+    gone += ["the difference without the image"] if can and not any(r.kind == "blind" for r in rows) else []
     return f"This run has not recorded {' and '.join(gone)}." if gone else ""
 
 # %% ../../nbs/8_report/8f_answer.ipynb #84472051

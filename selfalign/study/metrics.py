@@ -47,6 +47,9 @@ FOUND = {
     "mean iou": Metric("Mean of the classes' IoU, each from the pixels of all images."),
     "pixel accuracy": Metric("Share of the pixels whose class is named right."),
     "pair accuracy": Metric("Share of the pairs of which both halves are answered right.", chance=0.25),
+    "text-score": Metric("Share of Winoground's examples whose images both choose their caption.", chance=1 / 4),
+    "image-score": Metric("Share of Winoground's examples whose captions both choose their image.", chance=1 / 4),
+    "group-score": Metric("Share of Winoground's examples with both.", chance=1 / 6),
     "standard error": Metric("Standard error of the share in the same row.", unit="ratio", better=""),
 }
 

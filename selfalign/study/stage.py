@@ -362,7 +362,8 @@ def claims(
     control: str = "positive-control",  # of results.csv: what training gains that is known to help
 ):
     "Say what was asked and claimed, for the report"
-    told = [dict(row=h.name, claim=h.claim, paper_says=h.paper_says, harmless=h.harmless) for h in hypotheses]
+    kept = ("claim", "paper_says", "harmless", "metric")
+    told = [dict(row=h.name) | {k: getattr(h, k) for k in kept} for h in hypotheses]
     tables = dict(table=table + self.variant, control=control + self.variant)
     said = dict(chapter=self.chapter, **tables, question=question, reacts=reacts, smallest=smallest, claims=told)
     write_json(self.folder / "claims.json", said)
