@@ -55,6 +55,9 @@ recipes |= {
     "autoencoder": Recipe(
         4000, "images of the pool `generator`", "the generator's autoencoder", ("vision",), part=True
     ),
+    "decoder": Recipe(
+        2500, "images of the pool `generator`", "its decoder, trained on alone", ("autoencoder",), part=True
+    ),
     "caption-encoder": Recipe(
         800,
         "captions of the pool `generator`, with their noise",
@@ -66,7 +69,7 @@ recipes |= {
         9000,
         "web pairs of the pool `generator`, the seven tenths that `clip-large` scores highest",
         "Stable Diffusion pipeline",
-        ("vocabulary", "autoencoder", "caption-encoder", "clip-large"),
+        ("vocabulary", "decoder", "caption-encoder", "clip-large"),
     ),
 }
 
@@ -131,9 +134,10 @@ def _train(name, folder, steps):
         "vocabulary": lambda: _train_vocabulary(folder),
         "reader": lambda: reader.train_reader(folder, steps),
         "autoencoder": lambda: autoencoder.train_autoencoder(folder, done("vision"), steps),
+        "decoder": lambda: autoencoder.train_decoder(folder, done("autoencoder"), done("vision"), steps),
         "caption-encoder": lambda: generator.train_caption_encoder(folder, steps),
         "generator": lambda: generator.train_generator(
-            folder, done("autoencoder"), done("caption-encoder"), done("clip-large"), steps
+            folder, done("decoder"), done("caption-encoder"), done("clip-large"), steps
         ),
         "text": lambda: language.train_text(folder, steps),
         "lm": lambda: language.train_lm(folder, steps),
