@@ -118,6 +118,15 @@ def train_autoencoder(
     model.save_pretrained(Path(folder) / "model")
     return model
 
+# %% ../../nbs/2_models/24_autoencoder.ipynb #fbf98296
+def _decoder_to_train(folder):
+    "An autoencoder whose encoder stays as it is."
+    from diffusers import AutoencoderTiny
+
+    model = AutoencoderTiny.from_pretrained(folder, torch_dtype=torch.float32).to(memory_format=torch.channels_last)
+    model.encoder.requires_grad_(False)
+    return model
+
 # %% ../../nbs/2_models/24_autoencoder.ipynb #76f772c0
 def train_decoder(
     folder: Path,  # checkpoints, curve and model go here
@@ -130,11 +139,8 @@ def train_decoder(
     seed: int = 1,  # of the batches, the noise and the crops
 ):  # `diffusers.AutoencoderTiny`
     "Train the decoder on, and save the autoencoder in diffusers' format."
-    from diffusers import AutoencoderTiny
-
     data, encoder = rendered_images("generator", n), _judging_encoder(encoder_folder)
-    model = AutoencoderTiny.from_pretrained(autoencoder_folder, torch_dtype=torch.float32)
-    model.to(memory_format=torch.channels_last).encoder.requires_grad_(False)
+    model = _decoder_to_train(autoencoder_folder)
 
     def loss(step):
         g, where = step_generator(seed, step), next(model.parameters()).device
