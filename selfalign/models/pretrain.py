@@ -79,7 +79,7 @@ _encoder = "self-supervised convolutional image encoder, {} channels"
 recipes |= {
     "vision-small": Recipe(500, _sees, _encoder.format(128)),
     "vision": Recipe(600, _sees, _encoder.format(208)),
-    "vision-large": Recipe(150, _sees, _encoder.format(288)),
+    "vision-large": Recipe(800, _sees, _encoder.format(288)),
     "text": Recipe(400, "captions of the pool `text`", "masked language model", ("vocabulary",)),
     "lm": Recipe(400, "captions of the pool `text`", "causal language model", ("vocabulary",)),
 }
