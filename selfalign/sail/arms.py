@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['HEAD_ARMS', 'LION', 'SCALES', 'LOSS_ARMS', 'CAPTION_ARMS', 'CHECKPOINTS', 'ENCODERS', 'ENCODER_ARMS', 'PHOTO_ARMS',
-           'ARMS', 'Arm', 'arms_by_name', 'config_of']
+           'ARMS', 'Arm', 'arms_by_name', 'common_fields', 'config_of']
 
 # %% ../../nbs/5_sail/50_arms.ipynb #a7679c03
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 import pandas as pd
 from ..models.alignment import AlignmentConfig
 from ..models.heads import head_parameters, matched_hidden
@@ -110,24 +110,41 @@ ARMS = {arm.name: arm for arm in HEAD_ARMS + LOSS_ARMS + CAPTION_ARMS + ENCODER_
 # %% ../../nbs/5_sail/50_arms.ipynb #aa29ae23
 def arms_by_name(
     names: list,  # of `ARMS`
+    captions: list = (),  # columns that all of them learn from; empty: each from its own
+    own_rates: bool = True,  # False: a learning rate that an arm names does not count
 ) -> list:  # of `Arm`
     "The arms of a preset."
     for name in names:
         if name not in ARMS:
             raise StudyError(f"unknown arm {name!r}; {nearest(name, ARMS)}")
-    return [ARMS[name] for name in names]
+    left_out = () if own_rates else ("lr",)
+    own = lambda arm: {k: v for k, v in arm.training.items() if k not in left_out}
+    return [replace(a, captions=tuple(captions) or a.captions, training=own(a)) for a in map(ARMS.get, names)]
+
+# %% ../../nbs/5_sail/50_arms.ipynb #86e0fde2
+def common_fields(
+    values: dict,  # parameters of the stage *align*
+) -> dict:  # fields of `AlignmentConfig`
+    "What all arms of a run share."
+    same = "width steps batch loss optimiser lr weight_decay block precision validations".split()
+    options = dict(input_dropout=values["dropout"], standardise=values["standardise"])
+    if values["expansion"] != 4:
+        options["expansion"] = values["expansion"]
+    return {k: values[k] for k in same} | dict(options=options)
 
 # %% ../../nbs/5_sail/50_arms.ipynb #7c2160db
 def _hidden(arm, config, width):
     "The hidden width of a layer over features of this width; 0: its own."
     if not arm.large_as:
         return 0
-    return matched_hidden(arm.head, head_parameters(arm.large_as, width, config["width"]), width, config["width"])
+    wide = {k: v for k, v in config.get("options", {}).items() if k == "expansion"}
+    size = head_parameters(arm.large_as, width, config["width"], **wide)
+    return matched_hidden(arm.head, size, width, config["width"])
 
 
 def config_of(
     arm: Arm,  # what is trained
-    settings: dict,  # fields of `AlignmentConfig` that the stage gives to all arms
+    settings: dict,  # fields of `AlignmentConfig` that all arms share, see `common_fields`
     widths: tuple,  # numbers of an image's features, and of a text's
     seed: int = 0,  # of the training
 ) -> AlignmentConfig:
