@@ -14,9 +14,11 @@ def cost(
     from selfalign.models.costs import aligning
     from selfalign.models.encoder_operations import image_encoded, text_encoded
     from selfalign.sail.arms import arms_by_name, common_fields, config_of
+    from selfalign.sail.checkpoints import kept_encoders
     from selfalign.sail.embed import parse_encoder
 
     images, texts = ({e.name: e for e in map(parse_encoder, see("embed")[k])} for k in ("images", "texts"))
+    images |= {e.name: e for e in map(parse_encoder, kept_encoders(see("checkpoints")))}
     fields = common_fields(values)
 
     def training(arm):
