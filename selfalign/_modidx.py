@@ -2690,6 +2690,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'selfalign/sail/checkpoints.py')},
             'selfalign.sail.embed': { 'selfalign.sail.embed.Named': ('5_sail/embed.html#named', 'selfalign/sail/embed.py'),
                                       'selfalign.sail.embed._tokens': ('5_sail/embed.html#_tokens', 'selfalign/sail/embed.py'),
+                                      'selfalign.sail.embed.all_images': ('5_sail/embed.html#all_images', 'selfalign/sail/embed.py'),
                                       'selfalign.sail.embed.captions_of': ('5_sail/embed.html#captions_of', 'selfalign/sail/embed.py'),
                                       'selfalign.sail.embed.cost': ('5_sail/embed.html#cost', 'selfalign/sail/embed.py'),
                                       'selfalign.sail.embed.parse_encoder': ('5_sail/embed.html#parse_encoder', 'selfalign/sail/embed.py')},

@@ -14,11 +14,10 @@ def cost(
     from selfalign.models.costs import aligning
     from selfalign.models.encoder_operations import image_encoded, text_encoded
     from selfalign.sail.arms import arms_by_name, common_fields, config_of
-    from selfalign.sail.checkpoints import kept_encoders
-    from selfalign.sail.embed import parse_encoder
+    from selfalign.sail.embed import all_images, parse_encoder
 
-    images, texts = ({e.name: e for e in map(parse_encoder, see("embed")[k])} for k in ("images", "texts"))
-    images |= {e.name: e for e in map(parse_encoder, kept_encoders(see("checkpoints")))}
+    given = see("embed")
+    images, texts = ({e.name: e for e in map(parse_encoder, x)} for x in (all_images(given, see), given["texts"]))
     fields = common_fields(values)
 
     def training(arm):
