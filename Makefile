@@ -38,7 +38,7 @@ $(READY): pyproject.toml constraints.txt
 	  echo "Name another one with: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV): once, a few minutes (PyTorch is large)."
-	@$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[test,captions]'
 	@touch $@
 
 # For those who change the study

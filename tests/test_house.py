@@ -11,7 +11,9 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 MAIN = {canonicalize_name(r.name): r for r in map(Requirement, PROJECT["dependencies"])}
-EXTRA = {canonicalize_name(r.name): r for rs in PROJECT["optional-dependencies"].values() for r in map(Requirement, rs)}
+EXTRAS = PROJECT["optional-dependencies"]
+EXTRA = {canonicalize_name(r.name): r for rs in EXTRAS.values() for r in map(Requirement, rs)}
+OPTIONAL = {canonicalize_name(Requirement(r).name) for name, rs in EXTRAS.items() for r in rs if name != "test"}
 LINES = [l for l in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if l and not l.startswith("#")]
 PINS = {canonicalize_name(l.split("==")[0]): l.split("==")[1] for l in LINES}
 
@@ -63,12 +65,12 @@ def outside(text):
 
 def sources():
     for p in sorted((ROOT / "selfalign").rglob("*.py")):
-        yield p, p.read_text(encoding="utf-8"), MAIN
+        yield p, p.read_text(encoding="utf-8"), MAIN.keys() | OPTIONAL
     for p in sorted((ROOT / "nbs").rglob("*.ipynb")):
         cells = json.loads(p.read_text(encoding="utf-8"))["cells"]
-        yield p, "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code"), MAIN
+        yield p, "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code"), MAIN.keys() | OPTIONAL
     for p in sorted((ROOT / "tests").rglob("*.py")):
-        yield p, p.read_text(encoding="utf-8"), MAIN | EXTRA
+        yield p, p.read_text(encoding="utf-8"), MAIN.keys() | EXTRA
 
 
 def test_imports_are_declared():
@@ -80,6 +82,19 @@ def test_imports_are_declared():
             if not any(canonicalize_name(o) in declared for o in owners.get(name, [name])):
                 missing.add(f"{path.relative_to(ROOT)} imports {name}")
     assert not missing, sorted(missing)
+
+
+def test_what_is_optional_is_imported_late():
+    "A module imports without the packages of an extra; only a function that needs them asks for them."
+    owners = packages_distributions()
+    for path in sorted((ROOT / "selfalign").rglob("*.py")):
+        top = [
+            n for n in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(n, (ast.Import, ast.ImportFrom))
+        ]
+        found = {
+            canonicalize_name(o) for name in outside("\n".join(map(ast.unparse, top))) for o in owners.get(name, [name])
+        }
+        assert not found & (OPTIONAL - MAIN.keys()), f"{path.relative_to(ROOT)} imports {found & OPTIONAL} at once"
 
 
 def test_the_wheel_holds_the_package(tmp_path):
@@ -140,7 +155,7 @@ def make(*args):
 def test_make(target, calls):
     "The targets set up first, with the exact versions, then call one command."
     said = make("-n", target, "VENV=nowhere").stdout
-    assert "pip install" in said and "-c constraints.txt" in said
+    assert "pip install" in said and "-c constraints.txt" in said and ".[test,captions]" in said
     assert calls in said.splitlines()[-1]
 
 
