@@ -3119,6 +3119,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'selfalign/study/runner.py'),
                                         'selfalign.study.runner._with_dependents': ( '0_study/runner.html#_with_dependents',
                                                                                      'selfalign/study/runner.py'),
+                                        'selfalign.study.runner._with_others': ( '0_study/runner.html#_with_others',
+                                                                                 'selfalign/study/runner.py'),
                                         'selfalign.study.runner.describe_run': ( '0_study/runner.html#describe_run',
                                                                                  'selfalign/study/runner.py'),
                                         'selfalign.study.runner.gather_results': ( '0_study/runner.html#gather_results',

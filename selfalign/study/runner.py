@@ -7,13 +7,14 @@ __all__ = ['NOTED', 'run_folder', 'is_current', 'lock_run', 'gather_results', 'd
 
 # %% ../../nbs/0_study/02_runner.ipynb #8c33b7b3
 import csv, os, re, time
+from dataclasses import replace
 from contextlib import contextmanager
 from pathlib import Path
 from .execution import RunError, clock, resume_command, run_stage
 from .files import git_state, hardware, now, read_json, recover, versions, write_json
 from .keys import stage_manifest
 from .reuse import reuse
-from .settings import Settings, StudyError, inputs_of, nearest, resolve
+from .settings import Settings, StudyError, inputs_of, nearest, resolve, stages
 from .stage import runs_folder, write_results
 
 # %% ../../nbs/0_study/02_runner.ipynb #1d094958
@@ -106,6 +107,11 @@ def _with_dependents(
             raise RunError(f"cannot force {name!r}, it is not part of this run; {nearest(name, settings.stages)}")
     return {s for s in settings.stages if set(inputs_of([s], settings.stages)) & set(names)}
 
+# %% ../../nbs/0_study/02_runner.ipynb #b061a8cc
+def _with_others(folder, settings):
+    "A run of some stages, with all that are finished in its folder."
+    return replace(settings, stages=[name for name in stages() if (folder / name / "results.csv").exists()])
+
 # %% ../../nbs/0_study/02_runner.ipynb #6e202ea6
 def _run_stages(
     folder: Path,  # of a run
@@ -154,8 +160,9 @@ def run(
         except BaseException:
             describe_run(folder, settings, status="failed", **about)
             raise
-        rows = gather_results(folder, settings)
-        describe_run(folder, settings, status="finished", seconds=round(time.time() - began, 1), **about)
+        whole = _with_others(folder, settings) if only else settings
+        rows = gather_results(folder, whole)
+        describe_run(folder, whole, status="finished", seconds=round(time.time() - began, 1), **about)
     console.print(f"  {len(rows)} results in {os.path.relpath(folder)} after {time.time() - began:.1f} s")
     return folder
 
