@@ -3,7 +3,7 @@
 import os, subprocess, sys
 import numpy as np
 import pytest
-from selfalign.benchmarks import caption_tools
+from selfalign.benchmarks import caption_counts, caption_tools
 from selfalign.benchmarks.caption_claims import claim_scores, claim_table, read_statements, true_statements
 from selfalign.benchmarks.caption_metrics import arm_scores, caption_differences, caption_scores, caption_table
 from selfalign.benchmarks.caption_tools import METRICS, available_metrics, java_first, metric_problems, tokenise
@@ -81,6 +81,38 @@ def test_wmd_by_hand(tmp_path):
     found = caption_scores(refs, {0: "cat", 1: "red", 2: "boat", 3: ""}, ["wmd"], str(path)).wmd
     near = np.exp(-np.sqrt(2 - 2 * np.sqrt(0.5)))
     assert np.allclose(found, [1, near, np.exp(-np.sqrt(2)), 0], atol=1e-6)
+
+
+PROGRAM = """import sys
+for line in sys.stdin: print(*map(len, line.split("|||")[1:]), flush=True)
+"""
+
+
+@pytest.fixture
+def fake_meteor(monkeypatch, tmp_path):
+    "A program that answers with the lengths of its texts, in place of METEOR."
+    (tmp_path / "program.py").write_text(PROGRAM, encoding="utf-8")
+    monkeypatch.setattr(caption_counts, "find_java", lambda: sys.executable)
+    monkeypatch.setattr(caption_counts, "METEOR", str(tmp_path / "program.py"))
+    monkeypatch.setattr(caption_counts, "package_folder", lambda name: tmp_path)
+    (tmp_path / "meteor").mkdir()
+    monkeypatch.setattr(caption_counts, "_running", {})
+    yield caption_counts.meteor_process
+    caption_counts.meteor_process().end()
+
+
+def test_meteor_is_one_process(fake_meteor):
+    "One for all; another if it has ended; and an answer that was not read is no one else's."
+    first = fake_meteor()
+    assert first.counts("ab", ["abc"]) == [5, 4] and fake_meteor() is first
+    first.process.stdout.readline = lambda: (_ for _ in ()).throw(KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        first.counts("abcdef", ["abc"])
+    second = fake_meteor()
+    assert second is not first and second.counts("a", ["b ||| c"]) == [6, 3]
+    second.end()
+    with pytest.raises(BenchmarkError, match="METEOR did not answer on 'SCORE"):
+        second.counts("a", ["b"])
 
 
 # --- many arms ---------------------------------------------------------------------------------------------------

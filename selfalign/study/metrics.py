@@ -115,6 +115,7 @@ CAPTIONS = {
     "wmd": Metric("exp(-d) of the word mover's distance to the nearest reference.", unit="score"),
     "claims-true": Metric("Share of a caption's statements that are true of the image, mean of the captions."),
     "things-named": Metric("Share of the things in an image that its caption names, mean of the captions."),
+    "agreement with {}": Metric("Pearson's correlation with another metric, over captions.", unit="score"),
 }
 
 # %% ../../nbs/0_study/09_metrics.ipynb #4e774099
