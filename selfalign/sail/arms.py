@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 import pandas as pd
 from ..models.alignment import AlignmentConfig
 from ..models.heads import head_parameters, matched_hidden
-from ..study.settings import StudyError, nearest
 
 # %% ../../nbs/5_sail/50_arms.ipynb #9aeebdef
 @dataclass(frozen=True)
@@ -114,12 +113,9 @@ def arms_by_name(
     own_rates: bool = True,  # False: a learning rate that an arm names does not count
 ) -> list:  # of `Arm`
     "The arms of a preset."
-    for name in names:
-        if name not in ARMS:
-            raise StudyError(f"unknown arm {name!r}; {nearest(name, ARMS)}")
     left_out = () if own_rates else ("lr",)
     own = lambda arm: {k: v for k, v in arm.training.items() if k not in left_out}
-    return [replace(a, captions=tuple(captions) or a.captions, training=own(a)) for a in map(ARMS.get, names)]
+    return [replace(a, captions=tuple(captions) or a.captions, training=own(a)) for a in (ARMS[name] for name in names)]
 
 # %% ../../nbs/5_sail/50_arms.ipynb #86e0fde2
 def common_fields(

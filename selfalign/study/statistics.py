@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['StatisticsError', 'Interval', 'proportion', 'bootstrap', 'bootstrap_sums', 'paired_difference', 'McNemar', 'mcnemar',
-           'holm', 'seeds_interval', 'items_and_seeds', 'paired_seeds', 'auc', 'precision_at', 'correlation']
+           'holm', 'seeds_interval', 'items_and_seeds', 'paired_seeds', 'auc', 'precision_at', 'correlation',
+           'over_trainings']
 
 # %% ../../nbs/0_study/03_statistics.ipynb #589a9293
 from typing import NamedTuple
@@ -310,3 +311,12 @@ def correlation(
     found = pearsonr(x, y)
     low, high = found.confidence_interval(level)
     return Interval(float(found.statistic), float(low), float(high), len(x))
+
+# %% ../../nbs/0_study/03_statistics.ipynb #2f917dcd
+def over_trainings(
+    table,  # DataFrame: value, low, high, n and the columns of `by`, a row for each training
+    by: tuple = ("row", "metric"),  # what tells rows apart
+):  # DataFrame: by, value, low, high, n, seeds
+    "Means over trainings with an interval that covers all of theirs"
+    found = dict(value=("value", "mean"), low=("low", "min"), high=("high", "max"), n=("n", "first"))
+    return table.groupby(list(by), sort=False).agg(**found, seeds=("value", "size")).reset_index()
