@@ -376,10 +376,11 @@ def section(
     number: tuple = (),  # (words, table, row, metric)
     control: tuple = (),  # the same for what it is to be held against
     figure: str = "",  # its name; empty: the first one
+    rows: dict = {},  # names of rows in its tables, and in words what each is
 ):
     "Say what the report shows of this stage before anything is unfolded"
     named = lambda o: dict(words=o[0], table=o[1] + self.variant, row=o[2], metric=o[3]) if o else {}
-    said = dict(says=says, figure=figure, number=named(number), control=named(control))
+    said = dict(says=says, figure=figure, number=named(number), control=named(control), rows=rows)
     write_json(self.folder / "section.json", said)
 
 # %% ../../nbs/0_study/01_stage.ipynb #54e49c10
