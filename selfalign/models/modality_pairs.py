@@ -7,13 +7,12 @@ __all__ = ['ModalityPairs', 'image_rows', 'frozen_rows', 'exchanged_pairs', 'fal
            'fingerprint']
 
 # %% ../../nbs/2_models/2zd_modality_pairs.ipynb #77546c38
-import hashlib
 from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
 from .dual_encoder import DualEncoder, normalise, unit
-from .features import gather
+from .features import content_hash, gather
 from .image_encoders import pooled
 from ..study.settings import StudyError
 
@@ -121,11 +120,4 @@ def fingerprint(
     most: int = 256,  # images and features that are looked at
 ) -> str:  # 16 hexadecimal digits
     "What a set of pairs is: its numbers, and some of its images and features."
-    h = hashlib.sha256(str([None if x is None else list(np.shape(x)) for x in pairs]).encode())
-    for numbers in pairs.numbers():
-        h.update(numbers.numpy().astype("<i8").tobytes())
-    for part in (pairs.square, pairs.real, pairs.texts):
-        if part is not None:
-            rows = torch.linspace(0, len(part) - 1, min(most, len(part))).long()
-            h.update(gather(part, rows).contiguous().numpy().tobytes())
-    return h.hexdigest()[:16]
+    return content_hash(content_hash(*pairs.numbers()), pairs.square, pairs.real, pairs.texts, most=most)
