@@ -25,6 +25,7 @@ COMMANDS = [
     "data",
     "data inspect",
     "data link",
+    "data emoji",
     "data overlap",
 ]
 

