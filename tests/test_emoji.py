@@ -1,4 +1,4 @@
-"Two vendors' emoji: archives that are met with care, pairs that stand in order, and a stage that lists what has no partner."
+"Two vendors' emoji: archives met with care, pairs in the same order, and convolutions that learn from them."
 
 import io, json, os, subprocess, sys, tarfile
 from dataclasses import replace
