@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['cost']
 
-# %% ../../nbs/6_gmail/65_emoji.ipynb #4b2c7bb7
+# %% ../../nbs/6_gmail/65_emoji.ipynb #e2f3d90a
 def cost(
     values: dict,  # the stage's parameters
     see,  # function: a stage's name → the parameters of that stage
