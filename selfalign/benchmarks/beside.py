@@ -61,7 +61,7 @@ def measure(
     *more: pd.DataFrame,  # further rows, as of `check_leaks`
 ) -> pd.DataFrame:  # the columns `NUMBERS`
     "All numbers of a benchmark."
-    modes = (WITH_IMAGE, *task.audits)
+    modes = [m for m in (WITH_IMAGE, *task.audits) if (predictions["mode"] == m).any()]
     tables = [_table(task, predictions[predictions["mode"] == mode], mode) for mode in modes]
     if task.verdicts:
         tables.append(_smallest(tables[0]))

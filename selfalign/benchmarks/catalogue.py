@@ -33,15 +33,18 @@ from selfalign.benchmarks.items import (
     predict,
     require_coverage,
 )
+from .mmmu import mmmu_groups, mmmu_table, read_mmmu
 from .mmvp import ask_mmvp, mmvp_groups, mmvp_table, read_mmvp
 from .overlap import collection
 from .retrieval import ask_retrieval, read_karpathy, read_source, retrieval_groups, retrieval_table
 from .mean_iou import segmentation_table
+from .scienceqa import read_scienceqa, scienceqa_groups, scienceqa_table
 from .segmentation import AUDITS as SEGMENTATION_AUDITS, ask_segmentation
 from .segmentation_data import read_segmentation
 from .sugarcrepe import read_sugarcrepe, sugarcrepe_groups, sugarcrepe_table
 from .vl_checklist import checklist_groups, read_checklist
 from .micro_winoground import open_winoground
+from .vqa import MODES as VQA_AUDITS, ask_vqa, load_answerer
 from .winoground import stored, whole_examples, winoground_groups, winoground_table
 from ..data.images import file_name
 from ..data.sources import readers
@@ -58,7 +61,7 @@ class Task:
     name: str  # on the command line
     title: str  # what it asks, in a line
     read: Callable  # (data, images, **options) → questions with `items` (a column `file`), `expected` and `problems`
-    ask: Callable  # (questions, encoder) → (predictions with `file` and, if there are audits, `mode`; problems)
+    ask: Callable  # (questions, model) → (predictions with `file` and, if there are audits, `mode`; problems)
     table: (
         Callable  # predictions of one mode → row, metric, value, low, high, n; where they differ chance, unit, better
     )
@@ -67,6 +70,7 @@ class Task:
     groups: Callable | None = None  # predictions of one mode → pairs of row and its answers: key, image, correct
     verdicts: bool = True  # an item is right or wrong; without that there is no smallest difference
     text: str = "positive"  # column with the true text, for the check of leakage; empty: there is none
+    load: Callable = load_dual_encoder  # reference → the model that `ask` is given
 
 # %% ../../nbs/3_benchmarks/3b_catalogue.ipynb #215538f7
 TASKS = {}
@@ -223,6 +227,30 @@ register(
     )
 );
 
+# %% ../../nbs/3_benchmarks/3b_catalogue.ipynb #73ab455e
+_IN_WORDS = dict(ask=ask_vqa, audits=VQA_AUDITS, chance=None, text="question", load=load_answerer)
+
+register(
+    Task(
+        name="scienceqa",
+        title="ScienceQA: questions from school, two to five choices, half of them with an image",
+        read=read_scienceqa,
+        table=scienceqa_table,
+        groups=scienceqa_groups,
+        **_IN_WORDS,
+    )
+)
+register(
+    Task(
+        name="mmmu",
+        title="MMMU: questions of a college examination, thirty subjects, several images",
+        read=read_mmmu,
+        table=mmmu_table,
+        groups=mmmu_groups,
+        **_IN_WORDS,
+    )
+);
+
 # %% ../../nbs/3_benchmarks/3b_catalogue.ipynb #39485ee3
 def task_options(
     task: Task,  # whose `read` is looked at
@@ -367,8 +395,9 @@ def results_folder(
 def _answers(task, questions, model):
     "The model, its predictions with a mode, and problems; a model given by reference is loaded."
     if getattr(questions, "encoded", None) is None:
-        model = load_dual_encoder(model) if isinstance(model, str) else model
-        model = Watched(model, questions.items.image.nunique() if "image" in questions.items else 0)
+        model = task.load(model) if isinstance(model, str) else model
+        if hasattr(model, "encode_image"):
+            model = Watched(model, questions.items.image.nunique() if "image" in questions.items else 0)
     predictions, problems = task.ask(questions, model)
     if "mode" not in predictions:
         predictions = predictions.assign(mode=WITH_IMAGE)
@@ -384,7 +413,7 @@ def _about(task, label, model, options, **said):
 # %% ../../nbs/3_benchmarks/3b_catalogue.ipynb #e42f07bf
 def run_task(
     name: str,  # of a benchmark in the catalogue
-    model,  # reference of a model, or an encoder
+    model,  # reference of a model, an encoder, or a function that answers
     data: str,  # folder, file or source, see the benchmark's notebook
     images: str = "",  # folder of the images, where they lie elsewhere
     out: str | Path | None = None,  # folder for the results; default: `results_folder`

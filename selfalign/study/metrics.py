@@ -29,6 +29,7 @@ ANSWERS = {
     "attribute": Metric("Share of the questions about an attribute that are answered right.", chance=0.5),
     "relation": Metric("Share of the questions about a relation that are answered right.", chance=0.5),
     "accuracy": Metric("Share of the items that are answered right."),
+    "no answer found": Metric("Share of the answers in which the benchmark's rule finds none.", better="down"),
     "equal verdicts": Metric("Share of the items on which two programs give the same verdict."),
 }
 

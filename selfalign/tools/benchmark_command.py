@@ -109,6 +109,7 @@ def benchmark(
     out: Path = None,  # folder for the results; default: data/runs/_benchmarks/NAME/MODEL
     train: str = "",  # what the model was trained on: a source, a folder of tars or images; empty: no check for leakage
     first: int = None,  # ask only so many items (images, examples) of each file; 0: all; default: the benchmark's own
+    answers: Path = None,  # of scienceqa or mmmu: a file of answers to score, in place of a model
     option: Options = None,  # something else to set, see --list; may be repeated
     everything: Annotated[bool, Option("--list")] = False,  # list the benchmarks and their options
 ):
@@ -118,10 +119,12 @@ def benchmark(
     from selfalign.benchmarks.beside import side_by_side
     from selfalign.benchmarks.catalogue import results_folder, run_task
 
+    model = model or (f"answers:{answers.name}" if answers else "")
     if not (model and data):
         example = f"selfalign benchmark {name} --model open_clip:data/micro/clip --data FOLDER"
         fail(f"say which model and which data: {example}")
     given = dict(o.partition("=")[::2] for o in option or []) | ({} if first is None else dict(first=first))
+    given |= dict(answers=str(answers)) if answers else {}
     table = run_task(name, model, data, images, out, least, train, **given)
     wide = side_by_side(table)
     show_results(wide, f"{name}, {model}")
