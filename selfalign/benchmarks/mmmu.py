@@ -65,7 +65,7 @@ def texts_of(
         return None
     return found if isinstance(found, list) and all(isinstance(t, str) for t in found) else None
 
-# %% ../../nbs/3_benchmarks/3ze_mmmu.ipynb #923fa996
+# %% ../../nbs/3_benchmarks/3ze_mmmu.ipynb #41b7e306
 def _parts(r):
     "Choices, accepted answers, images of a row, and what is wrong with it, if anything."
     choices, answer = texts_of(r["options"]), r["answer"].strip()
@@ -83,7 +83,7 @@ def _parts(r):
     wrong = "" if answer == "?" or answer and answer in LETTERS[: len(choices)] else f"{answer!r} is no choice's letter"
     return choices, [] if answer == "?" else [answer], images, wrong
 
-
+# %% ../../nbs/3_benchmarks/3ze_mmmu.ipynb #2b962dd4
 def _unreadable(r, split):
     "What is wrong with a row before its parts are looked at; nothing if all is there."
     if isinstance(r, str):
@@ -96,7 +96,7 @@ def _unreadable(r, split):
         return f"id {r['id'][:60]!r} is not of the form {split}_Subject_1"
     return "" if known[2] in DOMAIN_OF else f"unknown subject: {known[2][:40]}"
 
-# %% ../../nbs/3_benchmarks/3ze_mmmu.ipynb #3830bf5d
+# %% ../../nbs/3_benchmarks/3ze_mmmu.ipynb #e33e34ea
 def _rows_of_file(path, split, first, seen, problems):
     "Items and places of the images of one file."
     for row, r in table_rows(path, IMAGES):
@@ -114,7 +114,7 @@ def _rows_of_file(path, split, first, seen, problems):
         told = r["question"], mmmu_prompt(r["question"], choices), choices, answer, shown
         yield question_item(key, subject, subject, *told, domain=DOMAIN_OF[subject]), places
 
-
+# %% ../../nbs/3_benchmarks/3ze_mmmu.ipynb #7718b72a
 def _files(data, split, subjects):
     "The Parquet files of a split, of some subjects or of all."
     wanted = [s for s in subjects.split(",") if s]
@@ -152,7 +152,7 @@ def read_mmmu(
     judge = partial(judge_mmmu, seed=seed)
     return as_questions(items, places, {n: count(n) for n in names}, problems, judge, answers, cell_image)
 
-# %% ../../nbs/3_benchmarks/3ze_mmmu.ipynb #252202ea
+# %% ../../nbs/3_benchmarks/3ze_mmmu.ipynb #9bf618db
 OVERALL, MEAN = "overall", "mean of the subjects"
 
 
@@ -166,7 +166,7 @@ def mmmu_groups(
         parts += [(s, predictions[predictions.category == s]) for s in subjects.split()]
         yield from ((row, part) for row, part in parts if len(part))
 
-
+# %% ../../nbs/3_benchmarks/3ze_mmmu.ipynb #3349b21a
 def subject_mean(
     predictions: pd.DataFrame,  # of one mode
 ) -> dict:  # a row of the table
@@ -183,7 +183,7 @@ def subject_mean(
     chance = predictions.groupby("category").guess.mean().mean()
     return dict(row=MEAN, metric="accuracy", chance=chance, unit="fraction", better="up") | found._asdict()
 
-
+# %% ../../nbs/3_benchmarks/3ze_mmmu.ipynb #e45078dc
 def mmmu_table(
     predictions: pd.DataFrame,  # of one mode
 ) -> pd.DataFrame:  # row, metric, value, low, high, n, chance, unit, better
