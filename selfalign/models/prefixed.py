@@ -68,31 +68,55 @@ def token_ids(
 
 # %% ../../nbs/2_models/2zi_prefixed.ipynb #a5ad7797
 @patch
+def loss_after(
+    self: PrefixedModel,
+    before: torch.Tensor,  # (B, P, width) vectors that stand before the texts
+    ids: list,  # B lists of token ids
+    given: list = (),  # how many of each list's first tokens are given, and not asked for; empty: none
+) -> torch.Tensor:  # scalar
+    "Mean cross-entropy of the tokens that are asked for."
+    rows = [torch.tensor(i) for i in ids]
+    words = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100).to(before.device)
+    said = self.language.get_input_embeddings()(words.clamp(min=0))
+    logits = self.language(inputs_embeds=torch.cat([before.to(said), said], 1)).logits
+    found = logits[:, before.shape[1] - 1 : -1].float()
+    for row, n in zip(words, given):
+        row[:n] = -100
+    return F.cross_entropy(found.flatten(0, 1), words.flatten(), ignore_index=-100)
+
+# %% ../../nbs/2_models/2zi_prefixed.ipynb #85b71280
+@patch
 def loss(
     self: PrefixedModel,
     features: torch.Tensor,  # (B, …), whatever `prefix` takes
     ids: list,  # B lists of token ids
 ) -> torch.Tensor:  # scalar
     "Mean cross-entropy of all tokens."
-    where = self.language.device
-    rows = [torch.tensor(i) for i in ids]
-    words = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100).to(where)
-    said = self.language.get_input_embeddings()(words.clamp(min=0))
-    before = self.prefix(features.to(where))
-    logits = self.language(inputs_embeds=torch.cat([before.to(said), said], 1)).logits
-    found = logits[:, before.shape[1] - 1 : -1].float()
-    return F.cross_entropy(found.flatten(0, 1), words.flatten(), ignore_index=-100)
+    return self.loss_after(self.prefix(features.to(self.language.device)), ids)
 
 # %% ../../nbs/2_models/2zi_prefixed.ipynb #2c18a999
 @patch
-def _described(self: PrefixedModel, features, **how):
-    "Texts that follow the prefixes of a batch."
+def continued(
+    self: PrefixedModel,
+    before: torch.Tensor,  # (B, P, width) vectors that stand before the texts
+    **how,  # of `generate`
+) -> list:  # B texts
+    "What the language model goes on with."
     end = self.tokenizer(self.end, add_special_tokens=False).input_ids[-1:]
     stop = dict(eos_token_id=end or self.tokenizer.eos_token_id, pad_token_id=self.tokenizer.eos_token_id)
-    before = self.prefix(features.to(self.language.device))
     mask = torch.ones(before.shape[:2], dtype=torch.long, device=before.device)
     found = self.language.generate(inputs_embeds=before, attention_mask=mask, **how, **stop)
     return [t.strip() for t in self.tokenizer.batch_decode(found, skip_special_tokens=True)]
+
+# %% ../../nbs/2_models/2zi_prefixed.ipynb #dd62c3c3
+@patch
+def described(
+    self: PrefixedModel,
+    features: torch.Tensor,  # (B, …), whatever `prefix` takes
+    **how,  # of `generate`
+) -> list:  # B texts
+    "Texts that follow the prefixes of a batch."
+    return self.continued(self.prefix(features.to(self.language.device)), **how)
 
 # %% ../../nbs/2_models/2zi_prefixed.ipynb #b9d6f975
 @patch
@@ -111,4 +135,4 @@ def caption(
     self.eval()
     draw = dict(do_sample=True, top_p=top_p) if top_p else dict(do_sample=False)
     parts = torch.from_numpy(np.array(features, np.float32)).split(batch)
-    return [text for part in parts for text in self._described(part, num_beams=beams, max_new_tokens=most, **draw)]
+    return [text for part in parts for text in self.described(part, num_beams=beams, max_new_tokens=most, **draw)]
