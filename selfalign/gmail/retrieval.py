@@ -6,12 +6,11 @@
 __all__ = ['QUESTION', 'CONTROL', 'HYPOTHESES', 'claims_of', 'cost', 'texts_of', 'searched', 'recalls']
 
 # %% ../../nbs/6_gmail/63_retrieval.ipynb #82a81441
-import json
 import numpy as np
 import pandas as pd
+from ..data.pairs import captions_of
 from ..study.hypotheses import Control, Hypothesis
 from ..study.ranking import ranks_both_ways, recall_at
-from ..study.settings import StudyError, nearest
 
 # %% ../../nbs/6_gmail/63_retrieval.ipynb #3cf27012
 QUESTION = "Are real images found more often when GMAIL's copy has seen them?"
@@ -78,14 +77,9 @@ def texts_of(
     kind: str,  # a kind that the collection has; caption, all, or together
 ) -> list:  # texts
     "The captions of an image that are asked."
-    found = json.loads(record["captions"]) if record["captions"] else {}
-    every = [t for t in (found.values() if isinstance(found, dict) else found) if t.strip()] or [record["caption"]]
     if kind == "together":
-        return [". ".join(t.strip(" .") for t in every)]
-    named = dict(found if isinstance(found, dict) else {}, caption=record["caption"])
-    if kind != "all" and kind not in named:
-        raise StudyError(f"{record['key']} has no captions {kind!r}; {nearest(kind, [*named, 'all', 'together'])}")
-    return every if kind == "all" else [named[kind]]
+        return [". ".join(t.strip(" .") for t in captions_of(record, "all"))]
+    return captions_of(record, kind)
 
 # %% ../../nbs/6_gmail/63_retrieval.ipynb #b7879703
 def searched(
