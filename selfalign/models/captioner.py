@@ -104,6 +104,11 @@ def image_encoder(
             f"the captioner was trained with other weights than {encoder.reference} has now; put them back, train the "
             "captioner again, or name the encoder that shall see the images"
         )
+    if encoder.dimension != self.dimension:
+        raise ModelError(
+            f"{encoder.reference} gives {encoder.dimension} numbers, and the captioner takes {self.dimension}; "
+            "name an encoder of the kind that it was trained with"
+        )
     return encoder
 
 # %% ../../nbs/2_models/2zf_captioner.ipynb #eb517205
@@ -115,11 +120,6 @@ def describe(
     **how,  # options of `caption`
 ) -> list:  # texts
     "Captions of images."
-    if encoder.dimension != self.dimension:
-        raise ModelError(
-            f"{encoder.reference} gives {encoder.dimension} numbers, and the captioner takes {self.dimension}; "
-            "name an encoder of the kind that it was trained with"
-        )
     return self.caption(frozen_rows(encoder, squares(encoder, images, encoder.aspect)), **how)
 
 # %% ../../nbs/2_models/2zf_captioner.ipynb #d7ba761c
@@ -169,9 +169,9 @@ def train_captioner(
     encoder=None,  # the `DualEncoder` or `ImageEncoder` that sees its images; None: not said
 ) -> Captioner:
     "Train a captioner, or go on where it was stopped; it is saved in `folder/model`."
-    features = np.asarray(features, np.float32)
+    features, owners = np.asarray(features, np.float32), np.asarray(owners, np.int64)
     check_captions(features, texts, owners, config)
-    keep_recipe(folder, asdict(config) | dict(data=content_hash(features, np.asarray(owners, np.int64), list(texts))))
+    keep_recipe(folder, asdict(config) | dict(data=content_hash(features, owners, list(texts))))
     model = Captioner(config, features.shape[1], encoder=encoder and encoder_record(encoder)).to(device())
     ids = model.token_ids(texts)
 

@@ -18,12 +18,13 @@ def causal_language_model(
     reference: str,  # `transformers:folder-or-hub-id`
 ) -> tuple:  # model in float32, tokenizer
     "A language model that continues texts, and knows where they end."
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, utils
 
     ref = parse_reference(reference)
     check_folder(ref)
     if ref.library != "transformers":
         raise ModelError(f"{reference}: a captioner speaks through transformers; write transformers:folder-or-hub-id")
+    utils.logging.disable_progress_bar()
     where = ref.path or ref.name
     tokenizer = AutoTokenizer.from_pretrained(where)
     if tokenizer.eos_token_id is None:

@@ -14,6 +14,7 @@ from typing import Annotated
 from typer import Argument, Exit, Option, Typer
 from ..study.settings import find_root
 from .benchmark_command import benchmark
+from .caption_command import caption
 from .data_commands import data_app
 from .terminal import Command, between, fail, show_table, shown
 
@@ -201,6 +202,7 @@ def doctor(
 
 # %% ../../nbs/9_tools/90_cli.ipynb #980ff5eb
 app.command(cls=Command)(benchmark)
+app.command(cls=Command)(caption)
 app.add_typer(data_app, name="data")
 
 # %% ../../nbs/9_tools/90_cli.ipynb #d0cc5629
