@@ -105,6 +105,7 @@ class Learner:
     sees: tuple = ()  # arms whose features it learns from, and `real`
     blind: bool = False  # it sees the mean of those features only
     copies: bool = False  # it writes nothing: the caption of the nearest training image
+    ifcap: bool = False  # IFCap in place of ClipCap: it looks up captions, too
     by_copy: bool = True  # it is asked once more with the copy in place of the frozen encoder
 
 
@@ -120,6 +121,10 @@ LEARNERS = (
     _learner("gmail", "and seen by the paper's copy?"),
     _learner("mixed-unaligned", "real and generated images, as they are", "real", "none", by_copy=False),
     _learner("mixed", "real and generated images, each by its own encoder", "real", "gmail"),
+    _learner("ifcap-real", "IFCap, which looks up captions beside: what do real images teach it?", "real", ifcap=True),
+    _learner("ifcap-none", "generated ones as they are", "none", ifcap=True),
+    _learner("ifcap-gmail", "and seen by the paper's copy", "gmail", ifcap=True),
+    _learner("ifcap-mean-feature", "IFCap without an image", "real", blind=True, ifcap=True, by_copy=False),
     _learner("mean-feature", "what can be said without an image?", "real", blind=True, by_copy=False),
     _learner("nearest-caption", "must it be written?", "real", copies=True, by_copy=False),
 )
