@@ -5,14 +5,18 @@
 # %% auto #0
 __all__ = ['QUESTION', 'CONTROL', 'HYPOTHESES', 'claims_of', 'cost', 'texts_of', 'searched', 'recalls']
 
+<<<<<<< HEAD
 # %% ../../nbs/6_gmail/63_retrieval.ipynb #82a81441
+=======
+# %% ../../nbs/6_gmail/63_retrieval.ipynb #fead5191
+>>>>>>> fc2ef83 (Retrieval: rows in reading order, captions by the collection's own function)
 import numpy as np
 import pandas as pd
 from ..data.pairs import captions_of
 from ..study.hypotheses import Control, Hypothesis
 from ..study.ranking import ranks_both_ways, recall_at
 
-# %% ../../nbs/6_gmail/63_retrieval.ipynb #3cf27012
+# %% ../../nbs/6_gmail/63_retrieval.ipynb #aa8597ec
 QUESTION = "Are real images found more often when GMAIL's copy has seen them?"
 CONTROL = Control("clip, dense captions", "clip", before="clip", metrics=("t2i-r1",))
 _CLAIMS = (  # name, arm, against, captions, the claim, the paper
@@ -36,7 +40,7 @@ _CLAIMS = (  # name, arm, against, captions, the claim, the paper
     ("short-captions-kept", "long-clip", "clip", "short", "Nothing is lost where captions are short.", ""),
 )
 
-# %% ../../nbs/6_gmail/63_retrieval.ipynb #2d306ac1
+# %% ../../nbs/6_gmail/63_retrieval.ipynb #07642c42
 def _hypothesis(name, arm, against, captions, claim, paper):
     "A row of the table."
     kind = dict(variant=captions, harmless=name == "short-captions-kept", claim=claim, paper_says=paper)
@@ -55,7 +59,7 @@ def claims_of(
     kind = dict(short=short, long=long)
     return [h._replace(variant=kind[h.variant]) for h in HYPOTHESES if {h.arm, h.against} <= set(rows)]
 
-# %% ../../nbs/6_gmail/63_retrieval.ipynb #159314d5
+# %% ../../nbs/6_gmail/63_retrieval.ipynb #f41489ea
 def cost(
     values: dict,  # the stage's parameters
     see,  # function: a stage's name → the parameters of that stage
@@ -71,17 +75,21 @@ def cost(
         Work(f"{said:,} captions learned", said, Pace(1, 1, 0.002, "captions")),
     ]
 
-# %% ../../nbs/6_gmail/63_retrieval.ipynb #a5965388
+# %% ../../nbs/6_gmail/63_retrieval.ipynb #46b2f12b
 def texts_of(
     record: dict,  # of a collection
-    kind: str,  # a kind that the collection has; caption, all, or together
+    kind: str,  # as in `captions_of`, or together
 ) -> list:  # texts
     "The captions of an image that are asked."
     if kind == "together":
+<<<<<<< HEAD
         return [". ".join(t.strip(" .") for t in captions_of(record, "all"))]
+=======
+        return [". ".join(text.strip(" .") for text in captions_of(record, "all"))]
+>>>>>>> fc2ef83 (Retrieval: rows in reading order, captions by the collection's own function)
     return captions_of(record, kind)
 
-# %% ../../nbs/6_gmail/63_retrieval.ipynb #b7879703
+# %% ../../nbs/6_gmail/63_retrieval.ipynb #329aafb1
 def searched(
     images,  # (n, d), one vector an image
     texts,  # (m, d), one vector a caption
@@ -98,9 +106,11 @@ def searched(
 def _queries(way, rank, asked, answers):
     "One direction."
     own = pd.Series(answers).value_counts()[asked].to_numpy()
-    return pd.DataFrame(dict(way=way, item=np.arange(len(asked)), rank=rank, pool=len(answers), own=own, cluster=asked))
+    return pd.DataFrame(
+        dict(way=way, item=np.arange(len(asked)), rank=rank, pool=len(answers), own=own, cluster=asked)
+    )
 
-# %% ../../nbs/6_gmail/63_retrieval.ipynb #d4403cc9
+# %% ../../nbs/6_gmail/63_retrieval.ipynb #ac70bc02
 def recalls(
     queries: pd.DataFrame,  # from `searched`
     ks=(1, 5, 10),  # answers looked at
