@@ -106,9 +106,7 @@ def searched(
 def _queries(way, rank, asked, answers):
     "One direction."
     own = pd.Series(answers).value_counts()[asked].to_numpy()
-    return pd.DataFrame(
-        dict(way=way, item=np.arange(len(asked)), rank=rank, pool=len(answers), own=own, cluster=asked)
-    )
+    return pd.DataFrame(dict(way=way, item=np.arange(len(asked)), rank=rank, pool=len(answers), own=own, cluster=asked))
 
 # %% ../../nbs/6_gmail/63_retrieval.ipynb #ac70bc02
 def recalls(
