@@ -97,9 +97,12 @@ class MicroworldPairs:
         size: int = 64,  # side of the images
         count: int = 20_000,  # scenes in this collection
         kind: str = "",  # of all captions: short, blip, alt or dense; empty: each of its own
+        start: int = 0,  # number of the first scene
     ):
+        if start < 0:
+            raise ValueError(f"start is the number of a scene, 0 or more, got {start}")
         self.name, self.world, self.problems = f"microworld:{pool}", Microworld(pool, noise, size, kind), Problems()
-        self.keys = [f"{pool}-{i:07d}" for i in range(count)]
+        self.keys, self.start = [f"{pool}-{start + i:07d}" for i in range(count)], start
 
     def __len__(self):
         return len(self.keys)
@@ -107,7 +110,7 @@ class MicroworldPairs:
     def __getitem__(self, i):
         if not 0 <= i < len(self):
             raise IndexError(i)
-        r = self.world[i]
+        r = self.world[self.start + i]
         known = {k: r[k] for k in ("caption", "caption_source", "scene", "truth", "claims", "noise", "aligned")}
         known["captions"] = json.dumps(r["captions"])
         return make_record(r["key"], r["image"] or r["data"], r["key"], self.name, **known)
