@@ -24,7 +24,9 @@ def cost(
 
 # %% ../../nbs/6_gmail/61_modality.ipynb #cc662ef0
 QUESTION = "Does a copy of the encoder bring generated images to real ones better than what needs no training?"
-CONTROL = Control("planted-linear", "planted", before="planted", metrics=("partner-r1",))
+CONTROL = Control(
+    *("planted-linear", "planted", "planted"), ("partner-r1",), "a fitted matrix undoes a shift that was planted"
+)
 PAPER = "cosine of pairs 0.52 before and 0.89 after"
 _CLAIMS = (  # name, arm, against, the claim
     ("alignment-helps", "gmail", "none", "The copy brings generated images nearer to their real ones."),

@@ -148,6 +148,7 @@ class Control(NamedTuple):
     spoiled: str  # arm that should be worse than it
     before: str = "zero-shot"  # the model before
     metrics: tuple = ("object", "retrieval-r1")  # one of them must react
+    says: str = "training on true captions helps"  # what is known, for the report
 
 # %% ../../nbs/0_study/07_hypotheses.ipynb #6ab1a75f
 def reacts(

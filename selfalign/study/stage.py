@@ -359,13 +359,15 @@ def claims(
     reacts: bool | None,  # does the positive control react? None: it was not trained
     smallest: float,  # effect of interest, as a fraction
     table: str = "verdicts",  # of results.csv: its rows are named as the claims are
-    control: str = "positive-control",  # of results.csv: what training gains that is known to help
+    control: str = "positive-control",  # of results.csv: what is gained by something known to help
+    known: dict = {},  # of the positive control: says, in words, and metrics, one of which must react
 ):
     "Say what was asked and claimed, for the report"
     kept = ("claim", "paper_says", "harmless", "metric")
     told = [dict(row=h.name) | {k: getattr(h, k) for k in kept} for h in hypotheses]
     tables = dict(table=table + self.variant, control=control + self.variant)
     said = dict(chapter=self.chapter, **tables, question=question, reacts=reacts, smallest=smallest, claims=told)
+    said |= dict(known=known)
     write_json(self.folder / "claims.json", said)
 
 # %% ../../nbs/0_study/01_stage.ipynb #af7f80e6

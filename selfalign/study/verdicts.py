@@ -55,5 +55,6 @@ def give_verdicts(
     _list_missing(stage, hypotheses, verdicts, reacted, arms)
     _record(stage, hypotheses, verdicts, f"verdicts{suffix}")
     names = dict(table=f"verdicts{suffix}", control=f"positive-control{suffix}")
-    stage.claims(question, hypotheses, reacted, smallest, **names)
+    known = dict(says=control.says, metrics=list(control.metrics))
+    stage.claims(question, hypotheses, reacted, smallest, **names, known=known)
     return verdicts
