@@ -91,7 +91,9 @@ def image_encoder(
     "The encoder that sees its images."
     known = self.encoder or {}
     if not (known or other):
-        raise ModelError("the captioner does not say which encoder its features come from; name the encoder")
+        raise ModelError(
+            "the captioner does not say which encoder its features come from; name it: library:folder-or-hub-id"
+        )
     tuned = read_json(at_root(other) / "adapter_config.json") if other else None
     if tuned:
         encoder = mixed_encoder(tuned["base_model_name_or_path"], at_root(other), 1.0)
