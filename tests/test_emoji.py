@@ -1,6 +1,6 @@
 "Two vendors' emoji: archives met with care, pairs in the same order, and convolutions that learn from them."
 
-import io, json, os, subprocess, sys, tarfile
+import io, json, subprocess, tarfile
 from dataclasses import replace
 import pytest
 from PIL import Image
@@ -145,3 +145,14 @@ def test_lora_beside_convolutions_of_one_pixel(tmp_path):
     before, after = load().model.state_dict(), done.encoder.model.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(name.endswith(("conv_pw.weight", "conv_pwl.weight")) for name in changed)
+
+
+def test_the_preset_says_what_it_needs(tmp_path):
+    "What is missing is named with the command that fetches it, and no drawing is shown."
+    from selfalign.study.settings import resolve
+    from selfalign.tools.checks import how_to_make, in_place, wanted
+
+    settings = resolve("gmail-emoji")
+    lacking = [w for w in wanted(settings, tmp_path) if w.path and in_place(w)]
+    assert {how_to_make(w) for w in lacking} == {"selfalign data emoji", "selfalign offline-models efficientnet-lite0"}
+    assert settings.scale == "real" and settings.values["modality-emoji"]["shown"] == 0

@@ -36,6 +36,7 @@ ALIGNMENT_ARMS = (
     Arm("whitening", "or of the spread?", map="whitening"),
     Arm("procrustes", "or a rotation?", map="procrustes"),
     Arm("linear", "what can a matrix do?", map="linear"),
+    Arm("linear-shuffled", "and one that was fitted to exchanged pairs?", map="linear", shuffled=True),
     Arm("gmail", "the paper's copy: LoRA of rank 4, one direction", tower=True),
     Arm("gmail-both", "do real images look for generated ones, too?", tower=True, training=dict(both=True)),
     Arm("gmail-masked", "without false negatives?", tower=True, training=dict(mask=True)),
