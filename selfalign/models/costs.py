@@ -9,6 +9,7 @@ __all__ = ['GENERATING', 'PNG', 'LEARNING', 'EMBEDDING', 'ENCODING', 'VECTOR', '
 # %% ../../nbs/2_models/2q_costs.ipynb #9a566fd7
 import functools
 import torch
+from . import generator_operations as painting
 from . import operations as ops
 from .encoder_operations import image_encoded, text_encoded
 from .heads import Head, head_parameters
@@ -31,13 +32,13 @@ def generating(
     pace: Pace = GENERATING,  # how fast
 ) -> Work:
     "So many images of one setting."
-    side = ops.image_side(model, size)
+    side = painting.image_side(model, size)
     return Work(
         f"{n:,} images of {side}×{side} in {steps} steps",
         n,
         pace,
-        operations=n * ops.image_generated(model, steps, guidance, size, strength),
-        memory=ops.generating_memory(model, batch, guidance, size, precision),
+        operations=n * painting.image_generated(model, steps, guidance, size, strength),
+        memory=painting.generating_memory(model, batch, guidance, size, precision),
         disk=PNG * n * side**2,
     )
 
@@ -52,14 +53,15 @@ def learning(
     batch: int,  # pairs a step
     validated: int = 0,  # pairs embedded for validation, in all, a training
     precision: str = "no",  # no (float32) or bf16
-    **lora,  # options of `add_lora`: rank, towers, targets
+    tokens: int = ops.TOKENS,  # of a caption; 0: none is read, its vector is known
+    **lora,  # adapter (lora, all-weights) and its options: rank, towers, targets
 ) -> Work:
-    "So many trainings with LoRA."
+    "So many trainings with an adapter."
     lora, batch = {k: tuple(v) if isinstance(v, list) else v for k, v in lora.items()}, max(1, batch)
-    learned = steps * batch * ops.pair_learned(model, batch=min(batch, 16), **lora)
+    learned = steps * batch * ops.pair_learned(model, tokens, min(batch, 16), **lora)
     learned += validated * (ops.image_embedded(model) + ops.text_embedded(model))
     what = f"{n:,} trainings of {steps:,} steps with {batch:,} pairs"
-    memory = ops.learning_memory(model, batch, precision=precision, **lora)
+    memory = ops.learning_memory(model, batch, tokens, precision, **lora)
     return Work(what, n, LEARNING, operations=n * learned, memory=memory)
 
 # %% ../../nbs/2_models/2q_costs.ipynb #a3fb3bca

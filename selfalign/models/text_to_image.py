@@ -139,7 +139,8 @@ def begin_with(
     size: int = 0,  # side in pixels; 0: the model's own
 ):  # PIL image
     "An image as the generator begins with it: a square of its size."
-    return fit_square(image, size or pipe.unet.config.sample_size * pipe.vae_scale_factor, "crop")
+    cells = getattr(pipe, "default_sample_size", None) or pipe.unet.config.sample_size
+    return fit_square(image, size or cells * pipe.vae_scale_factor, "crop")
 
 # %% ../../nbs/2_models/2h_text_to_image.ipynb #7bd1d843
 def split_adapter(
@@ -201,9 +202,11 @@ def image_prompts(
 
 # %% ../../nbs/2_models/2h_text_to_image.ipynb #fa1e20bc
 def too_long(
-    pipe,  # pipeline with a tokenizer
+    pipe,  # pipeline with a tokenizer, or two
     prompts: list,  # texts
 ) -> list:  # one truth value a prompt
     "Which prompts the generator cannot read to their end."
-    room = pipe.tokenizer.model_max_length
-    return [len(ids) > room for ids in pipe.tokenizer(list(prompts), truncation=True, max_length=room + 1).input_ids]
+    found = [getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2")]
+    tokenizer = max(filter(None, found), key=lambda t: t.model_max_length)
+    room = tokenizer.model_max_length
+    return [len(ids) > room for ids in tokenizer(list(prompts), truncation=True, max_length=room + 1).input_ids]
