@@ -1649,6 +1649,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'selfalign.models.costs.generating': ( '2_models/costs.html#generating',
                                                                                'selfalign/models/costs.py'),
                                         'selfalign.models.costs.learning': ('2_models/costs.html#learning', 'selfalign/models/costs.py'),
+                                        'selfalign.models.costs.together': ('2_models/costs.html#together', 'selfalign/models/costs.py'),
                                         'selfalign.models.costs.validations': ( '2_models/costs.html#validations',
                                                                                 'selfalign/models/costs.py')},
             'selfalign.models.dials': { 'selfalign.models.dials.ImageMeasures': ( '2_models/dials.html#imagemeasures',

@@ -41,12 +41,19 @@ def cost(
     values: dict,  # the stage's parameters
     see,  # function: a stage's name → the parameters of that stage
 ) -> list:  # of `Work`
-    "Captions learned, and captions written."
-    from selfalign.study.costs import Pace, Work
+    "Captions learned, images that are asked about seen by the frozen encoder and the copies, and captions written."
+    from selfalign.gmail.arms import LEARNERS
+    from selfalign.models.caption_costs import describing, writing
+    from selfalign.models.costs import embedding
 
-    n = len(values["arms"]) * values["seeds"]
-    learned, written = n * values["steps"] * values["batch"], n * values["asked"]
+    trained = [learner for learner in (LEARNERS[name] for name in values["arms"]) if not learner.copies]
+    asked, seeds = values["asked"], values["seeds"]
+    rows = seeds * sum(2 if learner.by_copy and not learner.blind else 1 for learner in trained)
+    shape = {name: values[name] for name in ("language", "mapper", "prefix")}
+    how = {name: values[name] for name in ("steps", "batch", "tuned")}
+    seen = embedding(see("modality")["encoder"], 1, (1 + seeds) * asked, 0)
     return [
-        Work(f"{n} captioners, {learned:,} captions", learned, Pace(8, 1, 0.001, "captions")),
-        Work(f"{written:,} captions written", written, Pace(1, 1, 0.01 * values["beams"], "captions")),
+        describing(n=seeds * len(trained), **shape, **how),
+        seen._replace(what=f"{asked:,} images seen by {1 + seeds} encoders"),
+        writing(n=rows * asked, beams=values["beams"], **shape),
     ]

@@ -14,13 +14,26 @@ def cost(
     values: dict,  # the stage's parameters
     see,  # function: a stage's name → the parameters of that stage
 ) -> list:  # of `Work`
-    "Images through the copy, forward and back."
+    "Images of every kind seen by the frozen encoder, copies trained, and images seen by the copies."
     from selfalign.gmail.arms import ARMS
-    from selfalign.study.costs import Pace, Work
+    from selfalign.models.costs import embedding, learning, together
 
-    copies = sum(ARMS[name].tower and not ARMS[name].taught_by for name in values["arms"]) * values["seeds"]
-    n = copies * values["steps"] * values["batch"]
-    return [Work(f"{copies} copies trained on {n:,} images", n, Pace(8, 1, 0.002, "images"))]
+    sample, encoder, seeds = see("sample"), values["encoder"], values["seeds"]
+    arms, made = [ARMS[name] for name in values["arms"]], sample["size"] * sample["subsets"]
+    pairs = min(made, values["first"] or made)
+    kinds = {"generated", "real", "planted"} | {arm.source for arm in arms}
+    passes = len(kinds) + seeds * sum(arm.tower for arm in arms)
+    seen = embedding(encoder, 1, passes * pairs, pairs)
+    copies = [ARMS[name].training for name in {arm.taught_by or arm.name for arm in arms if arm.tower}]
+    ranks = [
+        dict(rank=c.get("rank", values["rank"])) if "adapter" not in c else dict(adapter=c["adapter"]) for c in copies
+    ]
+    same = dict(n=seeds, steps=values["steps"], batch=values["batch"], tokens=0, towers=("image",))
+    found = [seen._replace(what=f"{pairs:,} pairs, {passes * pairs:,} images of {len(kinds)} kinds seen")]
+    if copies:
+        what = f"{seeds * len(copies)} copies trained for {values['steps']:,} steps with {values['batch']} images"
+        found.append(together(what, [learning(encoder, **same, **rank) for rank in ranks]))
+    return found
 
 # %% ../../nbs/6_gmail/61_modality.ipynb #cc662ef0
 QUESTION = "Does a copy of the encoder bring generated images to real ones better than what needs no training?"

@@ -78,8 +78,8 @@ def captioner_memory(
     return 4 * (weights + one + (batch - 1) * (two - one))
 
 # %% ../../nbs/2_models/2qa_caption_costs.ipynb #869b8b0a
-DESCRIBING = Pace(9, 0.6, 0.5, "captioners")
-WRITING = Pace(9, 0.1, 0.003, "captions")
+DESCRIBING = Pace(9, 0.75, 0.5, "captioners")
+WRITING = Pace(9, 0.25, 0.001, "captions")
 
 
 def describing(

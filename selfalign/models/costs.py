@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GENERATING', 'PNG', 'LEARNING', 'EMBEDDING', 'ENCODING', 'VECTOR', 'ENCODED_AT_A_TIME', 'ALIGNING', 'generating',
-           'learning', 'validations', 'embedding', 'encoding', 'aligning']
+           'learning', 'together', 'validations', 'embedding', 'encoding', 'aligning']
 
 # %% ../../nbs/2_models/2q_costs.ipynb #9a566fd7
 import functools
@@ -63,6 +63,15 @@ def learning(
     what = f"{n:,} trainings of {steps:,} steps with {batch:,} pairs"
     memory = ops.learning_memory(model, batch, tokens, precision, **lora)
     return Work(what, n, LEARNING, operations=n * learned, memory=memory)
+
+# %% ../../nbs/2_models/2q_costs.ipynb #50fec06d
+def together(
+    what: str,  # in words
+    parts: list,  # of `Work` of one pace, one at least
+) -> Work:
+    "Several parts as one."
+    units, done, disk = (sum(getattr(p, name) for p in parts) for name in ("units", "operations", "disk"))
+    return Work(what, units, parts[0].pace, done, max(p.memory for p in parts), disk)
 
 # %% ../../nbs/2_models/2q_costs.ipynb #a3fb3bca
 def validations(

@@ -64,7 +64,7 @@ def load_generator(
     diffusers.utils.logging.disable_progress_bar()
     kind = getattr(torch, precision)
     plain = dict(use_safetensors=True, safety_checker=None, requires_safety_checker=False)
-    pipe = diffusers.DiffusionPipeline.from_pretrained(ref.path or ref.name, torch_dtype=kind, **plain)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(ref.path or ref.name, dtype=kind, **plain)
     pipe.set_progress_bar_config(disable=True)
     pipe.tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return pipe.to(device(), kind)
