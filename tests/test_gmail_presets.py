@@ -136,3 +136,72 @@ def test_costs_follow_the_settings():
 def test_refused(override):
     with pytest.raises(SettingsError):
         resolve("gmail-flux", [override])
+
+
+# --- FLUX, as the stage generate calls it ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory):
+    "A pipeline with a transformer, of a few thousand random numbers, loaded as any other."
+    from selfalign.models import architectures
+    from selfalign.models.full_size import random_weights
+    from selfalign.models.load import load_generator
+
+    small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    ways = {f"{way}_block_types": architectures.AUTOENCODER[1][f"{way}_block_types"][:2] for way in ("down", "up")}
+    packed = dict(in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2)
+    packed |= dict(joint_attention_dim=32, pooled_projection_dim=32, axes_dims_rope=(4, 6, 6), guidance_embeds=False)
+    t5 = dict(vocab_size=600, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, feed_forward_proj="gated-gelu")
+    cells = dict(block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1, latent_channels=4, shift_factor=0.1)
+    parts = dict(
+        transformer=("FluxTransformer2DModel", packed),
+        vae=("AutoencoderKL", cells | ways),
+        text_encoder=("CLIPTextModel", architectures.CLIP_TEXT | small),
+        text_encoder_2=("T5EncoderModel", t5),
+        scheduler=("FlowMatchEulerDiscreteScheduler", dict(shift=1.0)),
+    )
+    folder = tmp_path_factory.mktemp("flux") / "small"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(architectures.PIPELINES, "flux-small", ("FluxPipeline", parts))
+        random_weights("diffusers:flux-small", folder)
+    return load_generator(f"diffusers:{folder}", "bfloat16")
+
+
+def test_flux_generates_as_the_stage_asks(flux):
+    "Steps, guidance, sides and a seed for each image; the same images in any batch."
+    from selfalign.models.text_to_image import ImageGenerator, set_scheduler
+
+    values = resolve("gmail-flux").values["generate-second"]
+    pipe = set_scheduler(flux, values["scheduler"])
+    options = dict(num_inference_steps=values["steps"], guidance_scale=float(values["guidance"]), height=32, width=32)
+    made = list(ImageGenerator(pipe, 3, **options)(["a cat", "a dog", "a bird"], [0, 1, 2]))
+    assert [image.size for image in made] == [(32, 32)] * 3 and made[0] != made[1]
+    kinds = {str(part.dtype) for part in (pipe.transformer, pipe.text_encoder_2, pipe.vae)}
+    assert kinds == {f"torch.{values['precision']}"}
+
+
+def test_flux_reads_longer_captions_than_clip(flux):
+    from selfalign.models.text_to_image import too_long
+
+    assert too_long(flux, ["cat " * 20, "cat " * 100, "cat " * 2000]) == [False, False, True]
+
+
+def test_flux_begins_with_an_image_of_its_size(flux):
+    from PIL import Image
+    from selfalign.models.text_to_image import begin_with, image_to_image
+
+    again, image = image_to_image(flux), Image.new("RGB", (40, 30), "red")
+    assert begin_with(again, image).size == (256, 256), "128 cells of two pixels"
+    made = again(
+        ["a cat"], image=[begin_with(again, image, 32)], num_inference_steps=2, strength=0.5, height=32, width=32
+    )
+    assert made.images[0].size == (32, 32)
+
+
+def test_flux_keeps_its_scheduler(flux):
+    from selfalign.models.text_to_image import set_scheduler
+    from selfalign.study.settings import StudyError
+
+    with pytest.raises(StudyError, match="FluxPipeline.*take default"):
+        set_scheduler(flux, "ddim")

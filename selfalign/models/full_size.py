@@ -10,7 +10,6 @@ import json, logging, os, shutil
 from contextlib import contextmanager
 from pathlib import Path
 import torch
-from torch import nn
 from .architectures import DUAL_ENCODERS, ENCODERS, PIPELINES
 from .references import ModelError, Reference, parse_reference
 from ..study.files import publish

@@ -28,6 +28,10 @@ def set_scheduler(
         return pipe
     if name not in schedulers:
         raise StudyError(f"unknown scheduler {name!r}; {nearest(name, ['default', *schedulers])}")
+    if "FlowMatch" in type(pipe.scheduler).__name__:
+        raise StudyError(
+            f"{type(pipe).__name__} takes straight steps from noise to image; scheduler={name} curves, take default"
+        )
     pipe.scheduler = getattr(diffusers, schedulers[name]).from_config(pipe.scheduler.config)
     return pipe
 
