@@ -122,6 +122,8 @@ LEARNERS = (
     _learner("gmail", "and seen by the paper's copy?"),
     _learner("mixed-unaligned", "real and generated images, as they are", "real", "none", by_copy=False),
     _learner("mixed", "real and generated images, each by its own encoder", "real", "gmail"),
+    _learner("second", "what do images of the second generator teach?", by_copy=False),
+    _learner("second-gmail", "and seen by a copy that learned from them?", by_copy=False),
     _learner("ifcap-real", "IFCap, which looks up captions beside: what do real images teach it?", "real", ifcap=True),
     _learner("ifcap-none", "generated ones as they are", "none", ifcap=True),
     _learner("ifcap-gmail", "and seen by the paper's copy", "gmail", ifcap=True),
