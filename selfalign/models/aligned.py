@@ -15,6 +15,7 @@ from ..data.images import pixel_hash
 from .dual_encoder import DualEncoder, unit
 from .heads import load_head, save_head
 from .image_encoders import load_image_encoder, pooled
+from .known_encoder import check_weights
 from .references import ModelError, Reference, opening, parse_reference
 from .text_encoders import load_text_encoder
 from ..study.files import read_json, write_json
@@ -168,11 +169,8 @@ def _encoder(ref, folder, side, known, load):
         parse_reference(known["reference"].partition(":")[0] + f":{inside}") if inside.is_dir() else known["reference"]
     )
     encoder = load(source, known["pooling"], known["trained"])
-    if encoder.hash != known["hash"]:
-        raise ModelError(
-            f"{ref} was aligned with other weights than {encoder.reference} has now; "
-            "put the encoder back that it was trained with, or align again"
-        )
+    remedy = "put the encoder back that it was trained with, or align again"
+    check_weights(encoder, known, f"{ref} was aligned", remedy)
     return encoder
 
 # %% ../../nbs/2_models/2zb_aligned.ipynb #bf96da23

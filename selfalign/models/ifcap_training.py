@@ -10,10 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 import numpy as np
 import torch
-from .captioner import check_captions, encoder_record, learn_captions
+from .captioner_training import check_captions, learn_captions
 from .features import content_hash
 from .finetune import keep_recipe
 from .ifcap import IFCap, IFCapConfig
+from .known_encoder import encoder_record
 from .references import ModelError, device
 from .retrieved_captions import CaptionStore, noisy, nouns_of, some_of
 from .train import step_generator
