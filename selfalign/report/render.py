@@ -9,7 +9,9 @@ __all__ = ['COLUMNS', 'BORDER', 'MARK', 'page_text', 'thresholds_of', 'gallery_p
 # %% ../../nbs/8_report/80_render.ipynb #47d48b70
 import base64, hashlib, shutil
 from pathlib import Path
-from .answer import figure_data, openings, spelled, without_verdicts
+from .answer import openings, without_verdicts
+from .claim_figure import figure_data
+from .claim_rows import spelled
 from .drawings import TURNS, all_figures, copy_files, link_pages, seen
 from .gallery import Gallery, gallery, sprite
 from .offline import page_file, plain, templates
