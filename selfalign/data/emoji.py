@@ -27,7 +27,7 @@ class Archive:
     @property
     def file(self):
         "As npm names it."
-        return f"{self.package.replace('@', '-')}.tgz"
+        return self.package.lstrip("@").translate(str.maketrans("@/", "--")) + ".tgz"
 
 # %% ../../nbs/1_data/1m_emoji.ipynb #2d419b89
 VENDORS = dict(

@@ -14,7 +14,7 @@ from .image_encoders import pooled
 from .image_towers import TOWERS, Seen, stretch
 from .operations import TOKENS, watched
 from .preparation import processor_preparation
-from .references import ModelError, parse_reference
+from .references import ModelError, joint_parts, parse_reference
 from ..study.settings import nearest
 
 # %% ../../nbs/2_models/2ga_encoder_operations.ipynb #d79d6140
@@ -81,11 +81,15 @@ LONG_TOKENS = 100  # of a caption that describes all that an image shows
 
 @functools.cache
 def text_encoded(
-    reference: str,  # a text encoder, `transformers:folder-or-hub-id`
+    reference: str,  # a text encoder, `transformers:folder-or-hub-id` or `joint:folder`
     tokens: int = TOKENS,  # of the text, begin and end among them
     pooling: str = "",  # parts joined by +; empty: the encoder's own
 ) -> Encoded:
     "What it takes to encode one text."
+    if (ref := parse_reference(reference)).library == "joint":
+        parts = [text_encoded(str(part), tokens, pooling) for part in joint_parts(ref)]
+        *sums, largest = zip(*parts)
+        return Encoded(*map(sum, sums), max(largest))
     model = skeleton(reference)["model"].eval().requires_grad_(False)
     if hasattr(model, "get_text_features"):
         raise ModelError(f"{reference} is a pair of encoders; name a text encoder, e.g. transformers:data/micro/text")

