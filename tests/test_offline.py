@@ -204,7 +204,7 @@ def test_the_preset_says_what_it_needs(tmp_path):
 
     settings = resolve("sail-flickr8k")
     made = {how_to_make(w) for w in wanted(settings, tmp_path) if w.path}
-    names = "efficientnet-lite0", "efficientnet-and-mobilenet", "all-minilm-l6-v2"
+    names = "efficientnet-lite0", "efficientnet-and-mobilenet", "all-minilm-l6-v2", "minilm-and-gte"
     assert {f"selfalign offline-models {name}" for name in names} <= made
     assert any("data link" in remedy for remedy in made)
     assert settings.values["embed"]["examples"] == 0, "the photographs may not be passed on"

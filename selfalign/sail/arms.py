@@ -99,6 +99,7 @@ PHOTO_ARMS = (
     _photo("sigmoid", "the paper's loss", loss="sigmoid"),
     _photo("one-positive", "one caption a step", captions=("all",)),
     _photo("one-encoder", "without the second image encoder", images="photo"),
+    _photo("one-reader", "without the second text encoder", texts="one-reader-words"),
     _photo("sentence-alone", "without the words before they are read together", texts="sentence"),
     _photo("quarter", "would more photographs help?", share=1 / 4),
     _photo("untrained", "random features of images", images="photo-untrained"),

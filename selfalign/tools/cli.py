@@ -248,17 +248,27 @@ def offline_models(
     models: Annotated[list[str], Argument()] = None,  # efficientnet-lite0, all-minilm-l6-v2, ...; none: all
     out: Path = None,  # folder for the models; default data/offline
 ):
-    "Make model folders of the weights that installed packages carry; no hub is asked."
-    from selfalign.models.offline import JOINT, PACKAGED, make_offline, offline_folder, offline_state
+    "Make model folders of the weights that packages carry, those of npm fetched by it; no hub is asked."
+    from selfalign.models.offline import JOINT, PACKAGED, offline_folder, offline_state
 
     states = {name: offline_state(name, out) for name in models or [*PACKAGED, *JOINT]}
     for name, (state, remedy) in states.items():
         if state == "can be made":
-            make_offline(name, out)
-        said = remedy or shown(offline_folder(name, out))
-        print(f"{name}: {'made' if state == 'can be made' else state}; {said}")
+            states[name] = state, remedy = _made(name, out)
+        print(f"{name}: {state}; {remedy or shown(offline_folder(name, out))}")
     if any(state == "missing" for state, _ in states.values()):
         raise Exit(1)
+
+
+def _made(name, out):
+    "Make a folder: what it is now, and what to do where it could not be made."
+    from selfalign.models.offline import make_offline
+
+    try:
+        make_offline(name, out)
+    except StudyError as e:
+        return "missing", str(e)
+    return "made", ""
 
 # %% ../../nbs/9_tools/90_cli.ipynb #8b1f40ba
 @app.command(cls=Command)
