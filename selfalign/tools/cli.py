@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 from typer import Argument, Exit, Option, Typer
-from ..study.settings import find_root
+from ..study.settings import StudyError, find_root
 from .benchmark_command import benchmark
 from .caption_command import caption
 from .data_commands import data_app
