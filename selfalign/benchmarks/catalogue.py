@@ -14,6 +14,7 @@ from typing import Callable
 import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
+from .answerers import load_answerer
 from .audits import WITH_IMAGE, ask_two_choice, shuffled, stack_modes
 from .beside import check_leaks, measure
 from .checklist_averages import checklist_rows
@@ -44,7 +45,7 @@ from .segmentation_data import read_segmentation
 from .sugarcrepe import read_sugarcrepe, sugarcrepe_groups, sugarcrepe_table
 from .vl_checklist import checklist_groups, read_checklist
 from .micro_winoground import open_winoground
-from .vqa import MODES as VQA_AUDITS, ask_vqa, load_answerer
+from .vqa import MODES as VQA_AUDITS, ask_vqa
 from .winoground import stored, whole_examples, winoground_groups, winoground_table
 from ..data.images import file_name
 from ..data.sources import readers
