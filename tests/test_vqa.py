@@ -12,7 +12,8 @@ from selfalign.benchmarks.catalogue import TASKS, run_task
 from selfalign.benchmarks.items import BenchmarkError
 from selfalign.benchmarks.mmmu import IMAGES, read_mmmu, texts_of
 from selfalign.benchmarks.mmmu_rules import drawn, open_is_right, read_choice, read_open
-from selfalign.benchmarks.scienceqa import read_letter, read_scienceqa, scienceqa_prompt
+from selfalign.benchmarks.scienceqa import read_scienceqa
+from selfalign.benchmarks.scienceqa_rules import read_letter, scienceqa_prompt
 from selfalign.benchmarks.vqa import MODES, ask_vqa
 from selfalign.study.settings import StudyError
 

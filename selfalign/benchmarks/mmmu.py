@@ -15,7 +15,7 @@ import pandas as pd
 from .items import BenchmarkError
 from .mmmu_rules import judge_mmmu
 from .questions import LETTERS, VqaQuestions, as_questions, cell_image, question_item, table_rows
-from .scienceqa import BY_LETTER
+from .scienceqa_rules import BY_LETTER
 from .vqa import vqa_table
 from ..data.readers import Problems
 from ..study.settings import nearest
