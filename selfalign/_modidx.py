@@ -2087,6 +2087,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'selfalign.models.heads.matched_hidden': ( '2_models/heads.html#matched_hidden',
                                                                                    'selfalign/models/heads.py'),
                                         'selfalign.models.heads.save_head': ('2_models/heads.html#save_head', 'selfalign/models/heads.py'),
+                                        'selfalign.models.heads.stacked': ('2_models/heads.html#stacked', 'selfalign/models/heads.py'),
                                         'selfalign.models.heads.standardise': ( '2_models/heads.html#standardise',
                                                                                 'selfalign/models/heads.py')},
             'selfalign.models.ifcap': { 'selfalign.models.ifcap.FusedParts': ( '2_models/ifcap.html#fusedparts',

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'PLAIN', 'COMMON', 'Gated', 'Head', 'head_options', 'head_spec', 'make_head', 'standardise',
-           'head_parameters', 'head_operations', 'head_sizes', 'matched_hidden', 'save_head', 'load_head']
+           'head_parameters', 'head_operations', 'head_sizes', 'matched_hidden', 'stacked', 'save_head', 'load_head']
 
 # %% ../../nbs/2_models/2y_heads.ipynb #80c76158
 import inspect, json
@@ -252,6 +252,27 @@ def matched_hidden(
     size = lambda hidden: head_parameters(kind, width_in, width_out, hidden, **options)
     above = 1 + bisect_left(range(1, 2**24), parameters, key=size)
     return min((max(1, above - 1), above), key=lambda hidden: abs(size(hidden) - parameters))
+
+# %% ../../nbs/2_models/2y_heads.ipynb #c349bb39
+@torch.no_grad()
+def stacked(
+    heads: list,  # linear ones over the same features, of one training set
+) -> Head:  # as wide as all of them together
+    "Several linear heads as one, whose result is theirs side by side."
+    first = heads[0]
+    specs = [{k: v for k, v in head.spec.items() if k != "width_out"} for head in heads]
+    if first.spec["kind"] != "linear" or any(spec != specs[0] for spec in specs):
+        raise ModelError("a committee has linear heads of one description; train them with the same settings")
+    one = Head(first.spec | dict(width_out=sum(head.spec["width_out"] for head in heads)))
+    if first.spec["standardise"]:
+        one.mean.copy_(first.mean)
+        one.spread.copy_(first.spread)
+    scaled = [head.norm if first.spec["norm"] else None for head in heads]
+    turned = [h.map.weight * n.weight if n else h.map.weight for h, n in zip(heads, scaled)]
+    moved = [h.map.bias + h.map.weight @ n.bias if n else h.map.bias for h, n in zip(heads, scaled)]
+    one.map.weight.copy_(torch.cat(turned))
+    one.map.bias.copy_(torch.cat(moved))
+    return one.eval()
 
 # %% ../../nbs/2_models/2y_heads.ipynb #67c5b63d
 def save_head(

@@ -26,4 +26,4 @@ def cost(
         return config_of(arm, fields, widths), widths, len(arm.captions)
 
     arms = arms_by_name(values["arms"], values["captions"], values["own_rates"])
-    return [aligning([training(arm) for arm in arms for _ in range(values["seeds"])])]
+    return [aligning([training(arm) for arm in arms for _ in range(values["seeds"] * arm.members)])]

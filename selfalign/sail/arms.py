@@ -27,6 +27,7 @@ class Arm:
     captions: tuple = ("dense",)  # columns of captions; several are several positives
     share: float = 1.0  # of the training pairs that it sees
     shuffled: bool = False  # captions exchanged among the pairs
+    members: int = 1  # trainings from different seeds, whose layers, all linear, are one
     training: dict = field(default_factory=dict)  # fields of `AlignmentConfig`, over those of the stage
 
 # %% ../../nbs/5_sail/50_arms.ipynb #360e5abc
@@ -97,6 +98,7 @@ PHOTO_ARMS = (
     _photo("mlp", "does a hidden layer help?", 1024, head="mlp"),
     _photo("glu", "does a gate help?", 537, head="glu"),
     _photo("sigmoid", "the paper's loss", loss="sigmoid"),
+    _photo("committee", "three trainings as one", members=3),
     _photo("one-positive", "one caption a step", captions=("all",)),
     _photo("one-encoder", "without the second image encoder", images="photo"),
     _photo("one-reader", "without the second text encoder", texts="one-reader-words"),
