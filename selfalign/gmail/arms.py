@@ -8,7 +8,6 @@ __all__ = ['SOURCES', 'ALIGNMENT_ARMS', 'RANK_ARMS', 'SCALING_ARMS', 'SOURCE_ARM
 
 # %% ../../nbs/6_gmail/60_arms.ipynb #e1ec4637
 from dataclasses import dataclass, field
-import pandas as pd
 
 # %% ../../nbs/6_gmail/60_arms.ipynb #7f48a314
 SOURCES = ("generated", "second", "planted")  # images that are brought to the real ones
@@ -85,7 +84,7 @@ PLANTED_ARMS = (
 )
 ARMS = {arm.name: arm for arm in ALIGNMENT_ARMS + RANK_ARMS + SCALING_ARMS + SOURCE_ARMS + PLANTED_ARMS}
 BESIDE = dict(  # arms of other tables that a table is read beside
-    ranks=("none", "gmail"), scaling=("none", "linear", "gmail"), sources=("none", "linear", "gmail"), planted=()
+    ranks=("none", "gmail"), scaling=("none", "linear", "gmail"), sources=("none", "linear", "gmail")
 )
 
 # %% ../../nbs/6_gmail/60_arms.ipynb #e2c14d45

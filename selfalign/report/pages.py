@@ -60,9 +60,10 @@ def write_notebooks(
     run,  # from `read_run`
     site: Site,  # the folder being written
 ) -> dict:  # stage → path of its page
-    "Write the page of every executed notebook"
+    "Write the page of every executed notebook, those with verdicts first, since room may run out"
     stages, style, made = notebooks_shown(run), page_file("style.css"), {}
-    for stage in stages:
+    decides = lambda stage: (run.stage(stage)["folder"] / "claims.json").is_file()
+    for stage in sorted(stages, key=decides, reverse=True):
         notebook, old = run.stage(stage)["folder"] / "notebook.ipynb", site.old / stage / "notebook.html"
         try:
             page = notebook_page(notebook, old, stage, style, run.ours, stages)
